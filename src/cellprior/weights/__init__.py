@@ -1,0 +1,22 @@
+"""Files to tensors: what can be had, under which licence, and how it gets onto this machine."""
+
+from __future__ import annotations
+
+from cellprior.weights._bundle import Bundle, read_bundle, read_checkpoint, write_bundle
+from cellprior.weights._card import Card, card
+from cellprior.weights._fetch import fetch, resolve, sha256
+from cellprior.weights._registry import WeightsError, available
+
+__all__ = [
+    "Bundle",
+    "Card",
+    "WeightsError",
+    "available",
+    "card",
+    "fetch",
+    "read_bundle",
+    "read_checkpoint",
+    "resolve",
+    "sha256",
+    "write_bundle",
+]

@@ -1,0 +1,331 @@
+"""From a registry entry to a folder with its files: cache, mirror, network, zip members; all verified."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
+
+from cellprior.settings import settings
+from cellprior.weights._registry import Entry, FileEntry, WeightsError, entries, get_entry, is_sha256, suggest
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+_STAGE = ".part-"
+_DAY = 86_400  # seconds
+
+
+def fetch(name: str, *, progressbar: bool = True) -> Path:
+    """Get the files of a registry entry, from the cache, the mirror or the network, in this order.
+
+    The sha256 of every file is verified at every call, also in the cache. Where no hash is published, that of
+    the first download is recorded beside the file, as `<file>.sha256`, and holds from then on. The licence is
+    logged once, at the first download.
+
+    Parameters
+    ----------
+    name
+        Entry name, as listed by `available`.
+    progressbar
+        Whether downloads show their progress on stderr.
+
+    Returns
+    -------
+    Folder with the entry's files, under their registry names.
+
+    Raises
+    ------
+    WeightsError
+        If the name is unknown, no source has the right file, or the cache folder cannot be written.
+    """
+    entry = get_entry(name)
+    if entry.packaged:
+        missing = [file.name for file in entry.files if not (entry.folder / file.name).is_file()]
+        if missing:
+            msg = f"{entry.folder}, a part of cellprior, lacks {', '.join(missing)}. Install cellprior again."
+            raise WeightsError(msg)
+    elif _complete(entry, progressbar=progressbar):
+        log.warning("%s: licence: %s. Please cite: %s.", entry.name, entry.licence, entry.citation)
+    return entry.folder
+
+
+def resolve(
+    weights: str | os.PathLike[str], *, known_hash: str | None = None, progressbar: bool = True
+) -> Path:
+    """Path of weights that the user named in any of the ways that `from_pretrained` takes.
+
+    Parameters
+    ----------
+    weights
+        Registry name (which wins over a local folder of that name), path of a bundle or a checkpoint file, or
+        http(s) address of a file.
+    known_hash
+        sha256 that the file must have (of a bundle: its `model.safetensors`). Needed with an address.
+    progressbar
+        Whether downloads show their progress on stderr.
+
+    Raises
+    ------
+    WeightsError
+        If nothing of that name exists, the hash differs, or the download fails.
+    """
+    if known_hash is not None:
+        known_hash = known_hash.removeprefix("sha256:").lower()
+        if not is_sha256(known_hash):
+            msg = f"known_hash is {known_hash!r}; needed: a SHA-256 hash, which has 64 hex digits."
+            raise WeightsError(msg)
+    name = str(weights)
+    if name in entries() and isinstance(weights, str):
+        if known_hash is not None:
+            msg = f"{name!r} is a registry name, and the registry has its hashes: leave known_hash out."
+            raise WeightsError(msg)
+        return fetch(name, progressbar=progressbar)
+    if _is_url(name):
+        return _fetch_url(name, known_hash, progressbar=progressbar)
+    path = Path(weights).expanduser()
+    if not path.exists():
+        msg = f"{name!r} is neither a registry name nor an existing file or folder. {suggest(name)}"
+        raise WeightsError(msg)
+    if problem := _hash_problem(path, known_hash):
+        msg = f"{path} is another file than expected, or a damaged one: {problem}."
+        raise WeightsError(msg)
+    return path
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal; of a bundle folder: of its `model.safetensors`."""
+    path = Path(path)
+    with (path / "model.safetensors" if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_web_page(path: Path) -> bool:
+    """Whether a file is HTML, whatever its name says."""
+    with path.open("rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
+
+
+def _fetch_url(url: str, known_hash: str | None, *, progressbar: bool) -> Path:
+    if known_hash is None:
+        msg = f"An address needs known_hash=, the sha256 of the file; {url} came without one."
+        raise WeightsError(msg)
+    file = FileEntry(name=Path(unquote(urlsplit(url).path)).name or "weights", url=url, sha256=known_hash)
+    unknown = dict.fromkeys(("licence", "citation", "genes"), "unknown")
+    entry = Entry(
+        f"url-{known_hash[:16]}", "model", files=(file,), size=0, page=url, support="untested", **unknown
+    )
+    _complete(entry, progressbar=progressbar)
+    return entry.folder / file.name
+
+
+def _complete(entry: Entry, *, progressbar: bool) -> bool:
+    """Bring every file of an entry into its cache folder; whether this was the first time."""
+    problems = {file: _cache_problem(entry.folder / file.name, file) for file in entry.files}
+    wanted = {file: problem for file, problem in problems.items() if problem is not None}
+    if not wanted:
+        return False
+    with _stage(entry.folder) as stage:
+        for file, problem in wanted.items():
+            path = entry.folder / file.name
+            staged = _obtain(entry, file, stage, [f"{path}: {problem}"] if problem else [], progressbar)
+            with _writing(entry.folder):
+                staged.replace(path)
+            _record(path, file)
+    return all(problem == "" for problem in problems.values())
+
+
+def _cache_problem(path: Path, file: FileEntry) -> str | None:
+    """`None` if the cached file is good, "" if there is none, else what is wrong with it."""
+    if not path.is_file():
+        return ""
+    _record(path, file)
+    return _hash_problem(path, _known_hash(path, file))
+
+
+def _known_hash(path: Path, file: FileEntry) -> str | None:
+    """Hash that the file at `path` must have: the published one, else the one recorded beside it."""
+    record = _record_of(path)
+    if file.sha256 is not None or not record.is_file():
+        return file.sha256
+    return record.read_text(encoding="utf-8").partition(" ")[0]
+
+
+def _hash_problem(path: Path, known: str | None) -> str | None:
+    if known is None or (found := sha256(path)) == known:
+        return None
+    return f"it has sha256 {found}, needed is {known}"
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _record(path: Path, file: FileEntry) -> None:
+    """Where no hash is known, record that of the file at `path`, in a form that `sha256sum -c` reads."""
+    if _known_hash(path, file) is not None:
+        return
+    record, found = _record_of(path), sha256(path)
+    try:
+        with _stage(path.parent) as stage, _writing(path.parent):
+            (stage / record.name).write_text(f"{found}  {path.name}\n", encoding="utf-8")
+            (stage / record.name).replace(record)
+    except WeightsError as error:
+        log.warning("No hash is known for %s, so it is used unverified. %s", path, error)
+    else:
+        log.warning("No hash is published for %s: %s is recorded and verified from now on.", path, found)
+
+
+def _obtain(entry: Entry, file: FileEntry, stage: Path, tried: list[str], progressbar: bool) -> Path:
+    """Put one verified file into the stage, from the first source that has it."""
+    path = entry.folder / file.name
+    known = _known_hash(path, file)
+    for place, packed in _sources(file, stage):
+        try:
+            staged = _take(place, packed, file, stage, progressbar)
+            problem = _hash_problem(staged, known)
+        except (OSError, WeightsError) as error:  # requests raises OSErrors
+            problem = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        if problem is None:
+            return staged
+        tried.append(f"{place}: {problem}")
+    if settings.offline:
+        tried.append("the network: not tried, CELLPRIOR_OFFLINE (cellprior.settings.offline) is on")
+    if known != file.sha256:
+        record = _record_of(path)
+        tried.append(f"the hash needed is that of the first download; to accept a new file, delete {record}")
+    raise WeightsError(_nowhere(entry, file, tried))
+
+
+def _nowhere(entry: Entry, file: FileEntry, tried: list[str]) -> str:
+    """Error message for a file that no source has: what was tried, where it lives, what to do."""
+    archive = f" (or {file.archive})" if file.archive else ""
+    lines = [
+        f"{file.name} of {entry.name!r} is not in {entry.folder}, and no source has it:",
+        *(f"  - {line}" for line in tried),
+        f"Its address is {file.url}",
+        f"If the host asks for a login, or there is no network here: visit {entry.page} and put",
+        f"{file.name}{archive} into the folder that CELLPRIOR_MIRROR (cellprior.settings.mirror) names.",
+    ]
+    if entry.type == "model":
+        lines.append(f'Or pass its path: from_pretrained("path/to/{file.name}").')
+    return "\n".join(lines)
+
+
+def _sources(file: FileEntry, stage: Path) -> Iterator[tuple[Path | str, bool]]:
+    """Places that may have the file, best first, each with whether it is the archive around the file."""
+    names = [(file.name, False)] + ([(file.archive, True)] if file.archive else [])
+    if file.archive and (stage / file.archive).is_file():
+        # Downloaded a moment ago, for the file before this one.
+        yield stage / file.archive, True
+    mirror = settings.mirror
+    if mirror is not None and not _is_url(mirror):
+        yield from ((Path(mirror).expanduser() / name, packed) for name, packed in names)
+    if settings.offline:
+        return
+    if mirror is not None and _is_url(mirror):
+        yield from ((f"{mirror.rstrip('/')}/{quote(name)}", packed) for name, packed in names)
+    if file.url is not None:
+        yield file.url, file.archive is not None
+
+
+def _is_url(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
+
+
+def _take(place: Path | str, packed: bool, file: FileEntry, stage: Path, progressbar: bool) -> Path:
+    """Copy, download or unpack one file into the stage, unverified."""
+    staged = stage / file.name
+    if packed and file.archive and file.member:
+        archive = place if isinstance(place, Path) else _download(place, stage / file.archive, progressbar)
+        _extract(archive, file.member, staged)
+    elif isinstance(place, Path):
+        shutil.copyfile(place, staged)
+    else:
+        _download(place, staged, progressbar)
+    return staged
+
+
+def _extract(archive: Path, member: str, target: Path) -> None:
+    """Stream one member of a zip archive into a file that we name; zipfile verifies its checksum."""
+    try:
+        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    except KeyError as error:
+        msg = f"the archive has no member {member}"
+        raise WeightsError(msg) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        msg = f"the archive is damaged or truncated ({error})"
+        raise WeightsError(msg) from error
+
+
+def _download(url: str, target: Path, progressbar: bool) -> Path:
+    """Download with pooch, which retries what may pass; a refusal or a web page will not."""
+    import pooch
+    import requests
+
+    get = pooch.HTTPDownloader(progressbar=progressbar, chunk_size=1 << 20)
+
+    def downloader(url: str, output_file: str, pup: Any) -> None:
+        try:
+            get(url, output_file, pup)
+        except requests.HTTPError as error:
+            code = 0 if error.response is None else error.response.status_code
+            # 408 and 429 ask for another try.
+            if 400 <= code < 500 and code not in (408, 429):
+                reason = "asks for a login" if code in (401, 403, 407) else "does not have the file"
+                msg = f"the host {reason} (HTTP {code})"
+                raise WeightsError(msg) from error
+            raise
+        if is_web_page(Path(output_file)):
+            msg = "the host sent a web page instead of the file: it asks for a login or a confirmation"
+            raise WeightsError(msg)
+
+    target.unlink(missing_ok=True)
+    name = target.name
+    pup = pooch.create(target.parent, "", registry={name: None}, urls={name: url}, retry_if_failed=3)
+    pup.fetch(name, downloader=downloader)
+    # pooch's temporary files are for their owner alone, and a cache may be shared.
+    usual = target.with_name(".usual-rights")
+    usual.touch()
+    shutil.copymode(usual, target)
+    return target
+
+
+@contextmanager
+def _stage(folder: Path) -> Iterator[Path]:
+    """Temporary folder inside `folder`: the same file system, so that moving a file out of it is atomic."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{_STAGE}*"):
+            with suppress(FileNotFoundError):  # its owner has just finished
+                if time.time() - old.stat().st_mtime > _DAY:  # its owner was killed
+                    shutil.rmtree(old, ignore_errors=True)
+        stage = tempfile.TemporaryDirectory(prefix=_STAGE, dir=folder, ignore_cleanup_errors=True)
+    with stage as path:
+        yield Path(path)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the setting to change if the cache folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"The cache folder {folder} cannot be written ({error}). Name a folder that can be in "
+            "CELLPRIOR_CACHE (cellprior.settings.cache_dir)."
+        )
+        raise WeightsError(msg) from error

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+
+from cellprior import weights
+
+STATE = {
+    "embedding.weight": torch.linspace(-2, 2, 12).reshape(3, 4),
+    "steps": torch.tensor([7, 8]),
+    "double": torch.tensor([1 / 3], dtype=torch.float64),
+}
+CONFIG = {"model": "CellPLM", "network": {"n_genes": 3, "n_hidden": 4}, "note": "kept"}
+GENES = pd.DataFrame(
+    {
+        "ensembl_id": ["ENSG00000000003", "ENSG00000000005", ""],
+        # Three names that a table reader likes to take for something else.
+        "symbol": ["NA", "MARCH1", "1E5"],
+        "previous_symbols": ["T245|TM4SF6", "", "NAN"],
+    }
+)
+FILES = {"model.safetensors", "config.json", "genes.tsv", "README.md"}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    given = {"state_dict": STATE, "config": CONFIG, "genes": GENES, "card": "# Tiny\n\nLicence: CC0, §\n"}
+    return weights.write_bundle(folder, **{**given, **changes})
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path):
+    folder = write(tmp_path / "deep" / "tiny")
+    assert {path.name for path in folder.iterdir()} == FILES
+    bundle = weights.read_bundle(folder)
+    assert bundle.state_dict.keys() == STATE.keys()
+    for name, tensor in STATE.items():
+        assert bundle.state_dict[name].dtype == tensor.dtype
+        assert torch.equal(bundle.state_dict[name], tensor)
+    assert bundle.config == {**CONFIG, "format_version": 1, "cellprior_version": version("cellprior")}
+    pd.testing.assert_frame_equal(bundle.genes, GENES, check_dtype=False)
+    assert bundle.card == "# Tiny\n\nLicence: CC0, §\n"
+
+
+def test_what_was_read_can_be_written_again(tmp_path: Path):
+    first = weights.read_bundle(write(tmp_path / "a"))
+    write(
+        tmp_path / "b", state_dict=first.state_dict, config=first.config, genes=first.genes, card=first.card
+    )
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_disk_is_float32_in_memory(tmp_path: Path, dtype: torch.dtype):
+    folder = write(tmp_path / "tiny", dtype=dtype)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("embedding.weight").dtype == dtype
+        assert file.get_tensor("steps").dtype == torch.int64
+    state_dict = weights.read_bundle(folder).state_dict
+    assert state_dict["embedding.weight"].dtype == torch.float32
+    np.testing.assert_allclose(state_dict["embedding.weight"], STATE["embedding.weight"], rtol=2**-8)
+    assert torch.equal(state_dict["steps"], STATE["steps"])
+
+
+def test_a_value_too_large_for_the_type_on_disk_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'big'.* 1e\+06.*float16"):
+        write(tmp_path / "tiny", state_dict={"big": torch.tensor([1e6])}, dtype=torch.float16)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_tensors_that_share_memory_or_are_views_are_written(tmp_path: Path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    folder = write(tmp_path / "tiny", state_dict={"a": tensor, "tied": tensor, "transposed": tensor.T})
+    state_dict = weights.read_bundle(folder).state_dict
+    assert torch.equal(state_dict["tied"], tensor)
+    assert torch.equal(state_dict["transposed"], tensor.T)
+
+
+def test_only_tensors_go_into_a_bundle(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"state_dict\['epoch'\] is a int"):
+        write(tmp_path / "tiny", state_dict={"epoch": 3})
+
+
+def test_missing_gene_columns_are_filled_with_empty_text(tmp_path: Path):
+    folder = write(tmp_path / "tiny", genes=pd.DataFrame({"symbol": ["A", "B", "C"], "other": [1, 2, 3]}))
+    genes = weights.read_bundle(folder).genes
+    assert genes.to_dict("list") == {
+        "ensembl_id": [""] * 3,
+        "symbol": ["A", "B", "C"],
+        "previous_symbols": [""] * 3,
+    }
+
+
+@pytest.mark.parametrize(
+    "genes",
+    [pd.DataFrame({"symbol": ["A", None, "C"]}), pd.DataFrame({"gene": ["A", "B", "C"]})],
+    ids=["one nameless gene", "no known column"],
+)
+def test_genes_without_a_name_are_refused(tmp_path: Path, genes: pd.DataFrame):
+    with pytest.raises(ValueError, match=r"Gene [01] has neither `ensembl_id` nor `symbol`"):
+        write(tmp_path / "tiny", genes=genes)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"network": {}}, "`model`"),
+        ({"model": "CellPLM"}, "`network`"),
+        ({"model": "CellPLM", "network": {"n_genes": 4}}, "4 genes, the gene list has 3"),
+        ({"model": "CellPLM", "network": {}, "n_genes": 4}, "4 genes, the gene list has 3"),
+    ],
+)
+def test_a_config_that_does_not_describe_the_weights_is_refused(tmp_path: Path, config: dict, named: str):
+    with pytest.raises(ValueError, match=named):
+        write(tmp_path / "tiny", config=config)
+
+
+def test_an_existing_bundle_is_replaced_only_on_request_and_other_files_stay(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    write(tmp_path)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write(tmp_path, card="new")
+    assert weights.read_bundle(tmp_path).card.startswith("# Tiny")
+    write(tmp_path, card="new", overwrite=True)
+    assert weights.read_bundle(tmp_path).card == "new"
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
+
+
+def test_a_bundle_that_was_half_replaced_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "genes.tsv":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, state_dict={"other": torch.zeros(1)}, overwrite=True)
+    with pytest.raises(weights.WeightsError, match=r"lacks config\.json"):
+        weights.read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_missing_file_is_named(tmp_path: Path, name: str):
+    (write(tmp_path) / name).unlink()
+    with pytest.raises(weights.WeightsError, match=f"lacks {name}"):
+        weights.read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1], ids=["empty", "5 bytes", "100 bytes", "all but one byte"])
+def test_a_truncated_tensor_file_is_named(tmp_path: Path, left: int):
+    path = write(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(weights.WeightsError, match=r"model\.safetensors is damaged or truncated"):
+        weights.read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no `format_version`"),
+        ('{"model": "CellPLM", "network": {}}', "no `format_version`"),
+        ('{"format_version": 2, "cellprior_version": "9.0"}', r"format 2, of cellprior 9\.0.*Upgrade"),
+        ('{"format_version": 1, "model": "CellPLM"}', "`network`"),
+        (
+            '{"format_version": 1, "model": "CellPLM", "network": {"n_genes": 5}}',
+            "5 genes, the gene list has 3",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Path, content: str, named: str):
+    (write(tmp_path) / "config.json").write_text(content)
+    with pytest.raises(weights.WeightsError, match=named):
+        weights.read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "cannot be read as a table"),
+        (b"ensembl_id\tsymbol\tprevious_symbols\n\xff\t\t\n", "cannot be read as a table"),
+        (
+            b"ensembl_id\tsymbol\tprevious_symbols\na\tb\tc\td\te\nf\n",
+            "cannot be read as a table|gene list has",
+        ),
+        (b"symbol\nA\nB\nC\n", "has the columns"),
+    ],
+    ids=["empty", "not text", "ragged", "other columns"],
+)
+def test_a_gene_list_that_cannot_be_used_is_an_error_that_names_it(
+    tmp_path: Path, content: bytes, named: str
+):
+    (write(tmp_path) / "genes.tsv").write_bytes(content)
+    with pytest.raises(weights.WeightsError, match=named):
+        weights.read_bundle(tmp_path)
+
+
+def test_the_config_on_disk_is_plain_json(tmp_path: Path):
+    config = json.loads((write(tmp_path) / "config.json").read_text())
+    assert config["network"] == {"n_genes": 3, "n_hidden": 4}
