@@ -1,0 +1,206 @@
+"""From an AnnData to minibatches of sparse counts in a model's gene order.
+
+scvi-tools compares genes by position; here they are matched by name, so that a query may hold other genes in
+another order. A field that does not compare, a manager that reads rows of any kind of matrix, and a loader that
+puts each minibatch into vocabulary order: no copy of the data's matrix is made.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+from scvi.data.fields import LayerField
+from scvi.dataloaders import AnnDataLoader
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+N_CHECKED = 256  # cells whose counts are looked at before anything long begins; the others follow as they are read
+
+
+class NotCountsError(ValueError):
+    """The matrix does not hold raw counts."""
+
+
+class CountsField(LayerField):
+    """Raw counts in ``X`` or a layer, of whatever genes."""
+
+    def __init__(self, registry_key: str, layer: str | None) -> None:
+        # scvi's own count check draws from the global random state, and its format correction replaces the user's X
+        super().__init__(registry_key, layer, is_count_data=False, correct_data_format=False)
+
+    def validate_field(self, adata: ad.AnnData) -> None:
+        """Refuse data without cells, and data whose first cells are not counts."""
+        super().validate_field(adata)
+        if adata.n_obs == 0 or adata.n_vars == 0:
+            msg = f"The AnnData has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
+            raise ValueError(msg)
+        rows = np.arange(min(N_CHECKED, adata.n_obs))
+        check_counts(read_rows(self.get_field_data(adata), rows), rows, adata, self.attr_key)
+
+    def transfer_field(self, state_registry: dict, adata_target: ad.AnnData, **kwargs: Any) -> dict:
+        """Register the target by itself: its genes are matched by name, their number need not agree."""
+        return self.register_field(adata_target)
+
+
+class CountsManager(AnnDataManager):
+    """Manager whose dataset keeps counts sparse."""
+
+    def create_torch_dataset(
+        self,
+        indices: Sequence[int] | None = None,
+        data_and_attributes: list[str] | dict[str, Any] | None = None,
+        load_sparse_tensor: bool = False,
+    ) -> Dataset:
+        """Rows of all registered fields; ``load_sparse_tensor`` is not read, counts are always sparse."""
+        keys = list(self.data_registry if data_and_attributes is None else data_and_attributes)
+        dataset = CountsDataset(self, keys)
+        return dataset if indices is None else Subset(dataset, indices)
+
+
+class CountsDataset(Dataset):
+    """Minibatches of an AnnData: counts as CSR, all else as arrays ``(cells, ...)``."""
+
+    def __init__(self, manager: AnnDataManager, keys: Sequence[str]) -> None:
+        self.adata = manager.adata
+        self.layer = manager.data_registry[REGISTRY_KEYS.X_KEY]["attr_key"]
+        self.data = {key: manager.get_from_registry(key) for key in keys}
+        x = self.data.get(REGISTRY_KEYS.X_KEY)
+        if sp.issparse(x) and x.format == "csc":
+            self.data[REGISTRY_KEYS.X_KEY] = x.tocsr()  # once, as rows of CSC cost a pass over the matrix each
+
+    def __len__(self) -> int:
+        return self.adata.n_obs
+
+    def __getitem__(self, rows: int | Sequence[int]) -> dict[str, Any]:
+        rows = np.atleast_1d(np.asarray(rows))
+        batch: dict[str, Any] = {}
+        for key, data in self.data.items():
+            if key == REGISTRY_KEYS.X_KEY:
+                batch[key] = read_rows(data, rows)
+                check_counts(batch[key], rows, self.adata, self.layer)
+            else:
+                batch[key] = np.asarray(data.iloc[rows] if isinstance(data, pd.DataFrame) else data[rows])
+        return batch
+
+
+def read_rows(x: Any, rows: np.ndarray) -> sp.csr_matrix:
+    """Rows of a matrix as float32 CSR, in the order asked for.
+
+    Parameters
+    ----------
+    x
+        Dense or sparse, in memory, backed by a file, or a dask array, ``(cells, genes)``.
+    rows
+        Row numbers in any order.
+    """
+    contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
+    if contiguous:
+        block = x[int(rows[0]) : int(rows[-1]) + 1]
+    elif isinstance(x, h5py.Dataset) or not (isinstance(x, np.ndarray) or sp.issparse(x)):
+        # files want increasing rows; anndata gives them back sorted and says nothing
+        ordered, position = np.unique(rows, return_inverse=True)
+        return read_rows_of_block(x[ordered])[position]
+    else:
+        block = x[rows]
+    return read_rows_of_block(block)
+
+
+def read_rows_of_block(block: Any) -> sp.csr_matrix:
+    """A slice of any kind of matrix as float32 CSR without duplicates."""
+    if hasattr(block, "compute"):
+        block = block.compute()
+    if isinstance(block, ad.abc.CSRDataset | ad.abc.CSCDataset):
+        block = block.to_memory()
+    csr = sp.csr_matrix(block, dtype=np.float32)
+    if not csr.has_canonical_format:
+        csr.sum_duplicates()
+    return csr
+
+
+def check_counts(counts: sp.csr_matrix, rows: np.ndarray, adata: ad.AnnData, layer: str | None) -> None:
+    """Refuse values that are not raw counts and name the first cell and gene.
+
+    Raises
+    ------
+    NotCountsError
+        For NaN, infinity, negative or fractional values.
+    """
+    bad = ~np.isfinite(counts.data) | (counts.data < 0) | (counts.data != np.rint(counts.data))
+    if not bad.any():
+        return
+    at = int(np.argmax(bad))
+    value = counts.data[at]
+    cell = adata.obs_names[rows[np.searchsorted(counts.indptr, at, side="right") - 1]]
+    gene = adata.var_names[counts.indices[at]]
+    kind = "not finite" if not np.isfinite(value) else "negative" if value < 0 else "not an integer"
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    others = [name for name in adata.layers if name is not None and name != layer]
+    advice = f"name it: layer={others[0]!r}" if others else "put them in a layer and name it: layer=..."
+    msg = (
+        f"{where} does not hold raw counts: cell {cell!r}, gene {gene!r} is {value:g}, which is {kind}. "
+        f"Raw counts are needed. If another layer has them, {advice} (layers here: {others or 'none'}). "
+        "If only log-normalised values are left, cellprior.pp.recover_counts(adata) gives the counts back where "
+        "that is possible exactly; it takes adata.raw too. Estimated counts, such as those of Salmon or RSEM, may "
+        "be rounded first."
+    )
+    raise NotCountsError(msg)
+
+
+@dataclass
+class ToVocabulary:
+    """Bring the columns of a minibatch into vocabulary order and make tensors of it.
+
+    Parameters
+    ----------
+    column
+        Target column of each gene of the data, -1 for none ``(n_vars,)``.
+    n_columns
+        Number of target columns.
+    """
+
+    column: np.ndarray
+    n_columns: int
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Tensors; the counts as sparse CSR ``(cells, n_columns)``."""
+        return {
+            key: csr_tensor(select_columns(x, self.column, self.n_columns)) if sp.issparse(x) else torch.as_tensor(x)
+            for key, x in batch.items()
+        }
+
+
+def select_columns(x: sp.csr_matrix, column: np.ndarray, n_columns: int) -> sp.csr_matrix:
+    """Move each column of ``x`` to ``column[j]``, drop those at -1, and add up those that meet."""
+    target = column[x.indices]
+    kept = target >= 0
+    indptr = np.concatenate([[0], np.cumsum(kept)])[x.indptr]
+    moved = sp.csr_matrix((x.data[kept], target[kept], indptr), shape=(x.shape[0], n_columns))
+    moved.sum_duplicates()
+    return moved
+
+
+def csr_tensor(x: sp.csr_matrix) -> Tensor:
+    """A CSR tensor that shares memory with a SciPy matrix in canonical format."""
+    with warnings.catch_warnings():
+        # torch announces at first use that CSR tensors are in beta; the two products used here are tested
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+        parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+        return torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=False)
+
+
+class VocabularyLoader(AnnDataLoader):
+    """scvi-tools' loader with each minibatch in vocabulary order, see :class:`ToVocabulary`."""
+
+    def __init__(self, adata_manager: AnnDataManager, *, column: np.ndarray, n_columns: int, **kwargs: Any) -> None:
+        super().__init__(adata_manager, collate_fn=ToVocabulary(column, n_columns), **kwargs)

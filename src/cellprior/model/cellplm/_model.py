@@ -1,0 +1,137 @@
+"""CellPLM's face to AnnData."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+
+from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._data import CountsManager
+from cellprior.model.cellplm._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
+from cellprior.model.cellplm._inputs import sentences
+from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
+from cellprior.weights import Bundle
+
+
+class CellPLM(PretrainedModel):
+    """CellPLM: cells as tokens, linear attention between the cells of a sentence [Wen24]_.
+
+    A cell's embedding depends on the cells it shares a sentence with, by design. A sentence is one category of
+    ``batch_key``, all cells without one; it is evaluated whole and exactly, in chunks of ``batch_size`` cells, so
+    that the embedding does not depend on ``batch_size`` (the original makes each chunk a sentence of its own).
+
+    Parameters
+    ----------
+    adata
+        AnnData registered with :meth:`setup_anndata`.
+    registry
+        Registry of a saved model, instead of data.
+    genes
+        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default the data's genes.
+    min_coverage
+        Least share of genes that must match, see :func:`cellprior.genes.match`.
+    n_hidden, n_layers, n_heads, n_latent, dropout_rate, latent, n_clusters, n_batches, n_datasets, target_sum
+        Of the network, see :class:`~cellprior.model.cellplm._module.CellPLMModule`.
+
+    Examples
+    --------
+    >>> CellPLM.setup_anndata(adata, layer="counts", batch_key="sample")
+    >>> model = CellPLM.from_pretrained("cellplm-starter", adata)
+    >>> adata.obsm["X_cellplm"] = model.get_latent_representation()
+
+    References
+    ----------
+    .. [Wen24] Wen et al., CellPLM: Pre-training of Cell Language Model Beyond Single Cells, ICLR 2024.
+    """
+
+    _module_cls = CellPLMModule
+    obsm_key = "X_cellplm"
+
+    def __init__(
+        self,
+        adata: ad.AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        genes: pd.DataFrame | Sequence[str] | None = None,
+        min_coverage: float = 0.25,
+        n_hidden: int = 1024,
+        n_layers: int = 4,
+        n_heads: int = 8,
+        n_latent: int = 512,
+        dropout_rate: float = 0.2,
+        latent: Latent = "vae",
+        n_clusters: int = 16,
+        n_batches: int = 0,
+        n_datasets: int = 0,
+        target_sum: float | None = None,
+    ) -> None:
+        super().__init__(adata, registry, genes, min_coverage)
+        self._finish_init(locals())
+        self.module = CellPLMModule(len(self.genes), **self._network())
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a file or folder holds an official CellPLM checkpoint."""
+        return any(path.glob("*" + CHECKPOINT_SUFFIX)) if path.is_dir() else path.name.endswith(CHECKPOINT_SUFFIX)
+
+    @classmethod
+    def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
+        checkpoint = find_official(path)
+        return read_official(checkpoint), checkpoint
+
+    def get_latent_representation(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        batch_size: int | None = None,
+        *,
+        mixture: Mixture = "expected",
+        precision: Precision = "float32",
+    ) -> np.ndarray:
+        """Embed cells.
+
+        Parameters
+        ----------
+        adata
+            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
+        indices
+            Cells to embed, as numbers or a mask; the result is in this order. Other cells are not in their sentences.
+        batch_size
+            Cells in memory at a time, apart from ``4 * n_hidden`` bytes for each cell of a sentence. Never changes
+            the result.
+        mixture
+            For ``latent="gmvae"``: ``"expected"`` averages the components' means over the cell's probabilities,
+            ``"argmax"`` takes the most likely component, ``"sampled"`` draws one, as the original does (seed torch).
+        precision
+            ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
+
+        Returns
+        -------
+        Float32 array ``(n_cells, n_latent)``: the means of the latent.
+
+        Raises
+        ------
+        RuntimeError
+            If the model has neither been trained nor loaded from weights.
+        NotCountsError, GeneMatchError
+            If the data are not raw counts, or too few of their genes are known.
+        """
+        if mixture not in ("expected", "argmax", "sampled"):
+            msg = f'mixture={mixture!r} is not known; choose "expected", "argmax" or "sampled".'
+            raise ValueError(msg)
+        return self._embed(adata, indices, batch_size, precision, mixture=mixture)
+
+    def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
+        if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
+            return sentences(rows, None)
+        return sentences(rows, manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows])
+
+    def _encode(self, chunks: Iterable[Tensor], gene_index: Tensor, **options: Any) -> Iterator[Tensor]:
+        return self.module.encode_chunks(chunks, gene_index=gene_index, **options)

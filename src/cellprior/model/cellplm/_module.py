@@ -1,0 +1,499 @@
+"""The CellPLM network, top to bottom: gene sum, Flowformer over cells, latent, negative-binomial decoder.
+
+Cells are the tokens. A *sentence* is a set of cells that attend to each other; attention is linear in their
+number and couples them through a handful of sums only. Every forward pass below works on a list of chunks of
+one sentence and adds those sums up over the chunks, so that the size of a chunk bounds the memory and never
+changes the result. Training is the same code with one chunk.
+
+Wen et al., CellPLM: Pre-training of Cell Language Model Beyond Single Cells, ICLR 2024.
+Wu et al., Flowformer: Linearizing Transformers with Conservation Flows, ICML 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scvi.module.base import BaseModuleClass
+from torch import Tensor, nn
+
+from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
+
+FLOW_EPS = 1e-6
+NB_EPS = 1e-10
+DECODER_RANK = 128  # width of the layer in front of the gene means
+GMVAE_HIDDEN = 512
+KEEP_BYTES = 128 * 2**20  # queries, keys and values of a sentence are kept up to this size, else recomputed
+
+Latent = Literal["vae", "gmvae"]
+Mixture = Literal["expected", "argmax", "sampled"]
+
+
+class CellPLMModule(BaseModuleClass):
+    """CellPLM.
+
+    Parameters
+    ----------
+    n_genes
+        Size of the gene vocabulary.
+    n_hidden
+        Width of the encoder; divisible by ``n_heads`` and by 4.
+    n_layers
+        Flowformer layers.
+    n_heads
+        Attention heads.
+    n_latent
+        Width of the embedding.
+    dropout_rate
+        Dropout in embedder, encoder and decoder.
+    latent
+        ``"vae"`` (one Gaussian) or ``"gmvae"`` (a mixture of ``n_clusters`` Gaussians).
+    n_clusters
+        Components of the mixture; read for ``latent="gmvae"`` only.
+    n_batches, n_datasets
+        Categories of the two decoder covariates; 0 leaves a covariate out.
+    target_sum
+        Scale each cell to this many counts before the logarithm. ``None``, as in the original, feeds raw
+        counts, so that the embedding moves with sequencing depth.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        *,
+        n_hidden: int = 1024,
+        n_layers: int = 4,
+        n_heads: int = 8,
+        n_latent: int = 512,
+        dropout_rate: float = 0.2,
+        latent: Latent = "vae",
+        n_clusters: int = 16,
+        n_batches: int = 0,
+        n_datasets: int = 0,
+        target_sum: float | None = None,
+    ) -> None:
+        super().__init__()
+        if n_hidden % n_heads or n_hidden % 4:
+            msg = f"n_hidden={n_hidden} must be divisible by n_heads={n_heads} and by 4 (the groups of the GroupNorm)."
+            raise ValueError(msg)
+        if latent not in ("vae", "gmvae"):
+            msg = f'latent={latent!r} is not known; choose "vae" or "gmvae".'
+            raise ValueError(msg)
+        self.n_latent = n_latent
+        self.embedder = Embedder(n_genes, n_hidden, dropout_rate, target_sum)
+        self.encoder = nn.ModuleList(FlowformerLayer(n_hidden, n_heads, dropout_rate) for _ in range(n_layers))
+        self.pre_latent_norm = nn.LayerNorm(n_hidden)
+        self.latent: VAELatent | GMVAELatent = (
+            VAELatent(n_hidden, n_latent) if latent == "vae" else GMVAELatent(n_hidden, n_latent, n_clusters)
+        )
+        self.decoder = NBDecoder(n_genes, n_hidden, n_latent, dropout_rate, n_batches, n_datasets)
+
+    def encode(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
+        """Embed one sentence that fits in memory.
+
+        Parameters
+        ----------
+        counts
+            Raw counts ``(cells, genes)``, dense or sparse CSR.
+        gene_index
+            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary.
+
+        Returns
+        -------
+        Latent means ``(cells, n_latent)``.
+        """
+        (latent,) = self.encode_chunks([counts], gene_index=gene_index)
+        return latent
+
+    def encode_chunks(
+        self, chunks: Iterable[Tensor], *, gene_index: Tensor | None = None, mixture: Mixture = "expected"
+    ) -> Iterator[Tensor]:
+        """Embed one sentence given in chunks of cells; the result does not depend on where the chunks are cut.
+
+        Holds the hidden states of the whole sentence, ``4 * n_hidden`` bytes per cell, and releases them chunk
+        by chunk as the latents are read. ``mixture`` is read by a GMVAE only, see :class:`GMVAELatent`.
+
+        Yields
+        ------
+        Latent means of each chunk ``(cells, n_latent)``, float32.
+        """
+        hidden: list[Tensor | None] = list(self.hidden_chunks(chunks, gene_index=gene_index))
+        noise = self.latent.draw_noise(sum(len(h) for h in hidden if h is not None)) if mixture == "sampled" else None
+        start = 0
+        for i, h in enumerate(hidden):
+            hidden[i] = None
+            assert h is not None  # each chunk is read once
+            rows = None if noise is None else noise[start : start + len(h)]
+            start += len(h)
+            yield self.latent.mean(h, mixture=mixture, noise=rows).float()
+
+    def hidden_chunks(self, chunks: Iterable[Tensor], *, gene_index: Tensor | None = None) -> list[Tensor]:
+        """Hidden states in front of the latent layer, ``(cells, n_hidden)`` per chunk of one sentence."""
+        table = self.embedder.table(gene_index)
+        hidden = [self.embedder(counts, table) for counts in chunks]
+        for layer in self.encoder:
+            layer(hidden)
+        for i, h in enumerate(hidden):
+            hidden[i] = self.pre_latent_norm(h)
+        return hidden
+
+    def decode(self, z: Tensor, *, batch: Tensor | None = None, dataset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Negative-binomial mean ``(cells, n_genes)`` and dispersion ``(n_genes,)`` of latents ``z``.
+
+        The mean is up to a factor per cell: scale it to the cell's depth. A covariate that is not given is
+        averaged over.
+        """
+        return self.decoder(z, batch=batch, dataset=dataset)
+
+    def pretraining_loss(
+        self,
+        counts: Tensor,
+        mask: Tensor,
+        *,
+        batch: Tensor | None = None,
+        dataset: Tensor | None = None,
+        kl_weight: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Masked reconstruction plus latent loss of one sentence.
+
+        Parameters
+        ----------
+        counts
+            Raw counts over the vocabulary ``(cells, n_genes)``.
+        mask
+            ``True`` where a count is hidden from the input ``(cells, n_genes)``; a cell without any is context only.
+        batch, dataset
+            Decoder covariates ``(cells,)``.
+        kl_weight
+            Weight of the KL term of a VAE.
+
+        Returns
+        -------
+        ``loss`` and its parts ``reconstruction`` and ``latent``.
+        """
+        (hidden,) = self.hidden_chunks([counts.masked_fill(mask, 0.0)])
+        z, latent = self.latent.sample(hidden, kl_weight=kl_weight)
+        mean, dispersion = self.decode(z, batch=batch, dataset=dataset)
+        reconstruction = reconstruction_loss(counts, mean, dispersion, mask)
+        return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
+
+
+class Embedder(nn.Module):
+    """Cells as weighted sums of gene vectors, then a linear layer and a group norm."""
+
+    def __init__(self, n_genes: int, n_hidden: int, dropout_rate: float, target_sum: float | None) -> None:
+        super().__init__()
+        self.target_sum = target_sum
+        self.gene_embedding = nn.Parameter(torch.empty(n_genes, n_hidden))
+        nn.init.normal_(self.gene_embedding, std=n_hidden**-0.5)
+        self.linear = nn.Linear(n_hidden, n_hidden)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.norm = nn.GroupNorm(4, n_hidden)
+
+    def table(self, gene_index: Tensor | None) -> Tensor:
+        """Gene vectors of the data's columns ``(genes, n_hidden)``, gathered once for all chunks."""
+        table = self.gene_embedding if gene_index is None else self.gene_embedding[gene_index]
+        device = table.device.type
+        return table.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else table
+
+    def forward(self, counts: Tensor, table: Tensor) -> Tensor:
+        x = weighted_gene_sum(log_counts(counts, self.target_sum), table)  # (cells, n_hidden)
+        return self.norm(self.dropout(F.relu(self.linear(x).float())))
+
+
+class FlowformerLayer(nn.Module):
+    """Pre-norm layer: flow attention over the cells of a sentence, then a feed-forward network per cell."""
+
+    def __init__(self, n_hidden: int, n_heads: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(n_hidden)
+        self.attention = FlowAttention(n_hidden, n_heads)
+        self.norm2 = nn.LayerNorm(n_hidden)
+        self.ff = nn.Sequential(
+            nn.Linear(n_hidden, 2 * n_hidden),
+            nn.GELU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(2 * n_hidden, n_hidden),
+            nn.Dropout(dropout_rate),
+        )
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(self, hidden: list[Tensor]) -> None:
+        """Replace the chunks of ``hidden``, ``(cells, n_hidden)`` each, by the layer's output."""
+        projected = _Projections(self.attention, self.norm1, hidden)
+        sums = self.attention.reduce(projected)
+        for i, h in enumerate(hidden):
+            h = h + self.dropout(self.attention(projected.of(i, "query")[0], sums))
+            hidden[i] = h + self.ff(self.norm2(h)).float()
+
+
+class FlowSums(NamedTuple):
+    """All that the cells of a sentence know of each other, per head."""
+
+    n_cells: int
+    key: Tensor  # Σ k                        (heads, dim)
+    key_flow: Tensor  # Σ k·O                 (heads, dim)
+    weight: Tensor  # Σ exp(co)               (heads,)
+    memory: Tensor  # Σ exp(co)·k⊗v           (heads, dim, dim)
+
+
+class FlowAttention(nn.Module):
+    """Attention by flow conservation (Flowformer), linear in the number of cells, without mask or position.
+
+    With σ the logistic function, q and k after σ, ε = 1e-6 and sums over the cells of the sentence:
+    ``I = 1 / (q+ε)·(Σk+ε)``, ``O = 1 / (k+ε)·(Σq+ε)``, ``co = clip((k+ε)·(Σ qI + ε), -1, 1)``,
+    ``out = σ((q+ε)·(Σ kO + ε)) · (qI)ᵀ Σ k ⊗ v·softmax(co)·N``.
+    The clip bounds ``exp(co)``, so the softmax needs no maximum and all of it can be summed in a stream.
+    """
+
+    def __init__(self, n_hidden: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = nn.Linear(n_hidden, n_hidden)
+        self.key = nn.Linear(n_hidden, n_hidden)
+        self.value = nn.Linear(n_hidden, n_hidden)
+        self.out = nn.Linear(n_hidden, n_hidden)
+        self.dropout = nn.Dropout(0.01)  # a constant of the original, apart from dropout_rate
+
+    def project(self, x: Tensor, name: str) -> Tensor:
+        """One of ``query``, ``key``, ``value`` of normalised cells, ``(cells, heads, dim)``."""
+        y = getattr(self, name)(x).float().unflatten(-1, (self.n_heads, -1))
+        return y if name == "value" else torch.sigmoid(y)
+
+    def reduce(self, projected: _Projections) -> FlowSums:
+        """Stream three times over the sentence and collect what its cells know of each other."""
+        chunks = range(len(projected))
+        total_q, total_k = _add_up((q.sum(0), k.sum(0)) for q, k in (projected.of(i, "query", "key") for i in chunks))
+        key_flow, query_flow = _add_up(
+            ((k * _outgoing(k, total_q)).sum(0), (q * _incoming(q, total_k)).sum(0))
+            for q, k in (projected.of(i, "query", "key") for i in chunks)
+        )
+
+        def competition(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            w = _dot(k, query_flow).clamp(-1, 1).exp()  # (cells, heads, 1)
+            memory = torch.matmul((k * w).permute(1, 2, 0), v.transpose(0, 1))  # (heads, dim, dim)
+            return w.sum((0, 2)), memory
+
+        with torch.autocast(total_q.device.type, enabled=False):
+            weight, memory = _add_up(competition(*projected.of(i, "key", "value")) for i in chunks)
+        return FlowSums(projected.n_cells, total_k, key_flow, weight, memory)
+
+    def forward(self, q: Tensor, sums: FlowSums) -> Tensor:
+        """Attention output of some cells of the sentence, ``(cells, n_hidden)``, from their queries."""
+        with torch.autocast(q.device.type, enabled=False):
+            allocation = torch.sigmoid(_dot(q, sums.key_flow))  # (cells, heads, 1)
+            memory = sums.memory * (sums.n_cells / sums.weight)[:, None, None]
+            flow = torch.matmul((q * _incoming(q, sums.key)).transpose(0, 1), memory)  # (heads, cells, dim)
+            read = (flow.transpose(0, 1) * allocation).flatten(1)
+        return self.dropout(self.out(read).float())
+
+
+class _Projections:
+    """Queries, keys and values of a sentence by chunk: kept while they are small, else computed at each use."""
+
+    def __init__(self, attention: FlowAttention, norm: nn.LayerNorm, hidden: Sequence[Tensor]) -> None:
+        self.attention, self.norm, self.hidden = attention, norm, hidden
+        self.n_cells = sum(len(h) for h in hidden)
+        size = 3 * self.n_cells * hidden[0].shape[1] * 4 if hidden else 0
+        self.kept: list[dict[str, Tensor]] | None = [{} for _ in hidden] if size <= KEEP_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def of(self, i: int, *names: str) -> list[Tensor]:
+        kept = {} if self.kept is None else self.kept[i]
+        missing = [name for name in names if name not in kept]
+        if missing:
+            x = self.norm(self.hidden[i])
+            kept.update({name: self.attention.project(x, name) for name in missing})
+        return [kept[name] for name in names]
+
+
+def _dot(x: Tensor, total: Tensor) -> Tensor:
+    """Product of each cell with a sum over cells, ``(cells, heads, 1)``; ε also on the sum, as in the original."""
+    return torch.einsum("nhd,hd->nh", x + FLOW_EPS, total + FLOW_EPS).unsqueeze(-1)
+
+
+def _incoming(q: Tensor, total_k: Tensor) -> Tensor:
+    return 1.0 / _dot(q, total_k)
+
+
+def _outgoing(k: Tensor, total_q: Tensor) -> Tensor:
+    return 1.0 / _dot(k, total_q)
+
+
+def _add_up(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum pairs of tensors over chunks; in float64 where there is more than one, so that cutting costs no digits."""
+    parts = iter(parts)
+    first, second = next(parts)
+    dtype = first.dtype
+    wide = torch.float32 if first.device.type == "mps" else torch.float64
+    for a, b in parts:
+        first, second = first.to(wide) + a, second.to(wide) + b
+    return first.to(dtype), second.to(dtype)
+
+
+class VAELatent(nn.Module):
+    """Gaussian latent; its embedding is the mean."""
+
+    FREE_NATS = 1.0  # a weighted KL below this is dropped
+
+    def __init__(self, n_hidden: int, n_latent: int) -> None:
+        super().__init__()
+        self.mu = nn.Linear(n_hidden, n_latent)
+        self.log_var = nn.Linear(n_hidden, n_latent)
+
+    def draw_noise(self, n_cells: int) -> None:
+        """The mean needs none."""
+
+    def mean(self, h: Tensor, *, mixture: Mixture = "expected", noise: Tensor | None = None) -> Tensor:
+        """Embedding ``(cells, n_latent)``."""
+        return self.mu(h)
+
+    def sample(self, h: Tensor, *, kl_weight: float) -> tuple[Tensor, Tensor]:
+        """Reparametrised draw ``(cells, n_latent)`` and weighted KL to the standard normal, 0 below FREE_NATS."""
+        mu = self.mu(h)
+        var = self.log_var(h).clamp(-5, 5).exp() + 1e-4
+        z = mu + var.sqrt() * torch.randn_like(mu)
+        kl = 0.5 * (mu**2 + var - 1 - var.log()).sum(-1).mean() * kl_weight
+        return z, torch.where(kl < self.FREE_NATS, torch.zeros_like(kl), kl)
+
+
+class GMVAELatent(nn.Module):
+    """Mixture-of-Gaussians latent.
+
+    The embedding is the posterior mean: ``"expected"`` averages the component means over q(y|x), ``"argmax"``
+    takes the most likely component; both are deterministic. ``"sampled"`` draws the component, as the original
+    does even at inference, from the global random state.
+    """
+
+    FREE_NATS = 5.0
+    WEIGHT = 5.0  # of both loss terms
+
+    def __init__(self, n_hidden: int, n_latent: int, n_clusters: int) -> None:
+        super().__init__()
+        self.n_clusters = n_clusters
+        self.logits = nn.Linear(n_hidden, n_clusters)
+        self.joint = nn.Linear(n_hidden + n_clusters, GMVAE_HIDDEN)
+        self.mu = nn.Linear(GMVAE_HIDDEN, n_latent)
+        self.var = nn.Linear(GMVAE_HIDDEN, n_latent)
+        self.prior_mu = nn.Linear(n_clusters, n_latent)
+        self.prior_var = nn.Linear(n_clusters, n_latent)
+
+    def draw_noise(self, n_cells: int) -> Tensor:
+        """Gumbel noise of a whole sentence ``(cells, n_clusters)``, drawn at once so that chunks do not matter."""
+        uniform = torch.rand(n_cells, self.n_clusters, device=self.logits.weight.device)
+        return -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
+
+    def mean(self, h: Tensor, *, mixture: Mixture = "expected", noise: Tensor | None = None) -> Tensor:
+        """Embedding ``(cells, n_latent)``."""
+        logits = self.logits(h).float()
+        if mixture == "expected":
+            by_cluster = F.relu(self._joint_parts(h))  # (cells, clusters, hidden)
+            return self.mu(torch.einsum("nk,nkd->nd", logits.softmax(-1), by_cluster))
+        scores = logits if noise is None else logits + noise
+        return self.mean_given(h, F.one_hot(scores.argmax(-1), self.n_clusters).to(h.dtype))
+
+    def mean_given(self, h: Tensor, y: Tensor) -> Tensor:
+        """Posterior mean ``(cells, n_latent)`` given cluster weights ``y`` ``(cells, n_clusters)``."""
+        return self.mu(F.relu(self.joint(torch.cat([h, y], -1))))
+
+    def _joint_parts(self, h: Tensor) -> Tensor:
+        """``joint([h, e_k])`` for all clusters k at once, ``(cells, clusters, hidden)``."""
+        of_h, of_y = self.joint.weight.split([h.shape[1], self.n_clusters], dim=1)
+        return F.linear(h, of_h, self.joint.bias)[:, None, :] + of_y.T
+
+    def sample(self, h: Tensor, *, kl_weight: float) -> tuple[Tensor, Tensor]:
+        """Reparametrised draw ``(cells, n_latent)`` and latent loss.
+
+        The loss is ``5·max(5, E[log q(z|x,y) - log p(z|y)]) + 5·max(5, ln K - H(q(y|x)))``. With K = 16 the second
+        term cannot exceed ln 16 < 5: it is a constant, as in the original. ``kl_weight`` is not read.
+        """
+        logits = self.logits(h)
+        y = (logits + self.draw_noise(len(h))).softmax(-1)
+        t = F.relu(self.joint(torch.cat([h, y], -1)))
+        mu, var = self.mu(t), F.softplus(self.var(t))
+        z = mu + torch.randn_like(mu) * (var + 1e-10).sqrt()
+        log_ratio = _log_normal(z, mu, var) - _log_normal(z, self.prior_mu(y), F.softplus(self.prior_var(y)))
+        log_prob = logits.log_softmax(-1)
+        negative_entropy = (log_prob.exp() * log_prob).sum(-1).mean() + math.log(self.n_clusters)
+        loss = log_ratio.mean().clamp(min=self.FREE_NATS) + negative_entropy.clamp(min=self.FREE_NATS)
+        return z, self.WEIGHT * loss
+
+
+def _log_normal(z: Tensor, mu: Tensor, var: Tensor) -> Tensor:
+    var = var + 1e-8
+    return -0.5 * (math.log(2 * math.pi) + var.log() + (z - mu) ** 2 / var).sum(-1)
+
+
+class NBDecoder(nn.Module):
+    """Latent and covariates to the mean and dispersion of a negative binomial per gene."""
+
+    def __init__(
+        self, n_genes: int, n_hidden: int, n_latent: int, dropout_rate: float, n_batches: int, n_datasets: int
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Linear(n_latent, n_hidden), nn.PReLU(), nn.Dropout(dropout_rate), nn.GroupNorm(4, n_hidden)
+        )
+        self.batch = Covariate(n_batches, n_hidden) if n_batches else None
+        self.dataset = Covariate(n_datasets, n_hidden) if n_datasets else None
+        self.rank = nn.Linear(n_hidden, DECODER_RANK)
+        self.log_mean = nn.Linear(DECODER_RANK, n_genes)
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
+
+    def forward(self, z: Tensor, *, batch: Tensor | None, dataset: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self.hidden(z)
+        for covariate, code in ((self.batch, batch), (self.dataset, dataset)):
+            if covariate is not None:
+                x = x + covariate(code)
+        mean = self.log_mean(F.relu(self.rank(x))).exp().clamp(1e-5, 1e6)
+        return mean, self.log_dispersion.exp().clamp(1e-4, 1e4)
+
+
+class Covariate(nn.Module):
+    """One learned vector per category; without a code, the sum over all of them (the norm makes it the mean)."""
+
+    def __init__(self, n_categories: int, n_hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_categories, n_hidden)
+        self.activation = nn.PReLU()
+        self.norm = nn.GroupNorm(4, n_hidden)
+
+    def forward(self, code: Tensor | None) -> Tensor:
+        x = self.embedding.weight.detach().sum(0, keepdim=True) if code is None else self.embedding(code)
+        return self.norm(self.activation(x))
+
+
+def negative_binomial_nll(x: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
+    """Negative log-likelihood of counts, element by element: mean ``mean``, variance ``mean + mean²/dispersion``."""
+    theta = dispersion + NB_EPS
+    return (
+        torch.lgamma(theta)
+        + torch.lgamma(x + 1)
+        - torch.lgamma(x + theta)
+        + (dispersion + x) * torch.log1p(mean / theta)
+        + x * (theta.log() - (mean + NB_EPS).log())
+    )
+
+
+def reconstruction_loss(counts: Tensor, mean: Tensor, dispersion: Tensor, mask: Tensor, denoise: bool = True) -> Tensor:
+    """Mean over masked cells of the NB loss over all genes plus, if ``denoise``, over the hidden ones.
+
+    Each term scales the decoder's mean to the cell's own total over the genes it looks at. Cells without a hidden
+    gene do not count.
+    """
+    rows = mask.any(1)
+    counts, mean, mask = counts[rows], mean[rows], mask[rows]
+    loss = negative_binomial_nll(counts, _scaled(mean, counts), dispersion).sum(1)
+    if denoise:
+        hidden_mean = _scaled(mean * mask, counts * mask)
+        loss = loss + (negative_binomial_nll(counts, hidden_mean, dispersion) * mask).sum(1)
+    return loss.mean()
+
+
+def _scaled(mean: Tensor, counts: Tensor) -> Tensor:
+    return mean * (counts.sum(1, keepdim=True) / mean.sum(1, keepdim=True))
