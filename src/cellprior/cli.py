@@ -1,0 +1,114 @@
+"""Command line: ``cellprior list | card | download | embed | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 1 with a message on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.stderr.write(f"cellprior {args.command}: {message}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from importlib.metadata import version
+
+    parser = argparse.ArgumentParser(prog="cellprior", description="Pretrained single-cell models for scverse.")
+    parser.add_argument("--version", action="version", version=version("cellprior"))
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("list", help="list the weights and gene tables that can be had")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("card", help="print what is known of some weights")
+    command.add_argument("name", help="registry name")
+    command.set_defaults(run=_card)
+
+    command = commands.add_parser("download", help="download weights or a gene table into the cache")
+    command.add_argument("name", nargs="+", help="registry name")
+    command.set_defaults(run=_download)
+
+    command = commands.add_parser("embed", help="embed the cells of an h5ad file")
+    command.add_argument("input", type=Path, help="h5ad file with raw counts")
+    command.add_argument("output", type=Path, help="h5ad file to write")
+    command.add_argument("--weights", required=True, help="registry name, bundle folder or official checkpoint file")
+    command.add_argument("--layer", help="layer with raw counts (default: X)")
+    command.add_argument("--gene-key", help="column of var with gene names (default: found by itself)")
+    command.add_argument("--batch-key", help="column of obs with the batch of each cell")
+    command.add_argument("--key-added", help="key in obsm (default: the model's, such as X_cellplm)")
+    command.add_argument("--batch-size", type=int, help="cells in memory at a time; never changes the result")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    command.set_defaults(run=_embed)
+
+    command = commands.add_parser("demo", help="embed 700 blood cells, draw them, and compare with PCA")
+    command.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: the current one)")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> None:
+    from cellprior import weights
+
+    sys.stdout.write(weights.available().to_string() + "\n")
+
+
+def _card(args: argparse.Namespace) -> None:
+    from cellprior import weights
+
+    sys.stdout.write(f"{weights.card(args.name)}\n")
+
+
+def _download(args: argparse.Namespace) -> None:
+    from cellprior import weights
+
+    for name in args.name:
+        sys.stdout.write(f"{name}: {weights.fetch(name)}\n")
+
+
+def _embed(args: argparse.Namespace) -> None:
+    import anndata as ad
+
+    from cellprior import tl
+
+    if not args.output.parent.is_dir():
+        msg = f"there is no folder {args.output.parent} to write {args.output.name} into."
+        raise ValueError(msg)
+    adata = ad.read_h5ad(args.input)
+    tl.embed(
+        adata,
+        args.weights,
+        layer=args.layer,
+        gene_key=args.gene_key,
+        batch_key=args.batch_key,
+        key_added=args.key_added,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+    partial = args.output.with_name(args.output.name + ".part")
+    try:
+        adata.write_h5ad(partial)
+        partial.replace(args.output)
+    finally:
+        partial.unlink(missing_ok=True)
+    key, record = next(reversed(adata.uns["cellprior"].items()))
+    sys.stdout.write(
+        f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}, "
+        f"{record['counts_share']:.1%} of the counts used\n"
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from cellprior._demo import demo
+
+    sys.stdout.write(demo(args.out).to_string(float_format="{:.3f}".format) + "\n")
+    sys.stdout.write(f"Written: {args.out / 'cellprior_demo.png'}, {args.out / 'cellprior_demo.h5ad'}\n")

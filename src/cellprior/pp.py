@@ -1,0 +1,124 @@
+"""Preparing data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from anndata import Raw
+
+__all__ = ["recover_counts"]
+
+MAX_DECIMALS = 5  # values rounded to more are treated as unrounded
+
+
+def recover_counts(adata: AnnData | Raw, *, layer: str | None = None, base: float | None = None) -> sp.csr_matrix:
+    r"""Turn log-normalised values back into the counts they came from, exactly or not at all.
+
+    Normalising multiplies the counts :math:`k` of a cell by one factor :math:`u`, so that the values are
+    :math:`\log(1 + k u)` and the smallest of them, as a rule, that of a single count. The function takes this factor from
+    the smallest value, refines it on all values of the cell, rounds, and checks that every value is reproduced to
+    the precision with which it was stored and that no other integer would do as well.
+
+    Parameters
+    ----------
+    adata
+        AnnData, or ``adata.raw``.
+    layer
+        Layer with the values; ``None`` for ``X``.
+    base
+        Base of the logarithm; by default that noted by :func:`scanpy.pp.log1p`, else e.
+
+    Returns
+    -------
+    Counts ``(cells, genes)``, float32.
+
+    Raises
+    ------
+    ValueError
+        If the values are negative (scaled), not finite, counts already, or not integers times a factor per cell.
+
+    Examples
+    --------
+    >>> adata.layers["counts"] = cp.pp.recover_counts(adata)
+    >>> adata = adata.raw.to_adata()  # where X is scaled and raw is log-normalised
+    >>> adata.layers["counts"] = cp.pp.recover_counts(adata)
+    """
+    values: Any = adata.X if layer is None else adata.layers[layer]
+    if hasattr(values, "compute"):
+        values = values.compute()
+    elif hasattr(values, "to_memory"):
+        values = values.to_memory()
+    log = sp.csr_matrix(values[:] if not sp.issparse(values) else values, dtype=np.float64, copy=True)
+    log.sum_duplicates()
+    log.eliminate_zeros()
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    _check_logarithms(log, where)
+    if log.nnz == 0:
+        return log.astype(np.float32)
+    precision = _stored_precision(log.data, np.dtype(values.dtype))
+    if base is None:
+        base = getattr(adata, "uns", {}).get("log1p", {}).get("base")
+    scale = 1.0 if base is None else np.log(base)
+    counts, bad = _integers(log.data * scale, log.indptr, precision * scale)
+    if bad.any():
+        at = int(np.argmax(bad))
+        cell = adata.obs_names[np.searchsorted(log.indptr, at, side="right") - 1]
+        gene = adata.var_names[log.indices[at]]
+        n_cells = len(np.unique(np.searchsorted(log.indptr, np.flatnonzero(bad), side="right")))
+        msg = (
+            f"{where} is not log(1 + counts x factor) with one factor per cell: {n_cells} of {log.shape[0]} cells do not "
+            f"come out as integers, the first at cell {cell!r}, gene {gene!r} ({log.data[at]:g}). Values that were corrected, "
+            "imputed or normalised per gene cannot be turned back; go to the file with the raw counts."
+        )
+        raise ValueError(msg)
+    log.data = counts
+    return log.astype(np.float32)
+
+
+def _check_logarithms(log: sp.csr_matrix, where: str) -> None:
+    """Refuse what cannot be the logarithm of normalised counts."""
+    if not np.isfinite(log.data).all():
+        msg = f"{where} holds values that are not finite; remove them first."
+        raise ValueError(msg)
+    if (log.data < 0).any():
+        msg = (
+            f"{where} holds negative values: it is scaled, which cannot be undone. If adata.raw holds the "
+            "log-normalised values, use recover_counts(adata.raw)."
+        )
+        raise ValueError(msg)
+    if log.nnz and (log.data == np.rint(log.data)).all():
+        msg = f"{where} holds integers: these are counts already."
+        raise ValueError(msg)
+
+
+def _stored_precision(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Largest error of each stored logarithm: half a unit of its last decimal if rounded, else some float rounding."""
+    for decimals in range(1, MAX_DECIMALS + 1):
+        shifted = values * 10.0**decimals
+        # a float32 is off by up to 2**-24 of itself
+        if (np.abs(shifted - np.rint(shifted)) <= shifted * 1.2e-7 + 1e-9).all():
+            return np.full_like(values, 0.51 * 10.0**-decimals)
+    eps = max(np.finfo(dtype).eps if dtype.kind == "f" else 0.0, np.finfo(np.float32).eps)
+    return 4 * eps * (1 + values)
+
+
+def _integers(log: np.ndarray, indptr: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts behind natural logarithms by row, and which of them are not established."""
+    n = np.diff(indptr)
+    starts, row = indptr[:-1][n > 0], np.repeat(np.arange((n > 0).sum()), n[n > 0])
+    normalised = np.expm1(log)
+    unit = np.minimum.reduceat(normalised, starts)
+    for _ in range(3):
+        counts = np.maximum(np.rint(normalised / unit[row]), 1.0)
+        # least squares of log = log(1 + counts * unit) around the present unit
+        slope = counts / (1 + counts * unit[row])
+        residual = log - np.log1p(counts * unit[row])
+        unit = unit + np.add.reduceat(slope * residual, starts) / np.add.reduceat(slope**2, starts)
+    error = np.abs(np.log1p(counts * unit[row]) - log)
+    spacing = np.log1p((counts + 1) * unit[row]) - np.log1p(counts * unit[row])
+    return counts, (error > 2 * precision) | (spacing < 4 * precision)
