@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from cellprior.model import CellPLM
-from cellprior.model.cellplm._checkpoint import network, read_official, rename
+from cellprior.model.cellplm._checkpoint import network, rename
 from cellprior.model.cellplm._module import (
     CellPLMModule,
     GMVAELatent,
     VAELatent,
-    negative_binomial_nll,
     reconstruction_loss,
 )
 
@@ -175,13 +174,24 @@ def test_against_cellplm_reconstruction_loss(terms, denoise, name):
     assert loss.item() == pytest.approx(json.loads(str(terms["values"]))[name], rel=1e-5)
 
 
-def test_negative_binomial_is_that_of_scipy():
+def test_reconstruction_loss_is_the_negative_binomial_of_scipy():
     from scipy.stats import nbinom
 
     rng = np.random.default_rng(0)
-    x, mean, dispersion = rng.poisson(3, 50), rng.gamma(2, 2, 50), rng.gamma(2, 1, 50)
-    ours = negative_binomial_nll(*(torch.tensor(a, dtype=torch.float64) for a in (x, mean, dispersion)))
-    np.testing.assert_allclose(ours, -nbinom.logpmf(x, dispersion, dispersion / (dispersion + mean)), rtol=1e-6)
+    x, mean, dispersion = rng.poisson(1, (5, 40)), rng.gamma(2, 2, (5, 40)), rng.gamma(2, 1, 40)
+    mask = rng.random((5, 40)) < 0.3
+    mask[3] = False  # context only
+
+    def loss(keep: np.ndarray) -> float:
+        total = 0.0
+        for i in (0, 1, 2, 4):
+            scaled = mean[i] * x[i, keep[i]].sum() / mean[i, keep[i]].sum()
+            total -= nbinom.logpmf(x[i], dispersion, dispersion / (dispersion + scaled))[keep[i]].sum()
+        return total / 4
+
+    tensors = (torch.tensor(a, dtype=torch.float64) for a in (x, mean, dispersion))
+    ours = reconstruction_loss(*tensors, torch.tensor(mask))
+    assert ours.item() == pytest.approx(loss(np.ones_like(mask)) + loss(mask), rel=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
@@ -255,7 +265,8 @@ def test_against_cellplm_with_the_shapes_of_the_released_models(golden, mirror, 
         for mixture, name in expected.items() if latent == "gmvae" else [("expected", "embedding")]:
             chunks = module.encode_chunks(counts.split(5), gene_index=gene_index, mixture=mixture)
             np.testing.assert_allclose(torch.cat(list(chunks)), outputs[name], **TOLERANCE)
-        mean, dispersion = module.decode(torch.from_numpy(outputs["embedding" if latent == "vae" else "gmvae_mean_argmax"]))
+        z = torch.from_numpy(outputs["embedding" if latent == "vae" else "gmvae_mean_argmax"])
+        mean, dispersion = module.decode(z)
     columns = outputs["dec_gene_index"]
     np.testing.assert_allclose(mean[:, columns], outputs["dec_mean_no_cov"], rtol=1e-5)
     np.testing.assert_allclose(dispersion[columns], outputs["dec_disp"], rtol=1e-5)

@@ -19,10 +19,12 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.data.fields import CategoricalObsField, LabelsWithUnlabeledObsField
 from scvi.model.base import BaseModelClass
+from scvi.train import TrainRunner
 from torch import Tensor
 
 from cellprior import genes as gene_matching
-from cellprior.model._data import CountsField, CountsManager, VocabularyLoader
+from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, VocabularySplitter
+from cellprior.model._training import GeneMeans, TrainingPlan, warn_above_floor
 from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256, write_bundle
 
 logger = logging.getLogger(__name__)
@@ -174,6 +176,7 @@ class PretrainedModel(BaseModelClass):
         model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
         load_strictly(model.module, bundle.state_dict, str(weights))
         model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
+        model.training_state_ = bundle.config.get("training_state", {})
         model.is_trained_ = True
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,10 +205,92 @@ class PretrainedModel(BaseModelClass):
         msg = f"{path} is not a {cls.__name__} bundle: a folder with config.json and model.safetensors is needed."
         raise WeightsError(msg)
 
-    def train(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: this version loads pretrained weights and embeds with them."""
-        msg = f"{type(self).__name__} cannot be trained in this version; load weights with from_pretrained()."
-        raise NotImplementedError(msg)
+    def train(
+        self,
+        max_epochs: int = 100,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 512,
+        early_stopping: bool = False,
+        plan_kwargs: dict[str, Any] | None = None,
+        datasplitter_kwargs: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train on the attached data with the model's self-supervised objective, from where the weights are.
+
+        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and the ``floor`` of each: what a
+        predictor that knows only each gene's mean reaches on the same cells. A warning says if the model ends above it.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells.
+        accelerator, devices
+            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        train_size, validation_size, shuffle_set_split
+            Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on.
+        batch_size
+            Cells of a minibatch, within one category of ``batch_key``.
+        early_stopping
+            Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
+        plan_kwargs
+            ``lr``, ``weight_decay``, ``warmup``, and arguments of the objective, see
+            :class:`~cellprior.model._training.TrainingPlan`.
+        datasplitter_kwargs
+            To :class:`~scvi.dataloaders.DataSplitter`.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says otherwise.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data.
+        """
+        if self.adata is None or self.gene_match is None:
+            msg = "The model was loaded without data; load it with the data to train on."
+            raise ValueError(msg)
+        splitter = VocabularySplitter(
+            self.adata_manager,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            column=self.gene_match.index,
+            n_columns=len(self.genes),
+            by_batch=True,
+            dense=True,
+            **(datasplitter_kwargs or {}),
+        )
+        splitter.setup()
+        plan = TrainingPlan(self.module, GeneMeans.fit(splitter.train_dataloader()), **(plan_kwargs or {}))
+        defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
+        if splitter.n_val:
+            defaults["check_val_every_n_epoch"] = 1
+        runner = TrainRunner(
+            self,
+            training_plan=plan,
+            data_splitter=splitter,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            early_stopping=early_stopping,
+            **{**defaults, **trainer_kwargs},
+        )
+        self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
+        runner()
+        warn_above_floor(self.history)
+
+    @property
+    def training_state_(self) -> dict[str, Any]:
+        """What training needs besides the tensors to go on where it stopped; saved with the model."""
+        return {}
+
+    @training_state_.setter
+    def training_state_(self, state: dict[str, Any]) -> None:
+        pass
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False
@@ -227,7 +312,11 @@ class PretrainedModel(BaseModelClass):
         write_bundle(
             folder,
             state_dict=self.module.state_dict(),
-            config={"model": type(self).__name__, "network": self._network()},
+            config={
+                "model": type(self).__name__,
+                "network": self._network(),
+                "training_state": self.training_state_,
+            },
             genes=self.genes,
             card=card,
             overwrite=overwrite,

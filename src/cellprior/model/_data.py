@@ -8,7 +8,7 @@ puts each minibatch into vocabulary order: no copy of the data's matrix is made.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from scvi import REGISTRY_KEYS
+from scvi import settings as scvi_settings
 from scvi.data import AnnDataManager
 from scvi.data.fields import LayerField
-from scvi.dataloaders import AnnDataLoader
+from scvi.dataloaders import DataSplitter
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 N_CHECKED = 256  # cells whose counts are looked at before anything long begins; the others follow as they are read
 
@@ -167,17 +168,21 @@ class ToVocabulary:
         Target column of each gene of the data, -1 for none ``(n_vars,)``.
     n_columns
         Number of target columns.
+    dense
+        Give counts as a dense tensor.
     """
 
     column: np.ndarray
     n_columns: int
+    dense: bool = False
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Tensors; the counts as sparse CSR ``(cells, n_columns)``."""
-        return {
-            key: csr_tensor(select_columns(x, self.column, self.n_columns)) if sp.issparse(x) else torch.as_tensor(x)
-            for key, x in batch.items()
-        }
+        """Tensors; the counts ``(cells, n_columns)`` as sparse CSR, or dense."""
+        return {key: self._counts(x) if sp.issparse(x) else torch.as_tensor(x) for key, x in batch.items()}
+
+    def _counts(self, x: sp.csr_matrix) -> Tensor:
+        x = select_columns(x, self.column, self.n_columns)
+        return torch.from_numpy(x.toarray()) if self.dense else csr_tensor(x)
 
 
 def select_columns(x: sp.csr_matrix, column: np.ndarray, n_columns: int) -> sp.csr_matrix:
@@ -199,8 +204,95 @@ def csr_tensor(x: sp.csr_matrix) -> Tensor:
         return torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=False)
 
 
-class VocabularyLoader(AnnDataLoader):
-    """scvi-tools' loader with each minibatch in vocabulary order, see :class:`ToVocabulary`."""
+class SentenceSampler(Sampler[list[int]]):
+    """Rows in minibatches; with a group per row, no minibatch crosses groups.
 
-    def __init__(self, adata_manager: AnnDataManager, *, column: np.ndarray, n_columns: int, **kwargs: Any) -> None:
-        super().__init__(adata_manager, collate_fn=ToVocabulary(column, n_columns), **kwargs)
+    Shuffled, every pass cuts the groups anew, into pieces of nearly equal size and in random order.
+    """
+
+    def __init__(self, rows: np.ndarray, group: np.ndarray | None, batch_size: int, shuffle: bool) -> None:
+        codes = np.zeros(len(rows), dtype=np.int64) if group is None else group
+        self.groups = [rows[codes == code] for code in np.unique(codes)]
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // self.batch_size) for rows in self.groups)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.shuffle:
+            for rows in self.groups:
+                for start in range(0, len(rows), self.batch_size):
+                    yield rows[start : start + self.batch_size].tolist()
+            return
+        rng = np.random.default_rng(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
+        pieces = [
+            piece
+            for rows in self.groups
+            for piece in np.array_split(rng.permutation(rows), -(-len(rows) // self.batch_size))
+        ]
+        for i in rng.permutation(len(pieces)):
+            yield pieces[i].tolist()
+
+
+class VocabularyLoader(DataLoader):
+    """Minibatches of an AnnData as tensors, the counts in vocabulary order; see :class:`ToVocabulary`.
+
+    Parameters
+    ----------
+    adata_manager
+        Manager of the data.
+    column, n_columns
+        Where each gene goes, see :class:`ToVocabulary`.
+    indices
+        Rows to load.
+    batch_size
+        Rows of a minibatch.
+    shuffle
+        Draw new minibatches at each pass.
+    by_batch
+        Keep each minibatch within one category of ``batch_key``.
+    data_and_attributes
+        Fields to load; all by default.
+    dense
+        Give counts as a dense tensor.
+    """
+
+    def __init__(
+        self,
+        adata_manager: AnnDataManager,
+        *,
+        column: np.ndarray,
+        n_columns: int,
+        indices: np.ndarray,
+        batch_size: int,
+        shuffle: bool = False,
+        by_batch: bool = False,
+        data_and_attributes: list[str] | None = None,
+        dense: bool = False,
+        pin_memory: bool = False,
+        **scvi_kwargs: Any,  # drop_last, load_sparse_tensor, distributed_sampler: of scvi-tools' own loader
+    ) -> None:
+        rows = np.asarray(indices)
+        batch = None
+        if by_batch and REGISTRY_KEYS.BATCH_KEY in adata_manager.data_registry:
+            batch = adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
+        super().__init__(
+            adata_manager.create_torch_dataset(data_and_attributes=data_and_attributes),
+            sampler=SentenceSampler(rows, batch, batch_size, shuffle),
+            batch_size=None,  # the sampler makes the minibatches, one read of the matrix each
+            collate_fn=ToVocabulary(column, n_columns, dense),
+            pin_memory=pin_memory,
+            num_workers=scvi_settings.dl_num_workers,
+            persistent_workers=scvi_settings.dl_persistent_workers,
+        )
+
+
+class VocabularySplitter(DataSplitter):
+    """scvi-tools' split into training, validation and test cells, with our loader."""
+
+    data_loader_cls = VocabularyLoader
+
+
+# scvi-tools asks for this name before it refuses early stopping without validation cells
+VocabularySplitter.__name__ = "DataSplitter"

@@ -37,11 +37,11 @@ def sample_mask(
 ) -> np.ndarray:
     """Draw what pretraining hides ``(n_cells, n_genes)``, True = hidden.
 
-    A share ``cell_rate`` of the cells is masked. Each of them hides a gene, expressed or not, with a probability of
+    A share ``cell_rate`` of the cells, at least one, is masked. Each of them hides a gene, expressed or not, with a probability of
     its own from Beta(5, 4 / gene_rate - 3), whose mode is ``gene_rate``, at most 0.9.
     """
     mask = np.zeros((n_cells, n_genes), dtype=bool)
-    cells = rng.permutation(n_cells)[: int(cell_rate * n_cells)]
+    cells = rng.permutation(n_cells)[: max(int(cell_rate * n_cells), 1)]
     rate = np.minimum(rng.beta(5.0, 4.0 / gene_rate + 2.0 - 5.0, size=len(cells)), 0.9)
     mask[cells] = rng.random((len(cells), n_genes), dtype=np.float32) < rate[:, None]
     return mask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import cache
-
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+
+# Density of a chunk from which making it dense beats the sparse product, by type of the gene vectors. Measured with
+# benchmarks/cellplm_gene_sum.py on an x86 CPU. Constants, not timings at run time: those go wrong on a busy machine,
+# and the two products round differently, so that the same call would not give the same bits twice.
+BREAK_EVEN_DENSITY = {torch.float32: 0.04, torch.bfloat16: 0.013}
 
 
 def log_counts(counts: Tensor, target_sum: float | None) -> Tensor:
@@ -29,13 +30,12 @@ def log_counts(counts: Tensor, target_sum: float | None) -> Tensor:
 def weighted_gene_sum(x: Tensor, table: Tensor) -> Tensor:
     """``x @ table`` for cells ``(cells, genes)`` and gene vectors ``(genes, n_hidden)``.
 
-    A sparse chunk goes through the sparse product or is made dense first, whichever a measurement on this machine
-    says is faster at the chunk's density.
+    A sparse chunk goes through the sparse product or is made dense first, whichever is faster at its density.
     """
     if x.layout is torch.strided:
         return x.to(table.dtype) @ table
     density = x.values().numel() / max(x.shape[0] * x.shape[1], 1)
-    if density < break_even_density(table.device, table.dtype):
+    if density < BREAK_EVEN_DENSITY[table.dtype]:
         return _sparse_product(x, table)
     return to_dense(x).to(table.dtype) @ table
 
@@ -57,31 +57,3 @@ def to_dense(x: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """Row of each stored value of a CSR tensor."""
     return torch.repeat_interleave(torch.arange(len(x), device=x.device), x.crow_indices().diff())
-
-
-@cache
-def break_even_density(device: torch.device, dtype: torch.dtype) -> float:
-    """Density above which making a chunk dense beats the sparse product, measured once per device and type.
-
-    The shape is that of a chunk of an 85-million-parameter CellPLM, cut to an eighth of the genes.
-    """
-    n_cells, n_genes, n_hidden, density = 256, 2048, 1024, 0.05
-    generator = torch.Generator().manual_seed(0)
-    dense = (torch.rand(n_cells, n_genes, generator=generator) < density).float()
-    x = dense.to_sparse_csr().to(device)
-    table = torch.rand(n_genes, n_hidden, generator=generator).to(device, dtype)
-    sparse = _seconds(lambda: _sparse_product(x, table), device)
-    through_dense = _seconds(lambda: to_dense(x).to(dtype) @ table, device)
-    return density * through_dense / sparse  # the sparse product costs in proportion to the density
-
-
-def _seconds(product: Callable[[], Tensor], device: torch.device) -> float:
-    """Best of three runs after a first one."""
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        product()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -128,6 +128,15 @@ class CellPLM(PretrainedModel):
             raise ValueError(msg)
         return self._embed(adata, indices, batch_size, precision, mixture=mixture)
 
+    @property
+    def training_state_(self) -> dict[str, Any]:
+        """How far the KL term of a VAE has been warmed up."""
+        return {"kl_weight": self.module.kl_weight}
+
+    @training_state_.setter
+    def training_state_(self, state: dict[str, Any]) -> None:
+        self.module.kl_weight = state.get("kl_weight", 1.0)  # released weights are past the warm-up
+
     def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
         if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
             return sentences(rows, None)

@@ -12,15 +12,20 @@ Wu et al., Flowformer: Linearizing Transformers with Conservation Flows, ICML 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from cellprior.model.cellplm._inputs import sample_mask
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
+
+if TYPE_CHECKING:
+    from cellprior.model._training import GeneMeans
 
 FLOW_EPS = 1e-6
 NB_EPS = 1e-10
@@ -83,6 +88,7 @@ class CellPLMModule(BaseModuleClass):
             msg = f'latent={latent!r} is not known; choose "vae" or "gmvae".'
             raise ValueError(msg)
         self.n_latent = n_latent
+        self.kl_weight = 0.0  # rises in training; saved beside the tensors
         self.embedder = Embedder(n_genes, n_hidden, dropout_rate, target_sum)
         self.encoder = nn.ModuleList(FlowformerLayer(n_hidden, n_heads, dropout_rate) for _ in range(n_layers))
         self.pre_latent_norm = nn.LayerNorm(n_hidden)
@@ -181,6 +187,50 @@ class CellPLMModule(BaseModuleClass):
         return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
 
 
+    def training_losses(
+        self,
+        batch: Mapping[str, Tensor],
+        *,
+        floor: GeneMeans,
+        rng_seed: int,
+        cell_rate: float = 0.75,
+        gene_rate: float = 0.25,
+        drop_rate: float = 0.3,
+        kl_warmup_steps: int = 10_000,
+    ) -> dict[str, Tensor]:
+        """Losses of one sentence of a training run, as the original pretrains.
+
+        Parameters
+        ----------
+        batch
+            ``X``, raw counts over the vocabulary ``(cells, n_genes)``.
+        floor
+            Predictor whose loss on the same cells and masks is given as ``floor``.
+        rng_seed
+            Of the mask and of the cells that are dropped.
+        cell_rate, gene_rate
+            Of the mask, see :func:`~cellprior.model.cellplm._inputs.sample_mask`.
+        drop_rate
+            Share of the cells that are left out of the sentence in training.
+        kl_warmup_steps
+            Training steps over which the weight of a VAE's KL rises from 0 to 1.
+        """
+        counts = batch["X"]
+        rng = np.random.default_rng(rng_seed)
+        if self.training:
+            n_kept = max(int((1 - drop_rate) * len(counts)), 1)
+            counts = counts[torch.from_numpy(rng.permutation(len(counts))[:n_kept]).to(counts.device)]
+        hidden = sample_mask(*counts.shape, rng=rng, cell_rate=cell_rate, gene_rate=gene_rate)
+        mask = torch.from_numpy(hidden).to(counts.device)
+        losses = self.pretraining_loss(counts, mask, kl_weight=self.kl_weight)
+        if self.training:
+            self.kl_weight = min(self.kl_weight + 1 / kl_warmup_steps, 1.0)
+        with torch.no_grad():
+            mean = floor.share.expand_as(counts)
+            losses["floor"] = reconstruction_loss(counts, mean, floor.dispersion, mask)
+        return losses
+
+
 class Embedder(nn.Module):
     """Cells as weighted sums of gene vectors, then a linear layer and a group norm."""
 
@@ -231,7 +281,7 @@ class FlowformerLayer(nn.Module):
 
 
 class FlowSums(NamedTuple):
-    """All that the cells of a sentence know of each other, per head."""
+    """All that the cells of a sentence know of each other."""
 
     n_cells: int
     key: Tensor  # Σ k                        (heads, dim)
@@ -243,8 +293,8 @@ class FlowSums(NamedTuple):
 class FlowAttention(nn.Module):
     """Attention by flow conservation (Flowformer), linear in the number of cells, without mask or position.
 
-    With σ the logistic function, q and k after σ, ε = 1e-6 and sums over the cells of the sentence:
-    ``I = 1 / (q+ε)·(Σk+ε)``, ``O = 1 / (k+ε)·(Σq+ε)``, ``co = clip((k+ε)·(Σ qI + ε), -1, 1)``,
+    With σ the logistic function, q and k after σ, ε = 1e-6, sums over the cells of the sentence, and all of it per
+    head: ``I = 1 / (q+ε)·(Σk+ε)``, ``O = 1 / (k+ε)·(Σq+ε)``, ``co = clip((k+ε)·(Σ qI + ε), -1, 1)``,
     ``out = σ((q+ε)·(Σ kO + ε)) · (qI)ᵀ Σ k ⊗ v·softmax(co)·N``.
     The clip bounds ``exp(co)``, so the softmax needs no maximum and all of it can be summed in a stream.
     """
@@ -259,35 +309,39 @@ class FlowAttention(nn.Module):
         self.dropout = nn.Dropout(0.01)  # a constant of the original, apart from dropout_rate
 
     def project(self, x: Tensor, name: str) -> Tensor:
-        """One of ``query``, ``key``, ``value`` of normalised cells, ``(cells, heads, dim)``."""
-        y = getattr(self, name)(x).float().unflatten(-1, (self.n_heads, -1))
+        """One of ``query``, ``key``, ``value`` of normalised cells, ``(cells, n_hidden)``, head after head."""
+        y = getattr(self, name)(x).float()
         return y if name == "value" else torch.sigmoid(y)
 
     def reduce(self, projected: _Projections) -> FlowSums:
         """Stream three times over the sentence and collect what its cells know of each other."""
+        heads = self.n_heads
         chunks = range(len(projected))
-        total_q, total_k = _add_up((q.sum(0), k.sum(0)) for q, k in (projected.of(i, "query", "key") for i in chunks))
-        key_flow, query_flow = _add_up(
-            ((k * _outgoing(k, total_q)).sum(0), (q * _incoming(q, total_k)).sum(0))
-            for q, k in (projected.of(i, "query", "key") for i in chunks)
-        )
+
+        def totals(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return q.sum(0).view(heads, -1), k.sum(0).view(heads, -1)
+
+        def flows(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return _weighted_sum(k, 1 / _dot(k, total_q)), _weighted_sum(q, 1 / _dot(q, total_k))
 
         def competition(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            w = _dot(k, query_flow).clamp(-1, 1).exp()  # (cells, heads, 1)
-            memory = torch.matmul((k * w).permute(1, 2, 0), v.transpose(0, 1))  # (heads, dim, dim)
-            return w.sum((0, 2)), memory
+            w = _dot(k, query_flow).clamp(-1, 1).exp()  # (cells, heads)
+            k, v = k.unflatten(1, (heads, -1)), v.unflatten(1, (heads, -1))
+            return w.sum(0), torch.matmul((k * w[:, :, None]).permute(1, 2, 0), v.transpose(0, 1))
 
+        total_q, total_k = _add_up(totals(*projected.of(i, "query", "key")) for i in chunks)
         with torch.autocast(total_q.device.type, enabled=False):
+            key_flow, query_flow = _add_up(flows(*projected.of(i, "query", "key")) for i in chunks)
             weight, memory = _add_up(competition(*projected.of(i, "key", "value")) for i in chunks)
         return FlowSums(projected.n_cells, total_k, key_flow, weight, memory)
 
     def forward(self, q: Tensor, sums: FlowSums) -> Tensor:
         """Attention output of some cells of the sentence, ``(cells, n_hidden)``, from their queries."""
         with torch.autocast(q.device.type, enabled=False):
-            allocation = torch.sigmoid(_dot(q, sums.key_flow))  # (cells, heads, 1)
+            allocation = torch.sigmoid(_dot(q, sums.key_flow)) / _dot(q, sums.key)  # (cells, heads)
             memory = sums.memory * (sums.n_cells / sums.weight)[:, None, None]
-            flow = torch.matmul((q * _incoming(q, sums.key)).transpose(0, 1), memory)  # (heads, cells, dim)
-            read = (flow.transpose(0, 1) * allocation).flatten(1)
+            flow = torch.matmul(q.unflatten(1, (self.n_heads, -1)).transpose(0, 1), memory)  # (heads, cells, dim)
+            read = (flow.transpose(0, 1) * allocation[:, :, None]).flatten(1)
         return self.dropout(self.out(read).float())
 
 
@@ -313,16 +367,18 @@ class _Projections:
 
 
 def _dot(x: Tensor, total: Tensor) -> Tensor:
-    """Product of each cell with a sum over cells, ``(cells, heads, 1)``; ε also on the sum, as in the original."""
-    return torch.einsum("nhd,hd->nh", x + FLOW_EPS, total + FLOW_EPS).unsqueeze(-1)
+    """Product of cells ``(cells, n_hidden)`` with a sum over cells ``(heads, dim)``, per head ``(cells, heads)``.
+
+    ``(x+ε)·(total+ε)``, the ε on the sum as in the original; as one matrix product, which reads the cells once.
+    """
+    total = total + FLOW_EPS
+    return x @ torch.block_diag(*total).T + FLOW_EPS * total.sum(1)
 
 
-def _incoming(q: Tensor, total_k: Tensor) -> Tensor:
-    return 1.0 / _dot(q, total_k)
-
-
-def _outgoing(k: Tensor, total_q: Tensor) -> Tensor:
-    return 1.0 / _dot(k, total_q)
+def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum of cells ``(cells, n_hidden)`` weighted per head ``(cells, heads)``, as ``(heads, dim)``."""
+    n_heads = weight.shape[1]
+    return (weight.T @ x).view(n_heads, n_heads, -1).diagonal().T  # the products across heads are cheaper than copies
 
 
 def _add_up(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -354,10 +410,10 @@ class VAELatent(nn.Module):
         return self.mu(h)
 
     def sample(self, h: Tensor, *, kl_weight: float) -> tuple[Tensor, Tensor]:
-        """Reparametrised draw ``(cells, n_latent)`` and weighted KL to the standard normal, 0 below FREE_NATS."""
+        """Draw, in eval mode the mean, ``(cells, n_latent)``, and weighted KL to the standard normal, 0 below FREE_NATS."""
         mu = self.mu(h)
         var = self.log_var(h).clamp(-5, 5).exp() + 1e-4
-        z = mu + var.sqrt() * torch.randn_like(mu)
+        z = mu + var.sqrt() * torch.randn_like(mu) if self.training else mu
         kl = 0.5 * (mu**2 + var - 1 - var.log()).sum(-1).mean() * kl_weight
         return z, torch.where(kl < self.FREE_NATS, torch.zeros_like(kl), kl)
 
@@ -468,31 +524,43 @@ class Covariate(nn.Module):
         return self.norm(self.activation(x))
 
 
-def negative_binomial_nll(x: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
-    """Negative log-likelihood of counts, element by element: mean ``mean``, variance ``mean + mean²/dispersion``."""
-    theta = dispersion + NB_EPS
-    return (
-        torch.lgamma(theta)
-        + torch.lgamma(x + 1)
-        - torch.lgamma(x + theta)
-        + (dispersion + x) * torch.log1p(mean / theta)
-        + x * (theta.log() - (mean + NB_EPS).log())
-    )
-
-
 def reconstruction_loss(counts: Tensor, mean: Tensor, dispersion: Tensor, mask: Tensor, denoise: bool = True) -> Tensor:
-    """Mean over masked cells of the NB loss over all genes plus, if ``denoise``, over the hidden ones.
+    """Negative-binomial loss over all genes plus, if ``denoise``, over the hidden ones; mean over masked cells.
 
     Each term scales the decoder's mean to the cell's own total over the genes it looks at. Cells without a hidden
     gene do not count.
+
+    Parameters
+    ----------
+    counts
+        ``(cells, genes)``.
+    mean
+        Up to a factor per cell ``(cells, genes)``.
+    dispersion
+        Variance is ``mean + mean² / dispersion``; ``(genes,)``.
+    mask
+        ``True`` for hidden ``(cells, genes)``.
     """
     rows = mask.any(1)
+    if not rows.any():
+        return mean.sum() * 0.0
     counts, mean, mask = counts[rows], mean[rows], mask[rows]
-    loss = negative_binomial_nll(counts, _scaled(mean, counts), dispersion).sum(1)
+    row, col = counts.nonzero(as_tuple=True)
+    x, hidden = counts[row, col], mask[row, col]
+    theta = dispersion + NB_EPS
+    at_x = theta.expand_as(counts)[row, col]
+    # all that depends on a count alone is 0 where the count is: nine of ten places are spared three gamma functions
+    of_counts = torch.lgamma(at_x) + torch.lgamma(x + 1) - torch.lgamma(x + at_x) + x * at_x.log()
+
+    def of_means(mean: Tensor) -> tuple[Tensor, Tensor]:
+        return (dispersion + counts) * torch.log1p(mean / theta), x * (mean[row, col] + NB_EPS).log()
+
+    everywhere, at_counts = of_means(_scaled(mean, counts))
+    loss = everywhere.sum() + (of_counts - at_counts).sum()
     if denoise:
-        hidden_mean = _scaled(mean * mask, counts * mask)
-        loss = loss + (negative_binomial_nll(counts, hidden_mean, dispersion) * mask).sum(1)
-    return loss.mean()
+        everywhere, at_counts = of_means(_scaled(mean * mask, counts * mask))
+        loss = loss + (everywhere * mask).sum() + (of_counts - at_counts)[hidden].sum()
+    return loss / len(counts)
 
 
 def _scaled(mean: Tensor, counts: Tensor) -> Tensor:

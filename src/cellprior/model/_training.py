@@ -1,0 +1,126 @@
+"""The one training plan: AdamW, warm-up and cosine decay, each loss beside its floor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+MIN_DISPERSION, MAX_DISPERSION = 1e-4, 1e4
+
+
+class GeneMeans(NamedTuple):
+    """The floor: a predictor that knows each gene's share of the counts, and a cell's depth, and nothing else."""
+
+    share: Tensor  # (genes,), sums to 1
+    dispersion: Tensor  # (genes,), of the negative binomial
+
+    @classmethod
+    def fit(cls, batches: Iterable[Mapping[str, Tensor]]) -> GeneMeans:
+        """Shares, and dispersions by moments, ``Σ μ² / Σ ((x - μ)² - μ)``, in one pass over sparse counts."""
+        total = square = cross = depth_square = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            x = batch[REGISTRY_KEYS.X_KEY].to_dense().double()
+            depth = x.sum(1)
+            total, square = total + x.sum(0), square + (x**2).sum(0)
+            cross, depth_square = cross + depth @ x, depth_square + depth @ depth
+        share = total / total.sum().clamp(min=1.0)
+        square_mean = depth_square * share**2  # Σ μ² with μ = depth·share
+        excess = square - 2 * share * cross + square_mean - total
+        dispersion = torch.where(excess > 0, square_mean / excess.clamp(min=1e-12), MAX_DISPERSION)
+        return cls(share.float(), dispersion.clamp(MIN_DISPERSION, MAX_DISPERSION).float())
+
+
+class TrainingPlan(pl.LightningModule):
+    """Self-supervised training of a module.
+
+    Parameters
+    ----------
+    module
+        With ``training_losses(batch, floor=..., rng_seed=..., **objective)``, a dict of scalars: ``loss``, its parts, and
+        ``floor``.
+    floor
+        Gene means of the training cells.
+    lr
+        Peak learning rate of AdamW.
+    weight_decay
+        Of AdamW; not on biases and norms.
+    warmup
+        Share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
+    **objective
+        To ``training_losses``.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        floor: GeneMeans,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-8,
+        warmup: float = 0.05,
+        **objective: Any,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("share", floor.share, persistent=False)
+        self.register_buffer("dispersion", floor.dispersion, persistent=False)
+        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.objective = objective
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One sentence."""
+        return self._step(batch, "train", int(torch.randint(2**31, ()).item()))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One sentence, with the same mask in every epoch."""
+        self._step(batch, "validation", batch_idx)
+
+    def _step(self, batch: dict[str, Tensor], stage: str, rng_seed: int) -> Tensor:
+        floor = GeneMeans(self.share, self.dispersion)
+        losses = self.module.training_losses(batch, floor=floor, rng_seed=rng_seed, **self.objective)
+        n_cells = len(batch[REGISTRY_KEYS.X_KEY])
+        for name, value in losses.items():
+            self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=n_cells, sync_dist=True,
+                     prog_bar=name == "loss")  # fmt: skip
+        return losses["loss"]
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+        """AdamW with warm-up and cosine, by step."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        n_steps = max(int(self.trainer.estimated_stepping_batches), 2)
+        n_warmup = min(max(int(self.warmup * n_steps), 1), n_steps - 1)
+        parts: list[LRScheduler] = [
+            LinearLR(optimizer, start_factor=1 / (n_warmup + 1), total_iters=n_warmup),
+            CosineAnnealingLR(optimizer, T_max=n_steps - n_warmup),
+        ]
+        with warnings.catch_warnings():
+            # SequentialLR itself steps its parts in a way that they warn about
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def warn_above_floor(history: Mapping[str, Any]) -> None:
+    """Say so if the model ended no better than gene means on held-out cells, or on its training cells if none were."""
+    stage = "validation" if "validation_floor" in history else "train"
+    reached, floor = (float(history[f"{stage}_{name}"].iloc[-1, 0]) for name in ("reconstruction", "floor"))
+    if reached < floor:
+        return
+    cells = "held-out" if stage == "validation" else "training"
+    msg = (
+        f"After training, the reconstruction loss on {cells} cells is {reached:.1f}; knowing each gene's mean alone gives "
+        f"{floor:.1f}. The model has not learned anything about cells yet: train longer, change lr, or look at the data."
+    )
+    warnings.warn(msg, UserWarning, stacklevel=3)
