@@ -265,7 +265,8 @@ class PretrainedModel(BaseModelClass):
             **(datasplitter_kwargs or {}),
         )
         splitter.setup()
-        plan = TrainingPlan(self.module, GeneMeans.fit(splitter.train_dataloader()), **(plan_kwargs or {}))
+        loader = splitter.train_dataloader()
+        plan = TrainingPlan(self.module, GeneMeans.fit(loader), max_epochs * len(loader), **(plan_kwargs or {}))
         defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
         if splitter.n_val:
             defaults["check_val_every_n_epoch"] = 1
@@ -280,7 +281,12 @@ class PretrainedModel(BaseModelClass):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        runner()
+        was_trained = self.is_trained_
+        self.is_trained_ = self.history_ is not None  # scvi-tools appends to a history only where there is one
+        try:
+            runner()
+        finally:
+            self.is_trained_ |= was_trained
         warn_above_floor(self.history)
 
     @property

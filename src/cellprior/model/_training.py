@@ -47,6 +47,8 @@ class TrainingPlan(pl.LightningModule):
         ``floor``.
     floor
         Gene means of the training cells.
+    n_steps
+        Steps of the whole run.
     lr
         Peak learning rate of AdamW.
     weight_decay
@@ -61,6 +63,7 @@ class TrainingPlan(pl.LightningModule):
         self,
         module: torch.nn.Module,
         floor: GeneMeans,
+        n_steps: int,
         *,
         lr: float = 1e-3,
         weight_decay: float = 1e-8,
@@ -71,7 +74,7 @@ class TrainingPlan(pl.LightningModule):
         self.module = module
         self.register_buffer("share", floor.share, persistent=False)
         self.register_buffer("dispersion", floor.dispersion, persistent=False)
-        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.n_steps, self.lr, self.weight_decay, self.warmup = n_steps, lr, weight_decay, warmup
         self.objective = objective
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -99,7 +102,7 @@ class TrainingPlan(pl.LightningModule):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        n_steps = max(int(self.trainer.estimated_stepping_batches), 2)
+        n_steps = max(self.n_steps, 2)
         n_warmup = min(max(int(self.warmup * n_steps), 1), n_steps - 1)
         parts: list[LRScheduler] = [
             LinearLR(optimizer, start_factor=1 / (n_warmup + 1), total_iters=n_warmup),
