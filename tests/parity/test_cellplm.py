@@ -270,3 +270,10 @@ def test_against_cellplm_with_the_shapes_of_the_released_models(golden, mirror, 
     columns = outputs["dec_gene_index"]
     np.testing.assert_allclose(mean[:, columns], outputs["dec_mean_no_cov"], rtol=1e-5)
     np.testing.assert_allclose(dispersion[columns], outputs["dec_disp"], rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Category 0 in adata.obs:UserWarning")
+def test_against_cellplm_imputation(tmp_path):
+    case = Golden.load("vae")
+    imputed = attach(case, tmp_path, "batch").impute(case.arrays["imputed_genes"])
+    np.testing.assert_allclose(imputed, case["imputed"], **TOLERANCE)

@@ -382,8 +382,8 @@ class PretrainedModel(BaseModelClass):
             raise ValueError(msg)
         self.module.eval()
         with self._attached(adata) as manager:
-            rows = _row_numbers(indices, manager.adata.n_obs)
-            match = self.gene_match if manager is self.adata_manager else self._match(manager)
+            rows = row_numbers(indices, manager.adata.n_obs)
+            match = self._match_of(manager)
             used, column = np.unique(match.index[match.index >= 0], return_inverse=True)
             target = np.full(len(match.index), -1, dtype=np.int32)
             target[match.index >= 0] = column
@@ -431,6 +431,12 @@ class PretrainedModel(BaseModelClass):
             gene_counts=np.asarray(x.sum(axis=0), dtype=np.float64).ravel() if in_memory else None,
             min_coverage=self.min_coverage,
         )
+
+    def _match_of(self, manager: CountsManager) -> gene_matching.GeneMatch:
+        """Genes of the attached data, matched already, or of a query."""
+        if manager is self.adata_manager and self.gene_match is not None:
+            return self.gene_match
+        return self._match(manager)
 
     @contextmanager
     def _attached(self, adata: ad.AnnData | None) -> Iterator[CountsManager]:
@@ -500,7 +506,7 @@ def _gene_frame(genes: pd.DataFrame | Sequence[str]) -> pd.DataFrame:
     )
 
 
-def _row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:
+def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:
     """Row numbers of the cells that ``indices``, numbers or a mask, mean."""
     if indices is None:
         return np.arange(n_obs)

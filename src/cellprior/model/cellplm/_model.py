@@ -12,15 +12,16 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._base import Precision
 from cellprior.model._data import CountsManager
 from cellprior.model.cellplm._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
+from cellprior.model.cellplm._expression import ExpressionMixin
 from cellprior.model.cellplm._inputs import sentences
 from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
 from cellprior.weights import Bundle
 
 
-class CellPLM(PretrainedModel):
+class CellPLM(ExpressionMixin):
     """CellPLM: cells as tokens, linear attention between the cells of a sentence [Wen24]_.
 
     A cell's embedding depends on the cells it shares a sentence with, by design. A sentence is one category of
