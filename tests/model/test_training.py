@@ -89,6 +89,17 @@ def test_a_loaded_model_goes_on_where_it_stopped_and_in_training_mode(adata, tmp
     assert not again.module.training
 
 
+def test_genes_that_the_data_lack_say_nothing_in_training(adata):
+    names = adata.var_names.tolist()
+    model = scratch(adata, genes=names + [f"ENSG{i:011d}" for i in range(100, 130)])
+    before = weights(model)
+    model.train(max_epochs=2, plan_kwargs={"weight_decay": 0.0}, **QUIET)
+    after = weights(model)
+    for name in ("decoder.log_mean.weight", "decoder.log_dispersion", "embedder.gene_embedding"):
+        assert torch.equal(before[name][60:], after[name][60:]), name
+        assert not torch.equal(before[name][:60], after[name][:60]), name
+
+
 def test_training_without_validation_cells_works_and_early_stopping_without_them_is_refused(adata):
     scratch(adata).train(max_epochs=1, train_size=1.0, **QUIET)
     with pytest.raises(ValueError, match="validation"):

@@ -266,7 +266,14 @@ class PretrainedModel(BaseModelClass):
         )
         splitter.setup()
         loader = splitter.train_dataloader()
-        plan = TrainingPlan(self.module, GeneMeans.fit(loader), max_epochs * len(loader), **(plan_kwargs or {}))
+        index = self.gene_match.index
+        plan = TrainingPlan(
+            self.module,
+            GeneMeans.fit(loader),
+            measured=torch.from_numpy(np.unique(index[index >= 0])),
+            n_steps=max_epochs * len(loader),
+            **(plan_kwargs or {}),
+        )
         defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
         if splitter.n_val:
             defaults["check_val_every_n_epoch"] = 1

@@ -43,10 +43,12 @@ class TrainingPlan(pl.LightningModule):
     Parameters
     ----------
     module
-        With ``training_losses(batch, floor=..., rng_seed=..., **objective)``, a dict of scalars: ``loss``, its parts, and
-        ``floor``.
+        With ``training_losses(batch, floor=..., measured=..., rng_seed=..., **objective)``, a dict of scalars: ``loss``,
+        its parts, among them ``reconstruction``, and ``floor``.
     floor
         Gene means of the training cells.
+    measured
+        Vocabulary rows of the genes that the data hold; only they count in the loss.
     n_steps
         Steps of the whole run.
     lr
@@ -63,6 +65,7 @@ class TrainingPlan(pl.LightningModule):
         self,
         module: torch.nn.Module,
         floor: GeneMeans,
+        measured: Tensor,
         n_steps: int,
         *,
         lr: float = 1e-3,
@@ -74,6 +77,7 @@ class TrainingPlan(pl.LightningModule):
         self.module = module
         self.register_buffer("share", floor.share, persistent=False)
         self.register_buffer("dispersion", floor.dispersion, persistent=False)
+        self.register_buffer("measured", measured, persistent=False)
         self.n_steps, self.lr, self.weight_decay, self.warmup = n_steps, lr, weight_decay, warmup
         self.objective = objective
 
@@ -87,7 +91,9 @@ class TrainingPlan(pl.LightningModule):
 
     def _step(self, batch: dict[str, Tensor], stage: str, rng_seed: int) -> Tensor:
         floor = GeneMeans(self.share, self.dispersion)
-        losses = self.module.training_losses(batch, floor=floor, rng_seed=rng_seed, **self.objective)
+        losses = self.module.training_losses(
+            batch, floor=floor, measured=self.measured, rng_seed=rng_seed, **self.objective
+        )
         n_cells = len(batch[REGISTRY_KEYS.X_KEY])
         for name, value in losses.items():
             self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=n_cells, sync_dist=True,

@@ -162,6 +162,8 @@ class CellPLMModule(BaseModuleClass):
         batch: Tensor | None = None,
         dataset: Tensor | None = None,
         kl_weight: float = 1.0,
+        measured: Tensor | None = None,
+        denoise: bool = True,
     ) -> dict[str, Tensor]:
         """Masked reconstruction plus latent loss of one sentence.
 
@@ -175,6 +177,11 @@ class CellPLMModule(BaseModuleClass):
             Decoder covariates ``(cells,)``.
         kl_weight
             Weight of the KL term of a VAE.
+        measured
+            Numbers of the genes that the data hold; the others say nothing. By default all.
+        denoise
+            Count the hidden genes once more by themselves; the original does so in pretraining and not in
+            fine-tuning for imputation.
 
         Returns
         -------
@@ -183,7 +190,9 @@ class CellPLMModule(BaseModuleClass):
         (hidden,) = self.hidden_chunks([counts.masked_fill(mask, 0.0)])
         z, latent = self.latent.sample(hidden, kl_weight=kl_weight)
         mean, dispersion = self.decode(z, batch=batch, dataset=dataset)
-        reconstruction = reconstruction_loss(counts, mean, dispersion, mask)
+        if measured is not None:
+            counts, mean, mask, dispersion = counts[:, measured], mean[:, measured], mask[:, measured], dispersion[measured]
+        reconstruction = reconstruction_loss(counts, mean, dispersion, mask, denoise)
         return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
 
 
@@ -192,10 +201,12 @@ class CellPLMModule(BaseModuleClass):
         batch: Mapping[str, Tensor],
         *,
         floor: GeneMeans,
+        measured: Tensor,
         rng_seed: int,
         cell_rate: float = 0.75,
         gene_rate: float = 0.25,
         drop_rate: float = 0.3,
+        denoise: bool = True,
         kl_warmup_steps: int = 10_000,
     ) -> dict[str, Tensor]:
         """Losses of one sentence of a training run, as the original pretrains.
@@ -206,12 +217,16 @@ class CellPLMModule(BaseModuleClass):
             ``X``, raw counts over the vocabulary ``(cells, n_genes)``.
         floor
             Predictor whose loss on the same cells and masks is given as ``floor``.
+        measured
+            Numbers of the genes that the data hold.
         rng_seed
             Of the mask and of the cells that are dropped.
         cell_rate, gene_rate
             Of the mask, see :func:`~cellprior.model.cellplm._inputs.sample_mask`.
         drop_rate
             Share of the cells that are left out of the sentence in training.
+        denoise
+            See :meth:`pretraining_loss`.
         kl_warmup_steps
             Training steps over which the weight of a VAE's KL rises from 0 to 1.
         """
@@ -222,12 +237,13 @@ class CellPLMModule(BaseModuleClass):
             counts = counts[torch.from_numpy(rng.permutation(len(counts))[:n_kept]).to(counts.device)]
         hidden = sample_mask(*counts.shape, rng=rng, cell_rate=cell_rate, gene_rate=gene_rate)
         mask = torch.from_numpy(hidden).to(counts.device)
-        losses = self.pretraining_loss(counts, mask, kl_weight=self.kl_weight)
+        losses = self.pretraining_loss(counts, mask, kl_weight=self.kl_weight, measured=measured, denoise=denoise)
         if self.training:
             self.kl_weight = min(self.kl_weight + 1 / kl_warmup_steps, 1.0)
         with torch.no_grad():
-            mean = floor.share.expand_as(counts)
-            losses["floor"] = reconstruction_loss(counts, mean, floor.dispersion, mask)
+            counts, mask, dispersion = counts[:, measured], mask[:, measured], floor.dispersion[measured]
+            mean = floor.share[measured].expand_as(counts)
+            losses["floor"] = reconstruction_loss(counts, mean, dispersion, mask, denoise)
         return losses
 
 
