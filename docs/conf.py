@@ -1,0 +1,70 @@
+"""Configuration of the documentation; see https://www.sphinx-doc.org/en/master/usage/configuration.html."""
+
+from __future__ import annotations
+
+from importlib.metadata import metadata
+
+from sphinx.ext.napoleon import NumpyDocstring
+
+info = metadata("cellprior")
+urls = dict(entry.split(", ") for entry in info.get_all("Project-URL"))
+
+project = info["Name"]
+author = info["Author"]
+copyright = f"2026, {author}"
+version = release = info["Version"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_templates"]
+default_role = "literal"
+nitpicky = True
+
+autosummary_generate = True
+# Two names that differ in case alone need two file names that do not.
+autosummary_filename_map = {"cellprior.weights.Card": "cellprior.weights.Card_class"}
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = False
+
+
+def returns_as_prose(docstring: NumpyDocstring, section: str) -> list[str]:
+    """A "Returns" section whole, as prose: napoleon would take each line for a type, and types are in the signature."""
+    return docstring._format_block(":returns: ", docstring._dedent(docstring._consume_to_next_section()))
+
+
+NumpyDocstring._parse_returns_section = returns_as_prose
+
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+
+intersphinx_mapping = {
+    "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+    "numpy": ("https://numpy.org/doc/stable/", None),
+    "pandas": ("https://pandas.pydata.org/docs/", None),
+    "python": ("https://docs.python.org/3/", None),
+    "scipy": ("https://docs.scipy.org/doc/scipy/", None),
+    "scvi-tools": ("https://docs.scvi-tools.org/en/stable/", None),
+    "torch": ("https://pytorch.org/docs/stable/", None),
+}
+if tags.has("offline"):  # noqa: F821 - Sphinx defines it: sphinx-build -t offline
+    intersphinx_mapping = {}
+# What other projects document is theirs to name, and a private name stays plain text; every public name must resolve.
+nitpick_ignore_regex = [("py:.*", r"(?!cellprior\.).*"), ("py:.*", r"cellprior\.(.*\.)?_.*")]
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_theme_options = {
+    "repository_url": urls["Source"],
+    "use_repository_button": True,
+    "path_to_docs": "docs/",
+}
