@@ -33,7 +33,11 @@ def test_normalized_expression_adds_up_to_the_library_size(model, blood):
 
 
 def test_decoded_expression_knows_which_cells_are_which(model, blood):
-    values = model.get_normalized_expression(gene_list=["CD79A", "LYZ"]).groupby(blood.obs["bulk_labels"], observed=True).mean()
+    values = (
+        model.get_normalized_expression(gene_list=["CD79A", "LYZ"])
+        .groupby(blood.obs["bulk_labels"], observed=True)
+        .mean()
+    )
     assert values["CD79A"].idxmax() == "CD19+ B"
     assert values["LYZ"].idxmax() in ("CD14+ Monocyte", "Dendritic")
 

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from anndata import AnnData
+
+import cellprior as cp
+from cellprior.cli import main
+from tests.contract.models import blood_cells
+
+STARTER = "cellplm-starter"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELLPRIOR_OFFLINE", "1")
+
+
+@pytest.fixture
+def counts(tmp_path: Path) -> Path:
+    path = tmp_path / "counts.h5ad"
+    blood_cells()[:150].copy().write_h5ad(path)
+    return path
+
+
+def embedded(path: Path, **arguments: object) -> AnnData:
+    adata = ad.read_h5ad(path)
+    cp.tl.embed(adata, STARTER, **arguments)
+    return adata
+
+
+def test_list_names_all_that_can_be_had(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for name in cp.weights.available().index:
+        assert name in shown
+
+
+def test_card_prints_the_card(capsys):
+    assert main(["card", STARTER]) == 0
+    assert capsys.readouterr().out == f"{cp.weights.card(STARTER)}\n"
+
+
+def test_download_fetches_and_says_where_to(tmp_path, monkeypatch, capsys):
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    name = "gencode-mouse-M37"
+    content = b"what the registry has a hash of"
+    entry = cp.weights._registry.get_entry(name)
+    (mirror / entry.files[0].name).write_bytes(content)
+    monkeypatch.setattr(cp.weights._fetch, "_known_hash", lambda path, file: None)
+    monkeypatch.setenv("CELLPRIOR_MIRROR", str(mirror))
+    assert main(["download", STARTER, name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{STARTER}: {cp.weights.fetch(STARTER)}", f"{name}: {cp.settings.cache_dir / name}"]
+    assert (cp.settings.cache_dir / name / entry.files[0].name).read_bytes() == content
+
+
+def test_embed_writes_what_tl_embed_gives(counts, tmp_path, capsys):
+    output = tmp_path / "out.h5ad"
+    arguments = ["--batch-key", "batch", "--key-added", "X_mine", "--batch-size", "40", "--device", "cpu"]
+    assert main(["embed", str(counts), str(output), "--weights", STARTER, *arguments]) == 0
+    found = ad.read_h5ad(output)
+    expected = embedded(counts, batch_key="batch", key_added="X_mine", batch_size=40)
+    np.testing.assert_array_equal(found.obsm["X_mine"], expected.obsm["X_mine"])
+    assert found.uns["cellprior"] == expected.uns["cellprior"]
+    width = found.obsm["X_mine"].shape[1]
+    share = found.uns["cellprior"]["X_mine"]["counts_share"]
+    said = capsys.readouterr().out
+    assert said == f"{output}: obsm['X_mine'], 150 cells x {width}, {share:.1%} of the counts used\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.h5ad", "out.h5ad"]
+
+
+def test_embed_takes_a_layer_and_a_column_of_names_and_may_write_over_its_input(counts):
+    adata = ad.read_h5ad(counts)
+    adata.layers["counts"], adata.X = adata.X, adata.layers["log"]
+    adata.var["symbol"] = adata.var_names
+    adata.var_names = [f"row{i}" for i in range(adata.n_vars)]
+    adata.write_h5ad(counts)
+    expected = embedded(counts, layer="counts", gene_key="symbol").obsm["X_cellplm"]
+    arguments = ["--layer", "counts", "--gene-key", "symbol"]
+    assert main(["embed", str(counts), str(counts), "--weights", STARTER, *arguments]) == 0
+    np.testing.assert_array_equal(ad.read_h5ad(counts).obsm["X_cellplm"], expected)
+
+
+def test_embed_again_reports_the_embedding_it_has_just_made(counts, capsys):
+    for key in ("X_one", "X_two", "X_one"):
+        assert main(["embed", str(counts), str(counts), "--weights", STARTER, "--key-added", key]) == 0
+        assert f"obsm[{key!r}]" in capsys.readouterr().out
+
+
+def test_cells_without_any_count_can_be_embedded(counts, capsys):
+    adata = ad.read_h5ad(counts)
+    adata.X = adata.X * 0
+    adata.write_h5ad(counts)
+    assert main(["embed", str(counts), str(counts), "--weights", STARTER]) == 0
+    assert np.isfinite(ad.read_h5ad(counts).obsm["X_cellplm"]).all()
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["card", "nope"], "nope"),
+        (["download", "cellplm-20231027"], "CELLPRIOR_OFFLINE"),
+        (["embed", "nope.h5ad", "out.h5ad", "--weights", STARTER], "nope.h5ad"),
+        (["embed", "text.h5ad", "out.h5ad", "--weights", STARTER], "text.h5ad"),
+        (["embed", "counts.h5ad", "nope/out.h5ad", "--weights", STARTER], "there is no folder nope"),
+        (["embed", "counts.h5ad", "out.h5ad", "--weights", "nope"], "'nope' is neither a registry name nor"),
+        (["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--layer", "log"], "recover_counts"),
+        (
+            ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--layer", "nope"],
+            "nope is not a valid key",
+        ),
+        (
+            ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--batch-key", "nope"],
+            "nope not found in",
+        ),
+        (
+            ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--gene-key", "nope"],
+            "'nope' not found in",
+        ),
+        (["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--batch-size", "0"], "batch_size=0"),
+        (["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--device", "nope"], "nope"),
+    ],
+)
+def test_an_error_is_one_message_on_stderr_and_exit_code_1(counts, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(counts.parent)
+    Path("text.h5ad").write_text("not an HDF5 file")
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"cellprior {arguments[0]}: ")
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert not Path("out.h5ad").exists()
+    assert not list(Path().glob("*.part"))
+
+
+def test_when_writing_fails_the_old_output_is_kept(counts, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.h5ad"
+    output.write_text("the old one")
+
+    def fails(self: AnnData, path: Path) -> None:
+        Path(path).write_text("half of it")
+        msg = "No space left on device"
+        raise OSError(msg)
+
+    monkeypatch.setattr(AnnData, "write_h5ad", fails)
+    assert main(["embed", str(counts), str(output), "--weights", STARTER]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert output.read_text() == "the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.h5ad", "out.h5ad"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["embed", "a.h5ad", "b.h5ad"]])
+def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: cellprior" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == version("cellprior")
+
+
+def test_as_a_process_it_embeds_and_fails_like_any_command(counts, tmp_path):
+    command = [sys.executable, "-c", "import sys; from cellprior.cli import main; sys.exit(main())"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False
+        )
+
+    good = run("embed", "counts.h5ad", "out.h5ad", "--weights", STARTER)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.startswith("out.h5ad: obsm['X_cellplm'], 150 cells")
+    found = ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_cellplm"]
+    np.testing.assert_allclose(found, embedded(counts).obsm["X_cellplm"], rtol=1e-5, atol=1e-5)
+    bad = run("card", "nope")
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("cellprior card: ")
+    assert "Traceback" not in bad.stderr
+    assert not bad.stdout
