@@ -83,7 +83,11 @@ def _embed(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         msg = f"there is no folder {args.output.parent} to write {args.output.name} into."
         raise ValueError(msg)
-    adata = ad.read_h5ad(args.input)
+    try:
+        adata = ad.read_h5ad(args.input)
+    except OSError as error:
+        msg = f"{args.input} cannot be read as an h5ad file: {error}"  # HDF5 does not say which
+        raise ValueError(msg) from error
     tl.embed(
         adata,
         args.weights,
@@ -101,10 +105,8 @@ def _embed(args: argparse.Namespace) -> None:
     finally:
         partial.unlink(missing_ok=True)
     key, record = next(reversed(adata.uns["cellprior"].items()))
-    sys.stdout.write(
-        f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}, "
-        f"{record['counts_share']:.1%} of the counts used\n"
-    )
+    used = f", {record['counts_share']:.1%} of the counts used" if "counts_share" in record else ""
+    sys.stdout.write(f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}{used}\n")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from anndata import Raw
+    from anndata import AnnData, Raw
 
 __all__ = ["recover_counts"]
 
@@ -20,9 +19,10 @@ def recover_counts(adata: AnnData | Raw, *, layer: str | None = None, base: floa
     r"""Turn log-normalised values back into the counts they came from, exactly or not at all.
 
     Normalising multiplies the counts :math:`k` of a cell by one factor :math:`u`, so that the values are
-    :math:`\log(1 + k u)` and the smallest of them, as a rule, that of a single count. The function takes this factor from
-    the smallest value, refines it on all values of the cell, rounds, and checks that every value is reproduced to
-    the precision with which it was stored and that no other integer would do as well.
+    :math:`\log(1 + k u)` and the smallest of them, as a rule, that of a single count. The function takes this
+    factor from the smallest value, refines it on all values of the cell, rounds, and checks that every value is
+    reproduced to the precision with which it was stored and that no other integer would do as well. A cell whose
+    counts are all multiples of one number comes back divided by it, which the values cannot tell.
 
     Parameters
     ----------
@@ -71,9 +71,10 @@ def recover_counts(adata: AnnData | Raw, *, layer: str | None = None, base: floa
         gene = adata.var_names[log.indices[at]]
         n_cells = len(np.unique(np.searchsorted(log.indptr, np.flatnonzero(bad), side="right")))
         msg = (
-            f"{where} is not log(1 + counts x factor) with one factor per cell: {n_cells} of {log.shape[0]} cells do not "
-            f"come out as integers, the first at cell {cell!r}, gene {gene!r} ({log.data[at]:g}). Values that were corrected, "
-            "imputed or normalised per gene cannot be turned back; go to the file with the raw counts."
+            f"{where} is not log(1 + counts x factor) with one factor per cell: {n_cells} of {log.shape[0]} cells do "
+            f"not come out as integers, the first at cell {cell!r}, gene {gene!r} ({log.data[at]:g}). If the logarithm "
+            "is not the natural one, pass base=. Values that were corrected, imputed or normalised per gene cannot be "
+            "turned back; go to the file with the raw counts."
         )
         raise ValueError(msg)
     log.data = counts

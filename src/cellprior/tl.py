@@ -70,11 +70,12 @@ def embed(
     >>> sc.pp.neighbors(adata, use_rep="X_cellplm")
     """
     from cellprior.model import model_class
+    from cellprior.model._base import without_view
 
     if copy:
-        adata = adata.copy()
+        adata = adata.to_memory() if adata.isbacked else adata.copy()
     cls = model_class(weights)
-    data = adata.copy() if adata.is_view else adata
+    data = without_view(adata)
     cls.setup_anndata(data, layer=layer, gene_key=gene_key, batch_key=batch_key)
     model = cls.from_pretrained(weights, data, min_coverage=min_coverage, device=device)
     try:
@@ -92,7 +93,8 @@ def embed(
         "cellprior_version": version("cellprior"),
         "params": _stated(layer=layer, gene_key=gene_key, batch_key=batch_key, min_coverage=min_coverage),
     }
-    adata.uns["cellprior"] = {**adata.uns.get("cellprior", {}), key: _stated(**record)}
+    others = {name: other for name, other in adata.uns.get("cellprior", {}).items() if name != key}
+    adata.uns["cellprior"] = {**others, key: _stated(**record)}  # the latest comes last
     return adata if copy else None
 
 

@@ -11,12 +11,8 @@ import torch
 
 from cellprior.model import CellPLM
 from cellprior.model.cellplm._checkpoint import network, rename
-from cellprior.model.cellplm._module import (
-    CellPLMModule,
-    GMVAELatent,
-    VAELatent,
-    reconstruction_loss,
-)
+from cellprior.model.cellplm._loss import reconstruction_loss
+from cellprior.model.cellplm._module import CellPLMModule, GMVAELatent, VAELatent
 
 from .cellplm_golden import DATA, Golden
 

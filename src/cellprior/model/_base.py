@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,13 @@ import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
 import scipy.sparse as sp
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.data.fields import CategoricalObsField, LabelsWithUnlabeledObsField
-from scvi.model.base import BaseModelClass
+from scvi.data.fields import CategoricalObsField
 from scvi.train import TrainRunner
 from torch import Tensor
 
 from cellprior import genes as gene_matching
+from cellprior.genes._table import read_vocabulary
+from cellprior.model._annotation import AnnotatingModel
 from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, VocabularySplitter
 from cellprior.model._training import GeneMeans, TrainingPlan, warn_above_floor
 from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256, write_bundle
@@ -30,9 +32,10 @@ from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256
 logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
+MIN_CHUNK = 16  # products of one to three rows go through other kernels, which round differently in the fifth digit
 
 
-class PretrainedModel(BaseModelClass):
+class PretrainedModel(AnnotatingModel):
     """Base of the model classes.
 
     A subclass gives ``_module_cls``, ``obsm_key``, an ``__init__`` that ends in :meth:`_finish_init`, and, for
@@ -58,7 +61,7 @@ class PretrainedModel(BaseModelClass):
                 msg = "A model without data needs its vocabulary: pass genes=."
                 raise ValueError(msg)
             genes = list(adata.var_names if gene_key is None else adata.var[gene_key])
-        self.genes = _gene_frame(genes)
+        self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
         self.pretrained_: dict[str, str] | None = None
         self.gene_match: gene_matching.GeneMatch | None = None if adata is None else self._match(self.adata_manager)
@@ -118,7 +121,7 @@ class PretrainedModel(BaseModelClass):
 
     @staticmethod
     def _manager(adata: ad.AnnData, setup_method_args: dict[str, Any], **kwargs: Any) -> CountsManager:
-        """Manager of an AnnData; of a query (``source_registry`` given) the labels are read only if it has them."""
+        """Manager of an AnnData, or of a query, for which ``source_registry`` is given."""
         args = setup_method_args["setup_args"]
         if args["gene_key"] is not None and args["gene_key"] not in adata.var:
             msg = f"{args['gene_key']!r} not found in adata.var; its columns are {list(adata.var.columns)}."
@@ -126,10 +129,10 @@ class PretrainedModel(BaseModelClass):
         fields: list[Any] = [CountsField(REGISTRY_KEYS.X_KEY, args["layer"])]
         if args["batch_key"] is not None:
             fields.append(CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, args["batch_key"]))
-        if args["labels_key"] is not None and ("source_registry" not in kwargs or args["labels_key"] in adata.obs):
-            fields.append(
-                LabelsWithUnlabeledObsField(REGISTRY_KEYS.LABELS_KEY, args["labels_key"], args["unlabeled_category"])
-            )
+        # labels are no field: they are read when they are learned, and a query need not have them
+        if args["labels_key"] not in (None, *adata.obs) and "source_registry" not in kwargs:
+            msg = f"{args['labels_key']} not found in adata.obs."
+            raise KeyError(msg)
         manager = CountsManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
         return manager
@@ -152,7 +155,8 @@ class PretrainedModel(BaseModelClass):
             Registry name (see :func:`cellprior.weights.available`), folder written by :meth:`save_pretrained`,
             official checkpoint file, or address of one (then ``known_hash`` is needed).
         adata
-            Data to attach. Set up with default arguments if it has not been set up.
+            Data to attach. Set up like the data it is a copy or part of, or with default arguments, if it has not
+            been set up itself.
         min_coverage
             Least share of genes that must match, see :func:`cellprior.genes.match`.
         device
@@ -169,11 +173,16 @@ class PretrainedModel(BaseModelClass):
         """
         path = resolve(weights, known_hash=known_hash)
         bundle, hashed = cls._read_weights(path)
-        if adata.is_view:
-            adata = adata.copy()
-        if cls._get_most_recent_anndata_manager(adata) is None:
+        adata = without_view(adata)
+        known = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))
+        if known is None:
             cls.setup_anndata(adata)
-        model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
+        elif known.adata is not adata:  # a copy, or a part, of data that have been set up
+            adata.uns["_scvi_uuid"] = str(uuid4())
+            cls.setup_anndata(adata, **known.registry["setup_args"])
+        with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
+            model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
+        model.annotation_ = bundle.config.get("annotation", {})
         load_strictly(model.module, bundle.state_dict, str(weights))
         model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
         model.training_state_ = bundle.config.get("training_state", {})
@@ -183,6 +192,14 @@ class PretrainedModel(BaseModelClass):
         model.to_device(device)
         model.module.eval()
         return model
+
+    @classmethod
+    def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any):
+        """Load a model saved with ``save``; see :meth:`scvi.model.base.BaseModelClass.load`."""
+        with warnings.catch_warnings():
+            # scvi-tools warns of genes in another order; here they are matched by name
+            warnings.filterwarnings("ignore", message="`var_names` for the loaded", category=UserWarning)
+            return super().load(dir_path, adata, *args, **kwargs)
 
     @classmethod
     def _read_weights(cls, path: Path) -> tuple[Bundle, Path]:
@@ -221,8 +238,9 @@ class PretrainedModel(BaseModelClass):
     ) -> None:
         """Train on the attached data with the model's self-supervised objective, from where the weights are.
 
-        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and the ``floor`` of each: what a
-        predictor that knows only each gene's mean reaches on the same cells. A warning says if the model ends above it.
+        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and the ``floor`` of each:
+        what a predictor that knows only each gene's mean reaches on the same cells. A warning says if the model ends
+        above it.
 
         Parameters
         ----------
@@ -242,7 +260,7 @@ class PretrainedModel(BaseModelClass):
         datasplitter_kwargs
             To :class:`~scvi.dataloaders.DataSplitter`.
         **trainer_kwargs
-            To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says otherwise.
+            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
 
         Raises
         ------
@@ -289,7 +307,7 @@ class PretrainedModel(BaseModelClass):
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
         was_trained = self.is_trained_
-        self.is_trained_ = self.history_ is not None  # scvi-tools appends to a history only where there is one
+        self.is_trained_ = "train_loss" in (self.history_ or {})  # scvi-tools appends only to columns that are there
         try:
             runner()
         finally:
@@ -329,6 +347,7 @@ class PretrainedModel(BaseModelClass):
                 "model": type(self).__name__,
                 "network": self._network(),
                 "training_state": self.training_state_,
+                "annotation": self.annotation_,
             },
             genes=self.genes,
             card=card,
@@ -352,7 +371,7 @@ class PretrainedModel(BaseModelClass):
         indices
             Cells to embed, as numbers or a mask; the result is in this order.
         batch_size
-            Cells in memory at a time. Bounds the memory and never changes the result.
+            Cells in memory at a time, at least 16. Bounds the memory and never changes the result.
         precision
             ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
 
@@ -376,9 +395,12 @@ class PretrainedModel(BaseModelClass):
         indices: Sequence[int] | Sequence[bool] | np.ndarray | None,
         batch_size: int | None,
         precision: Precision,
+        *,
+        encode: Callable[..., Iterable[Tensor]] | None = None,
+        width: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Embedding loop; ``options`` go to :meth:`_encode`."""
+        """Embedding loop; ``options`` go to :meth:`_encode`, or to what gives ``width`` columns instead."""
         self._check_if_trained(warn=False)
         if precision not in ("float32", "bfloat16"):
             msg = f'precision={precision!r} is not known; choose "float32" or "bfloat16".'
@@ -387,38 +409,49 @@ class PretrainedModel(BaseModelClass):
         if batch_size < 1:
             msg = f"batch_size={batch_size}; at least one cell at a time is needed."
             raise ValueError(msg)
+        batch_size = max(batch_size, MIN_CHUNK)
         self.module.eval()
         with self._attached(adata) as manager:
             rows = row_numbers(indices, manager.adata.n_obs)
             match = self._match_of(manager)
-            used, column = np.unique(match.index[match.index >= 0], return_inverse=True)
-            target = np.full(len(match.index), -1, dtype=np.int32)
-            target[match.index >= 0] = column
+            used, column = self._columns(match)
             gene_index = torch.as_tensor(used, device=self.module.device)
-            latent = np.empty((len(rows), self.module.n_latent), dtype=np.float32)
+            latent = np.empty((len(rows), width or self.module.n_latent), dtype=np.float32)
             for group in self._groups(manager, rows):
                 loader = self._data_loader_cls(
                     manager,
                     indices=rows[group],
                     batch_size=batch_size,
                     data_and_attributes=[REGISTRY_KEYS.X_KEY],
-                    column=target,
+                    column=column,
                     n_columns=len(used),
                 )
                 with torch.autocast(self.module.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                     start = 0
-                    for z in self._encode(self._counts(loader), gene_index, **options):
+                    for z in (encode or self._encode)(self._counts(loader), gene_index, **options):
                         latent[group[start : start + len(z)]] = z.float().cpu().numpy()
                         start += len(z)
         return latent
 
+    @staticmethod
+    def _columns(match: gene_matching.GeneMatch) -> tuple[np.ndarray, np.ndarray]:
+        """Vocabulary rows that the data have, increasing, and which of them each column of the data is, -1 for none."""
+        used, position = np.unique(match.index[match.index >= 0], return_inverse=True)
+        column = np.full(len(match.index), -1, dtype=np.int32)
+        column[match.index >= 0] = position
+        return used, column
+
     def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
-        """Positions in ``rows`` of the cells that are encoded together; all at once where cells do not see each other."""
+        """Positions in ``rows`` of the cells that are encoded together: all, where cells do not see each other."""
         return [np.arange(len(rows))]
 
     def _encode(self, chunks: Iterable[Tensor], gene_index: Tensor, **options: Any) -> Iterator[Tensor]:
         """Latents ``(cells, n_latent)`` of each chunk of one group."""
         return (self.module.encode(counts, gene_index=gene_index, **options) for counts in chunks)
+
+    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor) -> Iterable[Tensor]:
+        """Hidden states ``(cells, n_hidden)`` of each chunk of one group, what the annotation head reads."""
+        return (self.module.hidden(counts, gene_index=gene_index) for counts in chunks)
 
     def _counts(self, loader: VocabularyLoader) -> Iterator[Tensor]:
         device = self.module.device
@@ -440,10 +473,12 @@ class PretrainedModel(BaseModelClass):
         )
 
     def _match_of(self, manager: CountsManager) -> gene_matching.GeneMatch:
-        """Genes of the attached data, matched already, or of a query."""
-        if manager is self.adata_manager and self.gene_match is not None:
-            return self.gene_match
-        return self._match(manager)
+        """Genes of a query, or of the attached data, matched already unless they have changed since."""
+        if manager is not self.adata_manager:
+            return self._match(manager)
+        if self.gene_match is None or not self.gene_match.var_names.equals(manager.adata.var_names):
+            self.gene_match = self._match(manager)
+        return self.gene_match
 
     @contextmanager
     def _attached(self, adata: ad.AnnData | None) -> Iterator[CountsManager]:
@@ -468,8 +503,7 @@ class PretrainedModel(BaseModelClass):
         """Register other data than the attached as a query: its genes, batches and labels may differ."""
         if adata is None or adata is self.adata:
             return super()._validate_anndata(adata, copy_if_view)
-        if adata.is_view:
-            adata = adata.copy()  # and the caller's view stays a view
+        adata = without_view(adata)
         if self.adata is not None and adata.uns.get("_scvi_uuid") == self.adata.uns["_scvi_uuid"]:
             adata.uns["_scvi_uuid"] = str(uuid4())  # a copy of the attached data
         setup_method_args = {key: self.registry[key] for key in ("model_name", "setup_method_name", "setup_args")}
@@ -502,15 +536,11 @@ def load_strictly(module: torch.nn.Module, state_dict: dict[str, Tensor], source
     module.load_state_dict(state_dict)
 
 
-def _gene_frame(genes: pd.DataFrame | Sequence[str]) -> pd.DataFrame:
-    """Vocabulary with the columns of a bundle."""
-    if isinstance(genes, pd.DataFrame):
-        return genes
-    names = pd.Series([str(name) for name in genes], dtype=object)
-    is_id = names.str.match(r"ENS[A-Z]*G\d{11}")
-    return pd.DataFrame(
-        {"ensembl_id": names.where(is_id, ""), "symbol": names.where(~is_id, ""), "previous_symbols": ""}
-    )
+def without_view(adata: ad.AnnData) -> ad.AnnData:
+    """A copy of a view, which scvi-tools cannot register, in memory; other data as they are."""
+    if not adata.is_view:
+        return adata
+    return adata.to_memory() if adata.isbacked else adata.copy()
 
 
 def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:
@@ -518,6 +548,9 @@ def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_o
     if indices is None:
         return np.arange(n_obs)
     rows = np.asarray(indices)
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iub"):
+        msg = f"indices must be whole numbers or a mask, one per cell; found {rows.dtype} of shape {rows.shape}."
+        raise TypeError(msg)
     if rows.dtype == bool:
         if len(rows) != n_obs:
             msg = f"The mask has {len(rows)} entries for {n_obs} cells."

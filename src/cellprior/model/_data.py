@@ -221,9 +221,9 @@ class SentenceSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         if not self.shuffle:
-            for rows in self.groups:
-                for start in range(0, len(rows), self.batch_size):
-                    yield rows[start : start + self.batch_size].tolist()
+            for rows in self.groups:  # in pieces of nearly equal size: none of a handful of rows
+                for piece in np.array_split(rows, -(-len(rows) // self.batch_size)):
+                    yield piece.tolist()
             return
         rng = np.random.default_rng(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
         pieces = [
@@ -283,6 +283,7 @@ class VocabularyLoader(DataLoader):
             batch_size=None,  # the sampler makes the minibatches, one read of the matrix each
             collate_fn=ToVocabulary(column, n_columns, dense),
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # of seeds for workers; the global state is left alone
             num_workers=scvi_settings.dl_num_workers,
             persistent_workers=scvi_settings.dl_persistent_workers,
         )

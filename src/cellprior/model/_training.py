@@ -43,8 +43,8 @@ class TrainingPlan(pl.LightningModule):
     Parameters
     ----------
     module
-        With ``training_losses(batch, floor=..., measured=..., rng_seed=..., **objective)``, a dict of scalars: ``loss``,
-        its parts, among them ``reconstruction``, and ``floor``.
+        With ``training_losses(batch, floor=..., measured=..., rng_seed=..., **objective)``, a dict of scalars:
+        ``loss``, its parts, among them ``reconstruction``, and ``floor``.
     floor
         Gene means of the training cells.
     measured
@@ -96,8 +96,15 @@ class TrainingPlan(pl.LightningModule):
         )
         n_cells = len(batch[REGISTRY_KEYS.X_KEY])
         for name, value in losses.items():
-            self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=n_cells, sync_dist=True,
-                     prog_bar=name == "loss")  # fmt: skip
+            self.log(
+                f"{stage}_{name}",
+                value.detach(),
+                on_step=False,
+                on_epoch=True,
+                batch_size=n_cells,
+                sync_dist=True,
+                prog_bar=name == "loss",
+            )
         return losses["loss"]
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
@@ -129,7 +136,8 @@ def warn_above_floor(history: Mapping[str, Any]) -> None:
         return
     cells = "held-out" if stage == "validation" else "training"
     msg = (
-        f"After training, the reconstruction loss on {cells} cells is {reached:.1f}; knowing each gene's mean alone gives "
-        f"{floor:.1f}. The model has not learned anything about cells yet: train longer, change lr, or look at the data."
+        f"After training, the reconstruction loss on {cells} cells is {reached:.1f}; knowing each gene's mean "
+        f"alone gives {floor:.1f}. The model has not learned anything about cells yet: train longer, change lr, or "
+        "look at the data."
     )
     warnings.warn(msg, UserWarning, stacklevel=3)

@@ -52,7 +52,7 @@ def find_official(path: Path) -> Path:
     """The checkpoint file itself, or the only one in a folder."""
     if not path.is_dir():
         if not path.name.endswith(CHECKPOINT_SUFFIX):
-            msg = f"{path.name} is neither a bundle (a folder) nor an official CellPLM checkpoint (*{CHECKPOINT_SUFFIX})."
+            msg = f"{path.name} is neither a bundle (a folder) nor an official checkpoint (*{CHECKPOINT_SUFFIX})."
             raise WeightsError(msg)
         return path
     found = sorted(path.glob("*" + CHECKPOINT_SUFFIX))
@@ -85,16 +85,21 @@ def read_official(checkpoint: Path) -> Bundle:
             "gene list. Both come in the same archive; put them into one folder."
         )
         raise WeightsError(msg)
-    config = json.loads(config_path.read_text())
     state_dict = rename(read_checkpoint(checkpoint).get("model_state_dict"), checkpoint.name)
-    genes = pd.DataFrame({"ensembl_id": config["gene_list"], "symbol": "", "previous_symbols": ""})
-    return Bundle(state_dict, {"model": "CellPLM", "network": network(config, state_dict)}, genes, "")
+    try:
+        config = json.loads(config_path.read_text())
+        genes = pd.DataFrame({"ensembl_id": config["gene_list"], "symbol": "", "previous_symbols": ""})
+        arguments = network(config, state_dict)
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{config_path.name} is damaged or not CellPLM's ({error!r}). Get it again."
+        raise WeightsError(msg) from error
+    return Bundle(state_dict, {"model": "CellPLM", "network": arguments}, genes, "")
 
 
 def rename(tensors: Any, file: str) -> dict[str, Tensor]:
     """Their tensors under our names; every one is used, or known to be unused, or the error lists it."""
     if not isinstance(tensors, dict):
-        msg = f"{file} has no 'model_state_dict': it is not a CellPLM checkpoint. Official ones are named *.best.ckpt."
+        msg = f"{file} has no 'model_state_dict': it is not a CellPLM checkpoint; those are named *{CHECKPOINT_SUFFIX}."
         raise WeightsError(msg)
     renamed, unknown = {}, []
     for name, tensor in tensors.items():
@@ -109,8 +114,9 @@ def rename(tensors: Any, file: str) -> dict[str, Tensor]:
                 unknown.append(name)
     if unknown:
         msg = (
-            f"{file} holds {len(unknown)} tensors that CellPLM's embedding model does not have: {', '.join(unknown[:10])}"
-            f"{' ...' if len(unknown) > 10 else ''}. Checkpoints with a task head cannot be loaded as an embedding model."
+            f"{file} holds {len(unknown)} tensors that CellPLM's embedding model does not have: "
+            f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}. "
+            "Checkpoints with a task head cannot be loaded as an embedding model."
         )
         raise WeightsError(msg)
     return renamed
@@ -120,13 +126,13 @@ def network(config: dict[str, Any], state_dict: dict[str, Tensor]) -> dict[str, 
     """Arguments of the network from a released configuration, checked against the tensors."""
     for key, value in EXPECTED.items():
         if config.get(key, value) != value:
-            msg = f"The configuration has {key}={config[key]!r}; only {value!r}, as in the released models, is supported."
+            msg = f"The configuration has {key}={config[key]!r}; supported is {value!r}, as in the released models."
             raise WeightsError(msg)
     latent = "gmvae" if "latent.logits.weight" in state_dict else "vae"
     if config["latent_mod"] != latent:
         msg = (
-            f"The configuration says latent_mod={config['latent_mod']!r}, the checkpoint holds a {latent!r} latent: the two "
-            "files belong to different models. 20231027_85M is a VAE, 20230926_85M a GMVAE."
+            f"The configuration says latent_mod={config['latent_mod']!r}, the checkpoint holds a {latent!r} latent: "
+            "the two files belong to different models. 20231027_85M is a VAE, 20230926_85M a GMVAE."
         )
         raise WeightsError(msg)
     return {

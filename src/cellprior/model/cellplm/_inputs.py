@@ -37,8 +37,8 @@ def sample_mask(
 ) -> np.ndarray:
     """Draw what pretraining hides ``(n_cells, n_genes)``, True = hidden.
 
-    A share ``cell_rate`` of the cells, at least one, is masked. Each of them hides a gene, expressed or not, with a probability of
-    its own from Beta(5, 4 / gene_rate - 3), whose mode is ``gene_rate``, at most 0.9.
+    A share ``cell_rate`` of the cells, at least one, is masked. Each of them hides a gene, expressed or not, with
+    a probability of its own from Beta(5, 4 / gene_rate - 3), whose mode is ``gene_rate``, at most 0.9.
     """
     mask = np.zeros((n_cells, n_genes), dtype=bool)
     cells = rng.permutation(n_cells)[: max(int(cell_rate * n_cells), 1)]

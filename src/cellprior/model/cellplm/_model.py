@@ -35,7 +35,8 @@ class CellPLM(ExpressionMixin):
     registry
         Registry of a saved model, instead of data.
     genes
-        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default the data's genes.
+        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
+        data.
     min_coverage
         Least share of genes that must match, see :func:`cellprior.genes.match`.
     n_hidden, n_layers, n_heads, n_latent, dropout_rate, latent, n_clusters, n_batches, n_datasets, target_sum
@@ -105,7 +106,7 @@ class CellPLM(ExpressionMixin):
         indices
             Cells to embed, as numbers or a mask; the result is in this order. Other cells are not in their sentences.
         batch_size
-            Cells in memory at a time, apart from ``4 * n_hidden`` bytes for each cell of a sentence. Never changes
+            Cells in memory at a time, at least 16, apart from ``4 * n_hidden`` bytes for each cell of a sentence. Never changes
             the result.
         mixture
             For ``latent="gmvae"``: ``"expected"`` averages the components' means over the cell's probabilities,
@@ -145,3 +146,6 @@ class CellPLM(ExpressionMixin):
 
     def _encode(self, chunks: Iterable[Tensor], gene_index: Tensor, **options: Any) -> Iterator[Tensor]:
         return self.module.encode_chunks(chunks, gene_index=gene_index, **options)
+
+    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor) -> Iterable[Tensor]:
+        return self.module.hidden_chunks(chunks, gene_index=gene_index)

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
-from cellprior.model.cellplm._inputs import sample_mask
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
+from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
 
 if TYPE_CHECKING:
-    from cellprior.model._training import GeneMeans
+    from cellprior.model._annotation_training import Trainable
 
 FLOW_EPS = 1e-6
-NB_EPS = 1e-10
 DECODER_RANK = 128  # width of the layer in front of the gene means
 GMVAE_HIDDEN = 512
 KEEP_BYTES = 128 * 2**20  # queries, keys and values of a sentence are kept up to this size, else recomputed
@@ -87,7 +85,7 @@ class CellPLMModule(BaseModuleClass):
         if latent not in ("vae", "gmvae"):
             msg = f'latent={latent!r} is not known; choose "vae" or "gmvae".'
             raise ValueError(msg)
-        self.n_latent = n_latent
+        self.n_hidden, self.n_latent = n_hidden, n_latent
         self.kl_weight = 0.0  # rises in training; saved beside the tensors
         self.embedder = Embedder(n_genes, n_hidden, dropout_rate, target_sum)
         self.encoder = nn.ModuleList(FlowformerLayer(n_hidden, n_heads, dropout_rate) for _ in range(n_layers))
@@ -146,6 +144,27 @@ class CellPLMModule(BaseModuleClass):
             hidden[i] = self.pre_latent_norm(h)
         return hidden
 
+    def hidden(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
+        """Hidden states ``(cells, n_hidden)`` of one sentence that fits in memory, see :meth:`hidden_chunks`."""
+        (hidden,) = self.hidden_chunks([counts], gene_index=gene_index)
+        return hidden
+
+    def trainable_parts(self, trainable: Trainable) -> list[nn.Module]:
+        """What fine-tuning trains besides the annotation head."""
+        # the original leaves pre_latent_norm out, by oversight: it names the others one by one
+        parts: dict[Trainable, list[nn.Module]] = {
+            "head": [],
+            "last": [self.encoder[-1], self.pre_latent_norm],
+            "all": [self.embedder, self.encoder, self.pre_latent_norm],
+            "lora": [self.pre_latent_norm],
+        }
+        return parts[trainable]
+
+    def adapted_layers(self) -> list[nn.Linear]:
+        """Projections that ``trainable="lora"`` changes."""
+        attentions = [layer.attention for layer in self.encoder if isinstance(layer, FlowformerLayer)]
+        return [linear for attention in attentions for linear in (attention.query, attention.value)]
+
     def decode(self, z: Tensor, *, batch: Tensor | None = None, dataset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Negative-binomial mean ``(cells, n_genes)`` and dispersion ``(n_genes,)`` of latents ``z``.
 
@@ -191,60 +210,15 @@ class CellPLMModule(BaseModuleClass):
         z, latent = self.latent.sample(hidden, kl_weight=kl_weight)
         mean, dispersion = self.decode(z, batch=batch, dataset=dataset)
         if measured is not None:
-            counts, mean, mask, dispersion = counts[:, measured], mean[:, measured], mask[:, measured], dispersion[measured]
+            counts, mean, mask = counts[:, measured], mean[:, measured], mask[:, measured]
+            dispersion = dispersion[measured]
         reconstruction = reconstruction_loss(counts, mean, dispersion, mask, denoise)
         return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
 
 
-    def training_losses(
-        self,
-        batch: Mapping[str, Tensor],
-        *,
-        floor: GeneMeans,
-        measured: Tensor,
-        rng_seed: int,
-        cell_rate: float = 0.75,
-        gene_rate: float = 0.25,
-        drop_rate: float = 0.3,
-        denoise: bool = True,
-        kl_warmup_steps: int = 10_000,
-    ) -> dict[str, Tensor]:
-        """Losses of one sentence of a training run, as the original pretrains.
-
-        Parameters
-        ----------
-        batch
-            ``X``, raw counts over the vocabulary ``(cells, n_genes)``.
-        floor
-            Predictor whose loss on the same cells and masks is given as ``floor``.
-        measured
-            Numbers of the genes that the data hold.
-        rng_seed
-            Of the mask and of the cells that are dropped.
-        cell_rate, gene_rate
-            Of the mask, see :func:`~cellprior.model.cellplm._inputs.sample_mask`.
-        drop_rate
-            Share of the cells that are left out of the sentence in training.
-        denoise
-            See :meth:`pretraining_loss`.
-        kl_warmup_steps
-            Training steps over which the weight of a VAE's KL rises from 0 to 1.
-        """
-        counts = batch["X"]
-        rng = np.random.default_rng(rng_seed)
-        if self.training:
-            n_kept = max(int((1 - drop_rate) * len(counts)), 1)
-            counts = counts[torch.from_numpy(rng.permutation(len(counts))[:n_kept]).to(counts.device)]
-        hidden = sample_mask(*counts.shape, rng=rng, cell_rate=cell_rate, gene_rate=gene_rate)
-        mask = torch.from_numpy(hidden).to(counts.device)
-        losses = self.pretraining_loss(counts, mask, kl_weight=self.kl_weight, measured=measured, denoise=denoise)
-        if self.training:
-            self.kl_weight = min(self.kl_weight + 1 / kl_warmup_steps, 1.0)
-        with torch.no_grad():
-            counts, mask, dispersion = counts[:, measured], mask[:, measured], floor.dispersion[measured]
-            mean = floor.share[measured].expand_as(counts)
-            losses["floor"] = reconstruction_loss(counts, mean, dispersion, mask, denoise)
-        return losses
+    def training_losses(self, batch: Mapping[str, Tensor], **objective: Any) -> dict[str, Tensor]:
+        """Losses of one sentence of a training run, see :func:`~cellprior.model.cellplm._loss.sentence_losses`."""
+        return sentence_losses(self, batch, **objective)
 
 
 class Embedder(nn.Module):
@@ -426,7 +400,7 @@ class VAELatent(nn.Module):
         return self.mu(h)
 
     def sample(self, h: Tensor, *, kl_weight: float) -> tuple[Tensor, Tensor]:
-        """Draw, in eval mode the mean, ``(cells, n_latent)``, and weighted KL to the standard normal, 0 below FREE_NATS."""
+        """Draw ``(cells, n_latent)``, in eval mode the mean, and weighted KL to N(0, 1), 0 below FREE_NATS."""
         mu = self.mu(h)
         var = self.log_var(h).clamp(-5, 5).exp() + 1e-4
         z = mu + var.sqrt() * torch.randn_like(mu) if self.training else mu
@@ -538,46 +512,3 @@ class Covariate(nn.Module):
     def forward(self, code: Tensor | None) -> Tensor:
         x = self.embedding.weight.detach().sum(0, keepdim=True) if code is None else self.embedding(code)
         return self.norm(self.activation(x))
-
-
-def reconstruction_loss(counts: Tensor, mean: Tensor, dispersion: Tensor, mask: Tensor, denoise: bool = True) -> Tensor:
-    """Negative-binomial loss over all genes plus, if ``denoise``, over the hidden ones; mean over masked cells.
-
-    Each term scales the decoder's mean to the cell's own total over the genes it looks at. Cells without a hidden
-    gene do not count.
-
-    Parameters
-    ----------
-    counts
-        ``(cells, genes)``.
-    mean
-        Up to a factor per cell ``(cells, genes)``.
-    dispersion
-        Variance is ``mean + mean² / dispersion``; ``(genes,)``.
-    mask
-        ``True`` for hidden ``(cells, genes)``.
-    """
-    rows = mask.any(1)
-    if not rows.any():
-        return mean.sum() * 0.0
-    counts, mean, mask = counts[rows], mean[rows], mask[rows]
-    row, col = counts.nonzero(as_tuple=True)
-    x, hidden = counts[row, col], mask[row, col]
-    theta = dispersion + NB_EPS
-    at_x = theta.expand_as(counts)[row, col]
-    # all that depends on a count alone is 0 where the count is: nine of ten places are spared three gamma functions
-    of_counts = torch.lgamma(at_x) + torch.lgamma(x + 1) - torch.lgamma(x + at_x) + x * at_x.log()
-
-    def of_means(mean: Tensor) -> tuple[Tensor, Tensor]:
-        return (dispersion + counts) * torch.log1p(mean / theta), x * (mean[row, col] + NB_EPS).log()
-
-    everywhere, at_counts = of_means(_scaled(mean, counts))
-    loss = everywhere.sum() + (of_counts - at_counts).sum()
-    if denoise:
-        everywhere, at_counts = of_means(_scaled(mean * mask, counts * mask))
-        loss = loss + (everywhere * mask).sum() + (of_counts - at_counts)[hidden].sum()
-    return loss / len(counts)
-
-
-def _scaled(mean: Tensor, counts: Tensor) -> Tensor:
-    return mean * (counts.sum(1, keepdim=True) / mean.sum(1, keepdim=True))

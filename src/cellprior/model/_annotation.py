@@ -1,0 +1,360 @@
+"""Supervised annotation, shared by the models: learn labels, name cells, and say "unknown"."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from scvi.model.base import BaseModelClass
+from scvi.train import TrainRunner
+from torch import Tensor
+
+from cellprior.model._annotation_training import (
+    MIN_CELLS,
+    AnnotationCells,
+    AnnotationHead,
+    AnnotationPlan,
+    Split,
+    Trainable,
+    only_trainable,
+    split_cells,
+)
+from cellprior.model._rejection import Limits, cells_needed, find_limits
+
+
+class AnnotatingModel(BaseModelClass):
+    """The supervised half of :class:`~cellprior.model._base.PretrainedModel`.
+
+    The module gives ``n_hidden``, ``hidden``, ``trainable_parts`` and ``adapted_layers``.
+    """
+
+    history_: dict[str, Any] | None
+    is_trained_: bool
+    _annotation: dict[str, Any] = {}
+
+    @property
+    def annotation_(self) -> dict[str, Any]:
+        """Label names and calibration of a fine-tuned model; saved with it. Setting it builds the head."""
+        return self._annotation
+
+    @annotation_.setter
+    def annotation_(self, state: dict[str, Any]) -> None:
+        self._annotation = state
+        if hasattr(self.module, "annotation"):
+            del self.module.annotation
+        if state:
+            head = AnnotationHead(self.module.n_hidden, self.module.n_latent, len(state["labels"]))
+            self.module.annotation = head.to(self.module.device)
+
+    def fine_tune(
+        self,
+        labels_key: str | None = None,
+        *,
+        trainable: Trainable = "last",
+        max_epochs: int = 100,
+        lr: float = 1e-3,
+        batch_size: int = 512,
+        validation_size: float = 0.15,
+        calibration_size: float = 0.15,
+        class_weights: Literal["auto"] | None = "auto",
+        patience: int = 20,
+        transductive: bool = False,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Learn the labels of the attached data, for :meth:`predict`.
+
+        A new head, as in CellPLM's annotation pipeline: a linear latent on the hidden state in front of the model's
+        own latent, dropout, a linear layer to the classes; cross-entropy. Draws depend on ``scvi.settings.seed``.
+        ``history`` gets ``annotation_train_loss``, ``annotation_validation_loss`` and
+        ``annotation_validation_macro_f1``. The embedding moves with the parts that are trained; with
+        ``trainable="head"`` it stays.
+
+        Parameters
+        ----------
+        labels_key
+            Column of ``obs``; by default the one given to ``setup_anndata``. Cells of ``unlabeled_category`` are not
+            trained on.
+        trainable
+            Besides the head: ``"last"`` trains the last encoder layer and the norm after it, ``"all"`` everything in
+            front of the latent, ``"head"`` nothing, ``"lora"`` low-rank changes of the attention's query and value
+            projections and the norm. What is not trained keeps every bit, and its dropout is off.
+        max_epochs
+            Passes over the training cells.
+        lr
+            Peak learning rate of AdamW, after warm-up and before cosine decay.
+        batch_size
+            Cells of a minibatch, within one category of ``batch_key``.
+        validation_size, calibration_size
+            Shares of the labelled cells held out, by class to choose the best epoch, and at random to calibrate
+            ``reject`` of :meth:`predict`. A class with fewer than 3 cells is trained on only.
+        class_weights
+            ``"auto"`` weighs a class of n cells by ``n ** -0.5``, which changes nothing where labels are even.
+        patience
+            Stop when macro-F1 on the validation cells has not risen for this many epochs. The best epoch is kept.
+        transductive
+            Put all cells of the attached data into the sentences as context, labelled or not, as the original does.
+            By default a training sentence holds training cells only.
+        accelerator, devices
+            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says
+            otherwise.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data, the labels are missing, NaN, or of fewer than two classes, or an argument is not
+            one of those above.
+        KeyError
+            If ``labels_key`` is not in ``obs``.
+        """
+        if min(validation_size, calibration_size) < 0 or validation_size + calibration_size >= 1:
+            msg = (
+                f"validation_size={validation_size} and calibration_size={calibration_size} leave no cells to train "
+                "on; shares of the labelled cells are needed that add up to less than 1."
+            )
+            raise ValueError(msg)
+        if trainable not in ("last", "all", "head", "lora"):
+            msg = f'trainable={trainable!r} is not known; choose "last", "all", "head" or "lora".'
+            raise ValueError(msg)
+        labels, code = self._labels(labels_key)
+        if not self.is_trained_ and trainable != "all":
+            msg = (
+                f"The model has neither been trained nor loaded from weights, and with trainable={trainable!r} much "
+                'of it stays random. Train it first, or use trainable="all".'
+            )
+            warnings.warn(msg, UserWarning, stacklevel=2)
+        seed = int(torch.randint(2**31, ()).item())  # seeded as all of torch is
+        split = split_cells(
+            code,
+            validation_size=validation_size,
+            calibration_size=calibration_size,
+            rng=np.random.default_rng(seed),
+        )
+        self.annotation_ = {"labels": labels, "calibration": {}}
+        used, column = self._columns(self.gene_match)
+        cells = AnnotationCells(
+            self.adata_manager,
+            code,
+            split,
+            context=np.arange(self.adata.n_obs) if transductive else None,
+            batch_size=batch_size,
+            column=column,
+            n_columns=len(used),
+        )
+        weights = np.bincount(code[split.train]) ** -0.5 if class_weights == "auto" else np.ones(len(labels))
+        with only_trainable(self.module, trainable) as parts:
+            plan = AnnotationPlan(
+                self.module,
+                parts,
+                gene_index=torch.as_tensor(used),
+                class_weights=torch.as_tensor(weights / weights.mean(), dtype=torch.float32),
+                n_steps=max_epochs * len(cells.train_dataloader()),
+                lr=lr,
+            )
+            defaults: dict[str, Any] = {"gradient_clip_val": 2.0}
+            if len(split.validation):
+                defaults |= {
+                    "check_val_every_n_epoch": 1,
+                    "early_stopping": True,
+                    "early_stopping_monitor": "annotation_validation_macro_f1",
+                    "early_stopping_mode": "max",
+                    "early_stopping_patience": patience,
+                }
+            runner = TrainRunner(
+                self,
+                training_plan=plan,
+                data_splitter=cells,
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                **{**defaults, **trainer_kwargs},
+            )
+            self.module.train()  # Lightning warns otherwise; the plan then sets the mode of each part
+            try:
+                self._run(runner)
+            except BaseException:
+                self.annotation_ = {}  # a head that has not learned would give names all the same
+                raise
+        self._calibrate(code, split, transductive)
+
+    def _run(self, runner: TrainRunner) -> None:
+        """Train; what ``history`` held before stays in it."""
+        history, was_trained = self.history_ or {}, self.is_trained_
+        self.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
+        try:
+            runner()
+        finally:
+            self.is_trained_ = self.is_trained_ or was_trained
+        self.history_ = history | (self.history_ or {})
+
+    def _labels(self, labels_key: str | None) -> tuple[list[str], np.ndarray]:
+        """Names of the classes, sorted, and the class of each attached cell, NO_CLASS for the unlabelled."""
+        if self.adata is None:
+            msg = "The model was loaded without data; load it with the data to train on."
+            raise ValueError(msg)
+        args = self.registry["setup_args"]
+        key = labels_key if labels_key is not None else args["labels_key"]
+        if key is None:
+            msg = "No labels: give labels_key, here or to setup_anndata, the column of adata.obs that holds them."
+            raise ValueError(msg)
+        if key not in self.adata.obs:
+            msg = f"{key!r} not found in adata.obs; its columns are {list(self.adata.obs.columns)}."
+            raise KeyError(msg)
+        column = self.adata.obs[key]
+        unknown = str(args["unlabeled_category"])
+        if column.isna().any():
+            first = self.adata.obs_names[int(np.argmax(column.isna()))]
+            msg = (
+                f"adata.obs[{key!r}] is NaN for {int(column.isna().sum())} cells, the first {first!r}. Call the cells "
+                f"without a label {unknown!r} (unlabeled_category of setup_anndata), or leave them out."
+            )
+            raise ValueError(msg)
+        names = column.astype(str).to_numpy()
+        labels, n_cells = np.unique(names[names != unknown], return_counts=True)
+        if len(labels) < 2:
+            found = f"only {labels[0]!r}" if len(labels) else f"only {unknown!r}, which stands for no label"
+            msg = f"adata.obs[{key!r}] holds {found}; at least two labels are needed to tell apart."
+            raise ValueError(msg)
+        if small := [f"{label!r} ({n})" for label, n in zip(labels, n_cells, strict=True) if n < MIN_CELLS]:
+            msg = (
+                f"Fewer than {MIN_CELLS} cells have the label {', '.join(small)}: trained on, but neither validated "
+                "nor calibrated. Expect them to be missed; merge or leave out such labels."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=3)
+        code = pd.Categorical(names, categories=labels).codes.astype(np.int64)
+        return labels.tolist(), code
+
+    @torch.no_grad()
+    def _calibrate(self, code: np.ndarray, split: Split, transductive: bool) -> None:
+        """Where the classes lie, from training and validation cells; scores of the calibration cells."""
+        known = np.sort(np.concatenate([split.train, split.validation]))
+        everything = slice(None)
+        rows, of_rows = (None, known) if transductive else (known, everything)
+        hidden = self._embed(None, rows, None, "float32", encode=self._hidden, width=self.module.n_hidden)
+        self.module.annotation.locate(hidden[of_rows], code[known])
+        if not len(split.calibration):
+            return
+        # in a sentence of their own, as a query is, or in that of the whole data
+        rows, of_rows = (None, split.calibration) if transductive else (split.calibration, everything)
+        logits, novelty = (scores[of_rows] for scores in self._scores(None, rows, None))
+        self._annotation["calibration"] = {
+            "novelty": novelty.tolist(),
+            "confidence": _softmax(logits).max(axis=1).tolist(),
+            "correct": (logits.argmax(axis=1) == code[split.calibration]).tolist(),
+        }
+
+    def _scores(
+        self,
+        adata: ad.AnnData | None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None,
+        batch_size: int | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits ``(cells, n_classes)`` and novelty ``(cells,)``."""
+        head = self.module.annotation
+
+        def encode(chunks: Iterable[Tensor], gene_index: Tensor) -> Iterator[Tensor]:
+            for hidden in self._hidden(chunks, gene_index):
+                yield torch.cat([head(hidden), head.novelty(hidden)[:, None]], dim=1)
+
+        n_classes = len(self._annotation["labels"])
+        scores = self._embed(adata, indices, batch_size, "float32", encode=encode, width=n_classes + 1)
+        return scores[:, :n_classes], scores[:, n_classes]
+
+    def predict(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        *,
+        soft: bool = False,
+        reject: float | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray | pd.DataFrame:
+        """Name cells, or give the probabilities of the names.
+
+        ``reject`` lets a cell be called ``unlabeled_category``, by conformal p-values [Vovk et al., 2005; Bates et
+        al., Ann. Stat. 2023] and a fixed sequence of tests [Angelopoulos et al., Learn then Test, 2021], both on cells
+        held out of training. Of cells that are exchangeable with these (same types in the same shares, same protocol):
+
+        * a cell is called unknown for lying far from all types with probability at most ``reject``, over the draw of
+          the calibration cells and the cell; and at nearly that rate, as some cells must be the farthest;
+        * of the cells that get a name, at most a share ``reject`` has a wrong one, with 90 % confidence over the draw
+          of the calibration cells, as long as cells of higher probability are wrong no more often. Where types
+          overlap so much that this needs it, the least certain cells are called unknown as well, however many.
+
+        Both hold on average over types, not for each; a rare type may be rejected more often. Other donors,
+        protocols or shares of types void them, and so do, for models whose cells see each other, sentences unlike
+        those of the calibration cells: if half of a sentence is of an unseen type, many known cells look strange
+        too. That an unseen type lies far from the known ones is likely, not promised.
+
+        Parameters
+        ----------
+        adata
+            Data to name, by default the attached. Its genes are matched by name.
+        indices
+            Cells to name, as numbers or a mask.
+        soft
+            Give probabilities.
+        reject
+            Between 0 and 1, see above; ``None`` names every cell.
+        batch_size
+            Cells in memory at a time. Never changes the result.
+
+        Returns
+        -------
+        Names ``(cells,)``; with ``soft`` a frame of probabilities, a row per cell and a column per label.
+
+        Raises
+        ------
+        RuntimeError
+            Before :meth:`fine_tune`.
+        ValueError
+            If ``reject`` is not between 0 and 1, cannot be promised with so few calibration cells, or is given with
+            ``soft``.
+        """
+        if not self._annotation:
+            msg = "The model has no labels to give: call fine_tune first, or load a fine-tuned model."
+            raise RuntimeError(msg)
+        limits = None if reject is None else self._limits(reject, soft)
+        logits, novelty = self._scores(adata, indices, batch_size)
+        probability = _softmax(logits)
+        labels = self._annotation["labels"]
+        if soft:
+            obs_names = (self.adata if adata is None else adata).obs_names
+            index = obs_names if indices is None else obs_names.to_numpy()[list(indices)]
+            return pd.DataFrame(probability, index=index, columns=labels)
+        names = np.asarray(labels, dtype=object)[probability.argmax(axis=1)]
+        if limits is not None:
+            unknown = (novelty >= limits.novelty) | (probability.max(axis=1) <= limits.confidence)
+            names[unknown] = self.registry["setup_args"]["unlabeled_category"]
+        return names
+
+    def _limits(self, reject: float, soft: bool) -> Limits:
+        if not 0 < reject < 1:
+            msg = f"reject={reject}; a share between 0 and 1 is needed, such as 0.1."
+            raise ValueError(msg)
+        if soft:
+            msg = (
+                "soft=True gives the probabilities of all labels, reject= applies to names. Give one of them."
+            )
+            raise ValueError(msg)
+        scores = {name: np.asarray(values) for name, values in self._annotation["calibration"].items()}
+        n_cells, needed = len(scores.get("novelty", ())), cells_needed(reject)
+        if n_cells < needed:
+            msg = (
+                f"reject={reject} can be promised from {needed} calibration cells on; there are {n_cells}. "
+                "Fine-tune with more labelled cells or a larger calibration_size, or allow a larger reject."
+            )
+            raise ValueError(msg)
+        return find_limits(**scores, reject=reject)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).double().softmax(1).numpy()

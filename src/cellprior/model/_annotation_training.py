@@ -1,0 +1,306 @@
+"""Supervised training, shared by the models: the head, what trains beside it, on which cells, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scvi import REGISTRY_KEYS
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from cellprior.model._data import CountsDataset, CountsManager, VocabularyLoader
+from cellprior.model._training import TrainingPlan
+
+HEAD_DROPOUT = 0.5  # of the original
+LORA_RANK = 8
+TARGET = "target"  # class of a cell in a minibatch; NO_CLASS for one that is context only
+NO_CLASS = -1
+MIN_CELLS = 3  # a class with fewer has none to spare for validation or calibration
+SPREAD_PRIOR = 20  # cells of the average class that a class's spread is mixed with
+
+Trainable = Literal["last", "all", "head", "lora"]
+
+
+class AnnotationHead(nn.Module):
+    """Latent, dropout and classes on the hidden state in front of a model's latent; and where the classes lie.
+
+    Parameters
+    ----------
+    n_hidden
+        Width of the hidden state.
+    n_latent
+        Width of the new latent.
+    n_classes
+        Number of classes.
+    """
+
+    center: Tensor
+    whitening: Tensor
+    spread: Tensor
+
+    def __init__(self, n_hidden: int, n_latent: int, n_classes: int) -> None:
+        super().__init__()
+        self.latent = nn.Linear(n_hidden, n_latent)
+        self.dropout = nn.Dropout(HEAD_DROPOUT)
+        self.linear = nn.Linear(n_latent, n_classes)
+        self.register_buffer("center", torch.zeros(n_classes, n_hidden))
+        self.register_buffer("whitening", torch.zeros(n_hidden, n_hidden))
+        self.register_buffer("spread", torch.ones(n_classes))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits ``(cells, n_classes)``."""
+        return self.linear(self.dropout(self.latent(hidden)))
+
+    def locate(self, hidden: np.ndarray, code: np.ndarray) -> None:
+        """Learn where labelled cells ``(cells, n_hidden)`` of each class lie, see :meth:`novelty`."""
+        n_classes = len(self.center)
+        center = np.stack([hidden[code == c].mean(axis=0) for c in range(n_classes)])
+        covariance, _ = ledoit_wolf((hidden - center[code]).astype(np.float64), assume_centered=True)
+        values, vectors = np.linalg.eigh(covariance)
+        self.whitening.copy_(torch.as_tensor(vectors / np.sqrt(values.clip(min=1e-12))))
+        self.center.copy_(torch.as_tensor(center))
+        self.spread.fill_(1.0)
+        distance = self._distances(torch.as_tensor(hidden, device=self.center.device)).cpu().numpy()
+        own = distance[np.arange(len(code)), code]
+        n_cells = np.bincount(code, minlength=n_classes)
+        within = np.array([np.median(own[code == c]) for c in range(n_classes)])
+        # a class of few cells seems tight: its mean leans towards them
+        self.spread.copy_(
+            torch.as_tensor((n_cells * within + SPREAD_PRIOR * np.median(own)) / (n_cells + SPREAD_PRIOR))
+        )
+
+    def _distances(self, hidden: Tensor) -> Tensor:
+        """Mahalanobis distance to each class over the class's spread, ``(cells, n_classes)``."""
+        # by differences: the product form rounds by the number of rows, and so by batch_size
+        mode = "donot_use_mm_for_euclid_dist"
+        return (
+            torch.cdist(hidden @ self.whitening, self.center @ self.whitening, compute_mode=mode)
+            / self.spread
+        )
+
+    def novelty(self, hidden: Tensor) -> Tensor:
+        """How far a cell is from the nearest class, ``(cells,)``; about 1 for the cells trained on."""
+        return self._distances(hidden.float()).amin(1)
+
+
+class LowRank(nn.Module):
+    """A low-rank change of a weight matrix, 0 at first [Hu et al., LoRA, ICLR 2022]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn_like(linear.weight[:LORA_RANK]) * linear.in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros_like(linear.weight[:, :LORA_RANK]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+@contextmanager
+def only_trainable(module: Any, trainable: Trainable) -> Iterator[list[nn.Module]]:
+    """Freeze all but the named parts and the head for a while; gives the parts that train.
+
+    Low-rank changes are added to their matrices at the end.
+    """
+    adapted = module.adapted_layers() if trainable == "lora" else []
+    was_trained = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.requires_grad_(False)
+    for linear in adapted:
+        parametrize.register_parametrization(linear, "weight", LowRank(linear))
+    parts = [*module.trainable_parts(trainable), module.annotation]
+    parts += [linear.parametrizations.weight[0] for linear in adapted]
+    for part in parts:
+        part.requires_grad_(True)
+    try:
+        yield parts
+    finally:
+        for linear in adapted:
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+        module.requires_grad_(True)
+        for parameter, was in was_trained.items():
+            parameter.requires_grad_(was)
+
+
+class Split(NamedTuple):
+    """Row numbers of the labelled cells by what they are for."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    calibration: np.ndarray
+
+
+def split_cells(
+    code: np.ndarray, *, validation_size: float, calibration_size: float, rng: np.random.Generator
+) -> Split:
+    """Split labelled cells.
+
+    Calibration cells are drawn as they come, so that they are exchangeable with new cells, but two of each class are
+    left; of the others, validation cells are drawn by class, at least one where a class can spare it.
+
+    Parameters
+    ----------
+    code
+        Class of each cell, NO_CLASS for none ``(n_obs,)``.
+    validation_size, calibration_size
+        Shares of the labelled cells.
+    rng
+        Draws.
+    """
+    rows = rng.permutation(np.flatnonzero(code != NO_CLASS))
+    n_cells = np.bincount(code[rows])
+    drawn = rows[n_cells[code[rows]] >= MIN_CELLS][: round(calibration_size * len(rows))]
+    spare = n_cells - 2
+    taken = pd.Series(code[drawn]).groupby(code[drawn]).cumcount().to_numpy()  # of its class before it
+    calibration = drawn[taken < spare[code[drawn]]]
+    rest = rows[~np.isin(rows, calibration)]
+    validation: list[np.ndarray] = []
+    for c in range(len(n_cells)):
+        of_class = rest[code[rest] == c]
+        n = min(max(round(validation_size * n_cells[c]), 1), len(of_class) - 1)
+        if validation_size and n_cells[c] >= MIN_CELLS:
+            validation.append(of_class[:n])
+    held = np.concatenate([np.empty(0, dtype=rows.dtype), *validation])
+    return Split(np.sort(rest[~np.isin(rest, held)]), np.sort(held), np.sort(calibration))
+
+
+class AnnotationCells(pl.LightningDataModule):
+    """Sentences of labelled cells; with ``context``, of these cells too."""
+
+    def __init__(
+        self,
+        manager: CountsManager,
+        code: np.ndarray,
+        split: Split,
+        *,
+        context: np.ndarray | None,
+        batch_size: int,
+        column: np.ndarray,
+        n_columns: int,
+    ) -> None:
+        super().__init__()
+        self.train_idx, self.val_idx, self.test_idx = split  # names that scvi-tools reads
+        self.n_train, self.n_val = len(split.train), len(split.validation)
+        self.manager, self.code, self.context = manager, code, context
+        self.options: dict[str, Any] = {"batch_size": batch_size, "column": column, "n_columns": n_columns}
+
+    def train_dataloader(self) -> VocabularyLoader:
+        """Training cells, in new sentences at each pass."""
+        return self._loader(self.train_idx, shuffle=True)
+
+    def val_dataloader(self) -> VocabularyLoader:
+        """Validation cells."""
+        return self._loader(self.val_idx, shuffle=False)
+
+    def _loader(self, rows: np.ndarray, shuffle: bool) -> VocabularyLoader:
+        loader = VocabularyLoader(
+            self.manager,
+            indices=rows if self.context is None else self.context,
+            shuffle=shuffle,
+            by_batch=True,
+            dense=True,
+            data_and_attributes=[REGISTRY_KEYS.X_KEY],
+            **self.options,
+        )
+        target = np.full(len(self.code), NO_CLASS)
+        target[rows] = self.code[rows]
+        assert isinstance(loader.dataset, CountsDataset)  # of our own manager
+        loader.dataset.data[TARGET] = target
+        return loader
+
+
+class AnnotationPlan(pl.LightningModule):
+    """Cross-entropy with class weights; keeps the tensors of the epoch with the best macro-F1 on validation cells."""
+
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        module: Any,
+        parts: list[nn.Module],
+        *,
+        gene_index: Tensor,
+        class_weights: Tensor,
+        n_steps: int,
+        lr: float,
+        weight_decay: float = 1e-7,
+        warmup: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.parts = tuple(parts)  # a tuple, lest they be registered twice
+        self.register_buffer("gene_index", gene_index, persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.n_steps, self.lr, self.weight_decay, self.warmup = n_steps, lr, weight_decay, warmup
+        self.validated: list[tuple[np.ndarray, np.ndarray]] = []
+        self.best: tuple[float, float] = (-1.0, 0.0)  # macro-F1 and minus the loss
+        self.best_tensors: dict[str, Tensor] = {}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and cosine, as in self-supervised training."""
+        return TrainingPlan.configure_optimizers(self)  # type: ignore[arg-type]
+
+    def on_train_epoch_start(self) -> None:
+        """Dropout in the parts that train, and nowhere else."""
+        self.module.eval()
+        for part in self.parts:
+            part.train()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One sentence."""
+        return self._step(batch, "train")[0]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One sentence."""
+        _, logits = self._step(batch, "validation")
+        target = batch[TARGET]
+        known = target != NO_CLASS
+        self.validated.append((target[known].cpu().numpy(), logits[known].argmax(1).cpu().numpy()))
+
+    def _step(self, batch: dict[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:
+        hidden = self.module.hidden(batch[REGISTRY_KEYS.X_KEY], gene_index=self.gene_index)
+        logits = self.module.annotation(hidden)
+        loss = annotation_loss(logits, batch[TARGET], self.class_weights)
+        n_cells = max(int((batch[TARGET] != NO_CLASS).sum()), 1)
+        name = f"annotation_{stage}_loss"
+        self.log(name, loss.detach(), on_step=False, on_epoch=True, batch_size=n_cells, prog_bar=True)
+        return loss, logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Macro-F1, and the tensors if it is the best so far; of equals the one with the lower loss."""
+        truth, named = (np.concatenate(parts) for parts in zip(*self.validated, strict=True))
+        self.validated.clear()
+        score = macro_f1(truth, named)
+        self.log("annotation_validation_macro_f1", score, prog_bar=True)
+        reached = (score, -float(self.trainer.callback_metrics["annotation_validation_loss"]))
+        if reached > self.best:
+            self.best = reached
+            trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+            self.best_tensors = {name: p.detach().clone() for name, p in trained}
+
+    def on_train_end(self) -> None:
+        """Back to the best epoch."""
+        with torch.no_grad():
+            for name, tensor in self.best_tensors.items():
+                self.module.get_parameter(name).copy_(tensor)
+
+
+def annotation_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of the cells that have a class; 0 if none has."""
+    known = target != NO_CLASS
+    loss = F.cross_entropy(logits[known], target[known], weight=class_weights, reduction="sum")
+    return loss / class_weights[target[known]].sum().clamp(min=1e-12)
+
+
+def macro_f1(truth: np.ndarray, named: np.ndarray) -> float:
+    """Mean over the classes in ``truth`` of ``2 TP / (2 TP + FP + FN)``."""
+    classes = np.unique(truth)
+    hit = [np.sum((truth == c) & (named == c)) for c in classes]
+    seen = [np.sum(truth == c) + np.sum(named == c) for c in classes]
+    return float(np.mean(2 * np.array(hit) / np.array(seen)))
