@@ -40,7 +40,9 @@ def synthetic(n_cells: int):
 def peak_mb() -> float:
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024 if sys.platform != "darwin" else 1024**2
+    )
 
 
 def original_way(module, x):
@@ -100,16 +102,31 @@ def run(variant: str, n_cells: int, repeats: int) -> dict[str, float]:
 
 
 def in_process(variant: str, n_cells: int, repeats: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--variant", variant, "--cells", str(n_cells), "--repeats", str(repeats)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--variant",
+        variant,
+        "--cells",
+        str(n_cells),
+        "--repeats",
+        str(repeats),
+    ]
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
     import pandas as pd
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cells", type=int, default=2_000)
-    parser.add_argument("--growth-to", type=int, default=50_000, help="cells of the memory table; 0 leaves it out")
+    parser.add_argument(
+        "--growth-to", type=int, default=50_000, help="cells of the memory table; 0 leaves it out"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -125,7 +142,9 @@ def main() -> None:
         small, large = (in_process("float32", n, 1) for n in (args.cells, args.growth_to))
         per_cell = (large["added MB"] - small["added MB"]) * 1024 / (args.growth_to - args.cells)
         print(f"\nfloat32, added memory: {small['added MB']:.0f} MB at {args.cells:,} cells,", end=" ")
-        print(f"{large['added MB']:.0f} MB at {args.growth_to:,}: {per_cell:.2f} KB per further cell;", end=" ")
+        print(
+            f"{large['added MB']:.0f} MB at {args.growth_to:,}: {per_cell:.2f} KB per further cell;", end=" "
+        )
         print(f"{large['cells/s']:.0f} cells/s there")
 
 

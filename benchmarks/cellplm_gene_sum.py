@@ -33,7 +33,9 @@ def milliseconds(product: Callable[[], torch.Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--genes", type=int, default=17_000)
     parser.add_argument("--hidden", type=int, default=1_024)
     parser.add_argument("--cells", type=int, default=512)
@@ -43,7 +45,9 @@ def main() -> None:
     rows = {}
     for density in DENSITIES:
         rng = np.random.default_rng(0)
-        x = sp.random_array((args.cells, args.genes), density=density, format="csr", dtype=np.float32, rng=rng)
+        x = sp.random_array(
+            (args.cells, args.genes), density=density, format="csr", dtype=np.float32, rng=rng
+        )
         x = sp.csr_matrix(x)
         x.sort_indices()
         tensor = csr_tensor(x)

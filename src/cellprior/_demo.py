@@ -73,7 +73,14 @@ def _draw(adata: AnnData, path: Path) -> None:
     FigureCanvasAgg(figure)  # draws without a screen and leaves the user's plots alone
     left, right = figure.subplots(1, 2)
     sc.pl.embedding(
-        adata, "umap_cellplm", color=LABELS, ax=left, show=False, legend_loc=None, title="CellPLM starter", size=40
+        adata,
+        "umap_cellplm",
+        color=LABELS,
+        ax=left,
+        show=False,
+        legend_loc=None,
+        title="CellPLM starter",
+        size=40,
     )
     sc.pl.embedding(adata, "umap_pca", color=LABELS, ax=right, show=False, title="PCA", size=40)
     figure.savefig(path, dpi=150)

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from importlib.metadata import version
 
-    parser = argparse.ArgumentParser(prog="cellprior", description="Pretrained single-cell models for scverse.")
+    parser = argparse.ArgumentParser(
+        prog="cellprior", description="Pretrained single-cell models for scverse."
+    )
     parser.add_argument("--version", action="version", version=version("cellprior"))
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -41,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("embed", help="embed the cells of an h5ad file")
     command.add_argument("input", type=Path, help="h5ad file with raw counts")
     command.add_argument("output", type=Path, help="h5ad file to write")
-    command.add_argument("--weights", required=True, help="registry name, bundle folder or official checkpoint file")
+    command.add_argument(
+        "--weights", required=True, help="registry name, bundle folder or official checkpoint file"
+    )
     command.add_argument("--layer", help="layer with raw counts (default: X)")
     command.add_argument("--gene-key", help="column of var with gene names (default: found by itself)")
     command.add_argument("--batch-key", help="column of obs with the batch of each cell")
@@ -51,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_embed)
 
     command = commands.add_parser("demo", help="embed 700 blood cells, draw them, and compare with PCA")
-    command.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: the current one)")
+    command.add_argument(
+        "--out", type=Path, default=Path(), help="folder to write to (default: the current one)"
+    )
     command.set_defaults(run=_demo)
     return parser
 
@@ -106,7 +112,9 @@ def _embed(args: argparse.Namespace) -> None:
         partial.unlink(missing_ok=True)
     key, record = next(reversed(adata.uns["cellprior"].items()))
     used = f", {record['counts_share']:.1%} of the counts used" if "counts_share" in record else ""
-    sys.stdout.write(f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}{used}\n")
+    sys.stdout.write(
+        f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}{used}\n"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -38,9 +38,13 @@ def training(model: PretrainedModel, *, ax: Axes | None = None) -> Axes:
     for stage, label, colour in (("train", "training cells", "C0"), ("validation", "held-out cells", "C1")):
         if f"{stage}_reconstruction" not in history:
             continue
-        loss, floor = (history[f"{stage}_{name}"].iloc[:, 0].astype(float) for name in ("reconstruction", "floor"))
+        loss, floor = (
+            history[f"{stage}_{name}"].iloc[:, 0].astype(float) for name in ("reconstruction", "floor")
+        )
         ax.plot(range(1, len(loss) + 1), loss, color=colour, label=label)
-        ax.plot(range(1, len(floor) + 1), floor, color=colour, linestyle=":", label=f"{label}, floor: gene means")
+        ax.plot(
+            range(1, len(floor) + 1), floor, color=colour, linestyle=":", label=f"{label}, floor: gene means"
+        )
     ax.set_xlabel("epoch")
     ax.set_ylabel("reconstruction loss per cell")
     ax.legend(frameon=False)

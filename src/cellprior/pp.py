@@ -15,7 +15,9 @@ __all__ = ["recover_counts"]
 MAX_DECIMALS = 5  # values rounded to more are treated as unrounded
 
 
-def recover_counts(adata: AnnData | Raw, *, layer: str | None = None, base: float | None = None) -> sp.csr_matrix:
+def recover_counts(
+    adata: AnnData | Raw, *, layer: str | None = None, base: float | None = None
+) -> sp.csr_matrix:
     r"""Turn log-normalised values back into the counts they came from, exactly or not at all.
 
     Normalising multiplies the counts :math:`k` of a cell by one factor :math:`u`, so that the values are

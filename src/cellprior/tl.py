@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,13 +83,8 @@ def embed(
         model.release()
     key = key_added or cls.obsm_key
     adata.obsm[key] = latent
-    record: dict[str, Any] = {
-        "model": cls.__name__,
-        **model.pretrained_,
-        "coverage": model.gene_match.coverage,
-        "vocabulary_share": model.gene_match.vocabulary_share,
-        "counts_share": model.gene_match.counts_share,
-        "cellprior_version": version("cellprior"),
+    record = {
+        **model.provenance(),
         "params": _stated(layer=layer, gene_key=gene_key, batch_key=batch_key, min_coverage=min_coverage),
     }
     others = {name: other for name, other in adata.uns.get("cellprior", {}).items() if name != key}

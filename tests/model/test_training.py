@@ -22,7 +22,9 @@ def adata() -> ad.AnnData:
     rng = np.random.default_rng(0)
     rate = rng.gamma(1.0, 1.0, size=(2, 60)) * np.where(rng.random((2, 60)) < 0.5, 5.0, 0.2)
     kind = rng.integers(2, size=200)
-    obs = pd.DataFrame({"batch": rng.choice(["a", "b"], 200), "kind": kind}, index=[f"cell {i}" for i in range(200)])
+    obs = pd.DataFrame(
+        {"batch": rng.choice(["a", "b"], 200), "kind": kind}, index=[f"cell {i}" for i in range(200)]
+    )
     var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(60)])
     return ad.AnnData(sp.csr_matrix(rng.poisson(rate[kind]).astype(np.float32)), obs=obs, var=var)
 
@@ -46,7 +48,9 @@ def test_training_takes_the_loss_below_its_floor_on_held_out_cells(adata, recwar
     model = scratch(adata)
     model.train(max_epochs=60, batch_size=64, plan_kwargs={"lr": 3e-3}, **QUIET)
     history = {name: frame.iloc[:, 0].astype(float) for name, frame in model.history.items()}
-    assert set(history) >= {f"{s}_{n}" for s in ("train", "validation") for n in ("loss", "floor", "reconstruction")}
+    assert set(history) >= {
+        f"{s}_{n}" for s in ("train", "validation") for n in ("loss", "floor", "reconstruction")
+    }
     assert history["validation_reconstruction"].iloc[-1] < 0.9 * history["validation_floor"].iloc[-1]
     assert history["validation_reconstruction"].iloc[0] > history["validation_floor"].iloc[0]
     assert not [w for w in recwarn if "After training" in str(w.message)]

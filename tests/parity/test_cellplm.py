@@ -37,7 +37,9 @@ def attach(case: Golden, folder: Path, batch_key: str | None) -> CellPLM:
     return CellPLM.from_pretrained(case.write(folder), adata)
 
 
-@pytest.mark.filterwarnings("ignore:Category 0 in adata.obs:UserWarning")  # a sentence of one cell is the point
+@pytest.mark.filterwarnings(
+    "ignore:Category 0 in adata.obs:UserWarning"
+)  # a sentence of one cell is the point
 @pytest.mark.parametrize("batch_size", [1, 7, None])
 def test_against_cellplm_with_interleaved_batches_and_a_one_cell_sentence(tmp_path, batch_size):
     case = Golden.load("vae")
@@ -117,7 +119,9 @@ def columns(case: Golden) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_against_cellplm_decoder_means(golden_case):
     module = module_of(golden_case)
-    z, batch, dataset = (torch.from_numpy(golden_case[f"dec_{name}"]) for name in ("in_z", "batch", "dataset"))
+    z, batch, dataset = (
+        torch.from_numpy(golden_case[f"dec_{name}"]) for name in ("in_z", "batch", "dataset")
+    )
     with torch.inference_mode():
         mean, dispersion = module.decode(z, batch=batch, dataset=dataset)
         averaged, _ = module.decode(z)
@@ -147,7 +151,9 @@ def test_against_cellplm_one_pretraining_step_with_its_gradients(golden_case, mo
     assert losses["latent"].item() == pytest.approx(values["latent_loss"], rel=1e-5)
     assert losses["reconstruction"].item() == pytest.approx(values["target_loss"], rel=1e-5)
     ours = dict(module.named_parameters())
-    theirs = {name: torch.tensor(np.nan if norm is None else norm) for name, norm in values["grad_l2"].items()}
+    theirs = {
+        name: torch.tensor(np.nan if norm is None else norm) for name, norm in values["grad_l2"].items()
+    }
     for name, norm in rename(theirs, "golden").items():
         grad = ours[name].grad
         if norm.isnan():
@@ -164,7 +170,9 @@ def terms() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("denoise", "name"), [(True, "nb_recon_train_dae"), (False, "nb_recon_eval")])
 def test_against_cellplm_reconstruction_loss(terms, denoise, name):
-    x, mean, dispersion, mask = (torch.from_numpy(terms[f"nb_{key}"]) for key in ("x", "mean", "disp", "input_mask"))
+    x, mean, dispersion, mask = (
+        torch.from_numpy(terms[f"nb_{key}"]) for key in ("x", "mean", "disp", "input_mask")
+    )
     rows = mask.bool().any(1)  # the fixture has a dispersion per cell, which only these rows need
     loss = reconstruction_loss(x[rows], mean[rows], dispersion[rows], mask.bool()[rows], denoise=denoise)
     assert loss.item() == pytest.approx(json.loads(str(terms["values"]))[name], rel=1e-5)
@@ -201,7 +209,9 @@ def test_against_cellplm_vae_latent(terms, monkeypatch, weight):
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.from_numpy(terms["vae_eps"]))
     z, kl = latent.sample(torch.from_numpy(terms["vae_h"]), kl_weight=weight)
     np.testing.assert_allclose(z.detach(), terms["vae_z_train"], **TOLERANCE)
-    assert kl.item() == pytest.approx(json.loads(str(terms["values"]))[f"vae_kl_at_weight_{weight}"], rel=1e-5)
+    assert kl.item() == pytest.approx(
+        json.loads(str(terms["values"]))[f"vae_kl_at_weight_{weight}"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("free_nats", [5.0, 0.5])

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from uuid import uuid4
 
 import anndata as ad
@@ -32,7 +33,9 @@ from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256
 logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
-MIN_CHUNK = 16  # products of one to three rows go through other kernels, which round differently in the fifth digit
+MIN_CHUNK = (
+    16  # products of one to three rows go through other kernels, which round differently in the fifth digit
+)
 
 
 class PretrainedModel(AnnotatingModel):
@@ -64,7 +67,9 @@ class PretrainedModel(AnnotatingModel):
         self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
         self.pretrained_: dict[str, str] | None = None
-        self.gene_match: gene_matching.GeneMatch | None = None if adata is None else self._match(self.adata_manager)
+        self.gene_match: gene_matching.GeneMatch | None = (
+            None if adata is None else self._match(self.adata_manager)
+        )
 
     def _finish_init(self, init_locals: dict[str, Any]) -> None:
         """Last line of a subclass's ``__init__``: keep what is needed to build the model again."""
@@ -146,7 +151,7 @@ class PretrainedModel(AnnotatingModel):
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
         known_hash: str | None = None,
-    ):
+    ) -> Self:
         """Load pretrained weights and attach data.
 
         Parameters
@@ -194,7 +199,7 @@ class PretrainedModel(AnnotatingModel):
         return model
 
     @classmethod
-    def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any):
+    def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any) -> Self:
         """Load a model saved with ``save``; see :meth:`scvi.model.base.BaseModelClass.load`."""
         with warnings.catch_warnings():
             # scvi-tools warns of genes in another order; here they are matched by name
@@ -307,7 +312,9 @@ class PretrainedModel(AnnotatingModel):
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
         was_trained = self.is_trained_
-        self.is_trained_ = "train_loss" in (self.history_ or {})  # scvi-tools appends only to columns that are there
+        self.is_trained_ = "train_loss" in (
+            self.history_ or {}
+        )  # scvi-tools appends only to columns that are there
         try:
             runner()
         finally:
@@ -339,7 +346,9 @@ class PretrainedModel(AnnotatingModel):
         """
         if card is None:
             origin = f" Loaded from {self.pretrained_['weights']}." if self.pretrained_ else ""
-            card = f"# {type(self).__name__}\n\n{self._model_summary_string}.{origin}\n\nNo card was written.\n"
+            card = (
+                f"# {type(self).__name__}\n\n{self._model_summary_string}.{origin}\n\nNo card was written.\n"
+            )
         write_bundle(
             folder,
             state_dict=self.module.state_dict(),
@@ -463,7 +472,9 @@ class PretrainedModel(AnnotatingModel):
     def _match(self, manager: CountsManager) -> gene_matching.GeneMatch:
         """Match the genes of an AnnData to the vocabulary."""
         x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-        in_memory = isinstance(x, np.ndarray) or sp.issparse(x)  # elsewhere the totals would cost a pass over the file
+        in_memory = isinstance(x, np.ndarray) or sp.issparse(
+            x
+        )  # elsewhere the totals would cost a pass over the file
         return gene_matching.match(
             manager.adata.var,
             self.genes,
@@ -493,6 +504,18 @@ class PretrainedModel(AnnotatingModel):
             if adata is not self.adata:
                 self._per_instance_manager_store[self.id].pop(adata.uns["_scvi_uuid"], None)
 
+    def provenance(self) -> dict[str, Any]:
+        """Which weights the model has, and how much of the attached data it reads; for the record."""
+        match = None if self.adata is None else self._match_of(self.adata_manager)
+        return {
+            "model": type(self).__name__,
+            **(self.pretrained_ or {}),
+            "coverage": match and match.coverage,
+            "vocabulary_share": match and match.vocabulary_share,
+            "counts_share": match and match.counts_share,
+            "cellprior_version": version("cellprior"),
+        }
+
     def release(self) -> None:
         """Let go of the attached data; scvi-tools otherwise holds it for as long as the process runs."""
         if self.adata is not None:
@@ -506,8 +529,12 @@ class PretrainedModel(AnnotatingModel):
         adata = without_view(adata)
         if self.adata is not None and adata.uns.get("_scvi_uuid") == self.adata.uns["_scvi_uuid"]:
             adata.uns["_scvi_uuid"] = str(uuid4())  # a copy of the attached data
-        setup_method_args = {key: self.registry[key] for key in ("model_name", "setup_method_name", "setup_args")}
-        manager = self._manager(adata, setup_method_args, source_registry=self.registry, extend_categories=True)
+        setup_method_args = {
+            key: self.registry[key] for key in ("model_name", "setup_method_name", "setup_args")
+        }
+        manager = self._manager(
+            adata, setup_method_args, source_registry=self.registry, extend_categories=True
+        )
         self._register_manager_for_instance(manager)
         return adata
 

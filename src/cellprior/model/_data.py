@@ -8,7 +8,7 @@ puts each minibatch into vocabulary order: no copy of the data's matrix is made.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ from scvi.dataloaders import DataSplitter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-N_CHECKED = 256  # cells whose counts are looked at before anything long begins; the others follow as they are read
+N_CHECKED = (
+    256  # cells whose counts are looked at before anything long begins; the others follow as they are read
+)
 
 
 class NotCountsError(ValueError):
@@ -75,16 +77,18 @@ class CountsDataset(Dataset):
     def __init__(self, manager: AnnDataManager, keys: Sequence[str]) -> None:
         self.adata = manager.adata
         self.layer = manager.data_registry[REGISTRY_KEYS.X_KEY]["attr_key"]
-        self.data = {key: manager.get_from_registry(key) for key in keys}
+        self.data: dict[str, Any] = {key: manager.get_from_registry(key) for key in keys}
         x = self.data.get(REGISTRY_KEYS.X_KEY)
-        if sp.issparse(x) and x.format == "csc":
-            self.data[REGISTRY_KEYS.X_KEY] = x.tocsr()  # once, as rows of CSC cost a pass over the matrix each
+        if isinstance(x, sp.csc_matrix | sp.csc_array):
+            self.data[REGISTRY_KEYS.X_KEY] = (
+                x.tocsr()
+            )  # once, as rows of CSC cost a pass over the matrix each
 
     def __len__(self) -> int:
         return self.adata.n_obs
 
-    def __getitem__(self, rows: int | Sequence[int]) -> dict[str, Any]:
-        rows = np.atleast_1d(np.asarray(rows))
+    def __getitem__(self, index: int | Sequence[int]) -> dict[str, Any]:
+        rows = np.atleast_1d(np.asarray(index))
         batch: dict[str, Any] = {}
         for key, data in self.data.items():
             if key == REGISTRY_KEYS.X_KEY:
@@ -199,9 +203,11 @@ def csr_tensor(x: sp.csr_matrix) -> Tensor:
     """A CSR tensor that shares memory with a SciPy matrix in canonical format."""
     with warnings.catch_warnings():
         # torch announces at first use that CSR tensors are in beta; the two products used here are tested
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-        parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
-        return torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=False)
+        warnings.filterwarnings(
+            "ignore", message="Sparse CSR tensor support is in beta", category=UserWarning
+        )
+        indptr, indices, data = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+        return torch.sparse_csr_tensor(indptr, indices, data, size=x.shape, check_invariants=False)
 
 
 class SentenceSampler(Sampler[list[int]]):
@@ -277,11 +283,12 @@ class VocabularyLoader(DataLoader):
         batch = None
         if by_batch and REGISTRY_KEYS.BATCH_KEY in adata_manager.data_registry:
             batch = adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
+        to_vocabulary: Callable[[Any], dict[str, Tensor]] = ToVocabulary(column, n_columns, dense)
         super().__init__(
             adata_manager.create_torch_dataset(data_and_attributes=data_and_attributes),
             sampler=SentenceSampler(rows, batch, batch_size, shuffle),
             batch_size=None,  # the sampler makes the minibatches, one read of the matrix each
-            collate_fn=ToVocabulary(column, n_columns, dense),
+            collate_fn=to_vocabulary,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # of seeds for workers; the global state is left alone
             num_workers=scvi_settings.dl_num_workers,

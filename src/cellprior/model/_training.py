@@ -74,7 +74,9 @@ class TrainingPlan(pl.LightningModule):
         **objective: Any,
     ) -> None:
         super().__init__()
-        self.module = module
+        self.module: Any = module
+        self.share: Tensor
+        self.dispersion: Tensor
         self.register_buffer("share", floor.share, persistent=False)
         self.register_buffer("dispersion", floor.dispersion, persistent=False)
         self.register_buffer("measured", measured, persistent=False)
@@ -107,7 +109,7 @@ class TrainingPlan(pl.LightningModule):
             )
         return losses["loss"]
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, by step."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         groups = [
@@ -123,7 +125,9 @@ class TrainingPlan(pl.LightningModule):
         ]
         with warnings.catch_warnings():
             # SequentialLR itself steps its parts in a way that they warn about
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message="Detected call of `lr_scheduler.step", category=UserWarning
+            )
             schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -126,7 +126,9 @@ class ExpressionMixin(PretrainedModel):
             return pd.DataFrame(values, index=manager.adata.obs_names[rows], columns=names)
 
     @torch.inference_mode()
-    def _decoder_means(self, latent: np.ndarray, batch_size: int | None) -> Iterator[tuple[slice, np.ndarray]]:
+    def _decoder_means(
+        self, latent: np.ndarray, batch_size: int | None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """Decoder means ``(cells, n_genes)`` of a few cells at a time."""
         step = batch_size or self.default_batch_size
         for start in range(0, len(latent), step):
@@ -134,11 +136,15 @@ class ExpressionMixin(PretrainedModel):
             mean, _ = self.module.decode(torch.from_numpy(latent[cells]).to(self.module.device))
             yield cells, mean.cpu().numpy()
 
-    def _vocabulary_rows(self, names: Sequence[str] | None, manager: CountsManager) -> tuple[list[str], np.ndarray]:
+    def _vocabulary_rows(
+        self, names: Sequence[str] | None, manager: CountsManager
+    ) -> tuple[list[str], np.ndarray]:
         """Names of genes, and their rows in the vocabulary."""
         symbols, ids = (self.genes[column].tolist() for column in ("symbol", "ensembl_id"))
         if names is None:
-            return [symbol or identifier for symbol, identifier in zip(symbols, ids, strict=True)], np.arange(len(ids))
+            return [symbol or identifier for symbol, identifier in zip(symbols, ids, strict=True)], np.arange(
+                len(ids)
+            )
         row = {name: i for column in (ids, symbols) for i, name in enumerate(column) if name}
         match = self._match_of(manager)
         row.update({name: i for name, i in zip(manager.adata.var_names, match.index, strict=True) if i >= 0})

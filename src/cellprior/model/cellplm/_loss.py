@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 NB_EPS = 1e-10
 
 
-def reconstruction_loss(counts: Tensor, mean: Tensor, dispersion: Tensor, mask: Tensor, denoise: bool = True) -> Tensor:
+def reconstruction_loss(
+    counts: Tensor, mean: Tensor, dispersion: Tensor, mask: Tensor, denoise: bool = True
+) -> Tensor:
     """Negative-binomial loss over all genes plus, if ``denoise``, over the hidden ones; mean over masked cells.
 
     Each term scales the decoder's mean to the cell's own total over the genes it looks at. Cells without a hidden
@@ -102,7 +104,9 @@ def sentence_losses(
         counts = counts[torch.from_numpy(rng.permutation(len(counts))[:n_kept]).to(counts.device)]
     hidden = sample_mask(*counts.shape, rng=rng, cell_rate=cell_rate, gene_rate=gene_rate)
     mask = torch.from_numpy(hidden).to(counts.device)
-    losses = module.pretraining_loss(counts, mask, kl_weight=module.kl_weight, measured=measured, denoise=denoise)
+    losses = module.pretraining_loss(
+        counts, mask, kl_weight=module.kl_weight, measured=measured, denoise=denoise
+    )
     if module.training:
         module.kl_weight = min(module.kl_weight + 1 / kl_warmup_steps, 1.0)
     with torch.no_grad():

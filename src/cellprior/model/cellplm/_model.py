@@ -81,7 +81,11 @@ class CellPLM(ExpressionMixin):
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """Whether a file or folder holds an official CellPLM checkpoint."""
-        return any(path.glob("*" + CHECKPOINT_SUFFIX)) if path.is_dir() else path.name.endswith(CHECKPOINT_SUFFIX)
+        return (
+            any(path.glob("*" + CHECKPOINT_SUFFIX))
+            if path.is_dir()
+            else path.name.endswith(CHECKPOINT_SUFFIX)
+        )
 
     @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
@@ -106,8 +110,8 @@ class CellPLM(ExpressionMixin):
         indices
             Cells to embed, as numbers or a mask; the result is in this order. Other cells are not in their sentences.
         batch_size
-            Cells in memory at a time, at least 16, apart from ``4 * n_hidden`` bytes for each cell of a sentence. Never changes
-            the result.
+            Cells in memory at a time, at least 16, apart from ``4 * n_hidden`` bytes for each cell of a sentence.
+            Never changes the result.
         mixture
             For ``latent="gmvae"``: ``"expected"`` averages the components' means over the cell's probabilities,
             ``"argmax"`` takes the most likely component, ``"sampled"`` draws one, as the original does (seed torch).

@@ -88,7 +88,9 @@ class CellPLMModule(BaseModuleClass):
         self.n_hidden, self.n_latent = n_hidden, n_latent
         self.kl_weight = 0.0  # rises in training; saved beside the tensors
         self.embedder = Embedder(n_genes, n_hidden, dropout_rate, target_sum)
-        self.encoder = nn.ModuleList(FlowformerLayer(n_hidden, n_heads, dropout_rate) for _ in range(n_layers))
+        self.encoder = nn.ModuleList(
+            FlowformerLayer(n_hidden, n_heads, dropout_rate) for _ in range(n_layers)
+        )
         self.pre_latent_norm = nn.LayerNorm(n_hidden)
         self.latent: VAELatent | GMVAELatent = (
             VAELatent(n_hidden, n_latent) if latent == "vae" else GMVAELatent(n_hidden, n_latent, n_clusters)
@@ -125,7 +127,11 @@ class CellPLMModule(BaseModuleClass):
         Latent means of each chunk ``(cells, n_latent)``, float32.
         """
         hidden: list[Tensor | None] = list(self.hidden_chunks(chunks, gene_index=gene_index))
-        noise = self.latent.draw_noise(sum(len(h) for h in hidden if h is not None)) if mixture == "sampled" else None
+        noise = (
+            self.latent.draw_noise(sum(len(h) for h in hidden if h is not None))
+            if mixture == "sampled"
+            else None
+        )
         start = 0
         for i, h in enumerate(hidden):
             hidden[i] = None
@@ -165,7 +171,9 @@ class CellPLMModule(BaseModuleClass):
         attentions = [layer.attention for layer in self.encoder if isinstance(layer, FlowformerLayer)]
         return [linear for attention in attentions for linear in (attention.query, attention.value)]
 
-    def decode(self, z: Tensor, *, batch: Tensor | None = None, dataset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, z: Tensor, *, batch: Tensor | None = None, dataset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Negative-binomial mean ``(cells, n_genes)`` and dispersion ``(n_genes,)`` of latents ``z``.
 
         The mean is up to a factor per cell: scale it to the cell's depth. A covariate that is not given is
@@ -214,7 +222,6 @@ class CellPLMModule(BaseModuleClass):
             dispersion = dispersion[measured]
         reconstruction = reconstruction_loss(counts, mean, dispersion, mask, denoise)
         return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
-
 
     def training_losses(self, batch: Mapping[str, Tensor], **objective: Any) -> dict[str, Tensor]:
         """Losses of one sentence of a training run, see :func:`~cellprior.model.cellplm._loss.sentence_losses`."""
@@ -330,7 +337,9 @@ class FlowAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             allocation = torch.sigmoid(_dot(q, sums.key_flow)) / _dot(q, sums.key)  # (cells, heads)
             memory = sums.memory * (sums.n_cells / sums.weight)[:, None, None]
-            flow = torch.matmul(q.unflatten(1, (self.n_heads, -1)).transpose(0, 1), memory)  # (heads, cells, dim)
+            flow = torch.matmul(
+                q.unflatten(1, (self.n_heads, -1)).transpose(0, 1), memory
+            )  # (heads, cells, dim)
             read = (flow.transpose(0, 1) * allocation[:, :, None]).flatten(1)
         return self.dropout(self.out(read).float())
 
@@ -368,7 +377,9 @@ def _dot(x: Tensor, total: Tensor) -> Tensor:
 def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     """Sum of cells ``(cells, n_hidden)`` weighted per head ``(cells, heads)``, as ``(heads, dim)``."""
     n_heads = weight.shape[1]
-    return (weight.T @ x).view(n_heads, n_heads, -1).diagonal().T  # the products across heads are cheaper than copies
+    return (
+        (weight.T @ x).view(n_heads, n_heads, -1).diagonal().T
+    )  # the products across heads are cheaper than copies
 
 
 def _add_up(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
