@@ -17,9 +17,9 @@ import scipy.sparse as sp
 import torch
 
 from cellprior.model._data import csr_tensor
-from cellprior.model.cellplm._kernels import to_dense
+from cellprior.model.cellplm._kernels import _sparse_product, to_dense
 
-DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.1)
+DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3)
 
 
 def milliseconds(product: Callable[[], torch.Tensor]) -> float:
@@ -52,16 +52,17 @@ def main() -> None:
         x.sort_indices()
         tensor = csr_tensor(x)
         rows[density] = {
-            "sparse": milliseconds(lambda tensor=tensor: torch.sparse.mm(tensor, table)),
-            "dense float32": milliseconds(lambda tensor=tensor: to_dense(tensor) @ table),
-            "dense bfloat16": milliseconds(lambda tensor=tensor: to_dense(tensor).bfloat16() @ half),
+            "sparse, whole": milliseconds(lambda tensor=tensor: torch.sparse.mm(tensor, table)),
+            "sparse": milliseconds(lambda tensor=tensor: _sparse_product(tensor, table)),
+            "dense float32": milliseconds(lambda tensor=tensor: to_dense(tensor, table.dtype) @ table),
+            "dense bfloat16": milliseconds(lambda tensor=tensor: to_dense(tensor, half.dtype) @ half),
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("density")
     print(f"milliseconds for {args.cells:,} cells x {args.genes:,} genes x {args.hidden:,}")
     print(frame.to_string(float_format="{:.2f}".format))
-    per_density = frame["sparse"].iloc[-1] / frame.index[-1]
     for kind in ("float32", "bfloat16"):
-        print(f"break-even of {kind}: density {frame[f'dense {kind}'].median() / per_density:.3f}")
+        gain = frame["sparse"] - frame[f"dense {kind}"]  # grows with the density
+        print(f"break-even of {kind}: density {np.interp(0.0, gain, frame.index):.3f}")
 
 
 if __name__ == "__main__":

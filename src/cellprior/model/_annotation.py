@@ -260,7 +260,7 @@ class AnnotatingModel(BaseModelClass):
         """Logits ``(cells, n_classes)`` and novelty ``(cells,)``."""
         head = self.module.annotation
 
-        def encode(chunks: Iterable[Tensor], gene_index: Tensor) -> Iterator[Tensor]:
+        def encode(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
             for hidden in self._hidden(chunks, gene_index):
                 yield torch.cat([head(hidden), head.novelty(hidden)[:, None]], dim=1)
 

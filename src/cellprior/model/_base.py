@@ -48,7 +48,7 @@ class PretrainedModel(AnnotatingModel):
 
     _data_loader_cls = VocabularyLoader
     obsm_key: str
-    default_batch_size = 512
+    default_batch_size = 1024
 
     def __init__(
         self,
@@ -424,7 +424,8 @@ class PretrainedModel(AnnotatingModel):
             rows = row_numbers(indices, manager.adata.n_obs)
             match = self._match_of(manager)
             used, column = self._columns(match)
-            gene_index = torch.as_tensor(used, device=self.module.device)
+            whole = len(used) == len(self.genes)  # then the columns are the vocabulary, in order
+            gene_index = None if whole else torch.as_tensor(used, device=self.module.device)
             latent = np.empty((len(rows), width or self.module.n_latent), dtype=np.float32)
             for group in self._groups(manager, rows):
                 loader = self._data_loader_cls(
@@ -454,11 +455,13 @@ class PretrainedModel(AnnotatingModel):
         """Positions in ``rows`` of the cells that are encoded together: all, where cells do not see each other."""
         return [np.arange(len(rows))]
 
-    def _encode(self, chunks: Iterable[Tensor], gene_index: Tensor, **options: Any) -> Iterator[Tensor]:
+    def _encode(
+        self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
+    ) -> Iterator[Tensor]:
         """Latents ``(cells, n_latent)`` of each chunk of one group."""
         return (self.module.encode(counts, gene_index=gene_index, **options) for counts in chunks)
 
-    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor) -> Iterable[Tensor]:
+    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterable[Tensor]:
         """Hidden states ``(cells, n_hidden)`` of each chunk of one group, what the annotation head reads."""
         return (self.module.hidden(counts, gene_index=gene_index) for counts in chunks)
 

@@ -148,8 +148,10 @@ class CellPLM(ExpressionMixin):
             return sentences(rows, None)
         return sentences(rows, manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows])
 
-    def _encode(self, chunks: Iterable[Tensor], gene_index: Tensor, **options: Any) -> Iterator[Tensor]:
+    def _encode(
+        self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
+    ) -> Iterator[Tensor]:
         return self.module.encode_chunks(chunks, gene_index=gene_index, **options)
 
-    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor) -> Iterable[Tensor]:
+    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterable[Tensor]:
         return self.module.hidden_chunks(chunks, gene_index=gene_index)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FLOW_EPS = 1e-6
 DECODER_RANK = 128  # width of the layer in front of the gene means
 GMVAE_HIDDEN = 512
+BLOCK_BYTES = 64 * 2**20  # of hidden states in one piece of memory
 KEEP_BYTES = 128 * 2**20  # queries, keys and values of a sentence are kept up to this size, else recomputed
 
 Latent = Literal["vae", "gmvae"]
@@ -127,11 +128,8 @@ class CellPLMModule(BaseModuleClass):
         Latent means of each chunk ``(cells, n_latent)``, float32.
         """
         hidden: list[Tensor | None] = list(self.hidden_chunks(chunks, gene_index=gene_index))
-        noise = (
-            self.latent.draw_noise(sum(len(h) for h in hidden if h is not None))
-            if mixture == "sampled"
-            else None
-        )
+        n_cells = sum(len(h) for h in hidden if h is not None)
+        noise = self.latent.draw_noise(n_cells) if mixture == "sampled" else None
         start = 0
         for i, h in enumerate(hidden):
             hidden[i] = None
@@ -143,11 +141,11 @@ class CellPLMModule(BaseModuleClass):
     def hidden_chunks(self, chunks: Iterable[Tensor], *, gene_index: Tensor | None = None) -> list[Tensor]:
         """Hidden states in front of the latent layer, ``(cells, n_hidden)`` per chunk of one sentence."""
         table = self.embedder.table(gene_index)
-        hidden = [self.embedder(counts, table) for counts in chunks]
+        hidden = _keep(self.embedder(counts, table) for counts in chunks)
         for layer in self.encoder:
             layer(hidden)
         for i, h in enumerate(hidden):
-            hidden[i] = self.pre_latent_norm(h)
+            _replace(hidden, i, self.pre_latent_norm(h))
         return hidden
 
     def hidden(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
@@ -228,6 +226,33 @@ class CellPLMModule(BaseModuleClass):
         return sentence_losses(self, batch, **objective)
 
 
+def _keep(chunks: Iterable[Tensor]) -> list[Tensor]:
+    """Hold chunks of hidden states; where there are no gradients, as parts of large blocks that can be overwritten.
+
+    The system gets large blocks back as soon as they are free, where small ones leave holes.
+    """
+    if torch.is_grad_enabled():
+        return list(chunks)
+    kept: list[Tensor] = []
+    block, used = torch.empty(0, 0), 0
+    for chunk in chunks:
+        if used + len(chunk) > len(block):
+            block, used = (
+                chunk.new_empty(max(BLOCK_BYTES // (4 * chunk.shape[1]), len(chunk)), chunk.shape[1]),
+                0,
+            )
+        kept.append(block[used : used + len(chunk)].copy_(chunk))
+        used += len(chunk)
+    return kept
+
+
+def _replace(hidden: list[Tensor], i: int, chunk: Tensor) -> None:
+    if torch.is_grad_enabled():
+        hidden[i] = chunk
+    else:
+        hidden[i].copy_(chunk)
+
+
 class Embedder(nn.Module):
     """Cells as weighted sums of gene vectors, then a linear layer and a group norm."""
 
@@ -274,7 +299,7 @@ class FlowformerLayer(nn.Module):
         sums = self.attention.reduce(projected)
         for i, h in enumerate(hidden):
             h = h + self.dropout(self.attention(projected.of(i, "query")[0], sums))
-            hidden[i] = h + self.ff(self.norm2(h)).float()
+            _replace(hidden, i, h + self.ff(self.norm2(h)).float())
 
 
 class FlowSums(NamedTuple):
