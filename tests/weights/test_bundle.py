@@ -47,6 +47,11 @@ def test_what_is_written_is_what_is_read(tmp_path: Path):
     assert bundle.card == "# Tiny\n\nLicence: CC0, §\n"
 
 
+def test_all_files_of_a_bundle_can_be_read_by_the_same_people(tmp_path: Path):
+    modes = {path.stat().st_mode for path in write(tmp_path / "tiny").iterdir()}
+    assert len(modes) == 1
+
+
 def test_what_was_read_can_be_written_again(tmp_path: Path):
     first = weights.read_bundle(write(tmp_path / "a"))
     write(
