@@ -69,7 +69,7 @@ def embed(
     >>> sc.pp.neighbors(adata, use_rep="X_cellplm")
     """
     from cellprior.model import model_class
-    from cellprior.model._base import without_view
+    from cellprior.model._data import without_view
 
     if copy:
         adata = adata.to_memory() if adata.isbacked else adata.copy()

@@ -14,7 +14,7 @@ import torch
 from anndata import AnnData
 
 from cellprior.model import CellPLM, NotCountsError
-from cellprior.model._base import load_strictly
+from cellprior.model._loading import load_strictly
 from cellprior.weights import WeightsError, write_bundle
 
 N_CELLS, N_GENES = 30, 60

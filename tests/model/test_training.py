@@ -151,13 +151,12 @@ def test_the_floor_knows_each_genes_share_and_dispersion():
 
 
 def test_the_training_plot_shows_each_loss_beside_its_floor(adata):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
     model = scratch(adata)
     with pytest.raises(ValueError, match="no history"):
         cp.pl.training(model)
     model.train(max_epochs=2, **QUIET)
-    labels = [line.get_label() for line in cp.pl.training(model).lines]
+    labels = [line.get_label() for line in cp.pl.training(model, ax=Figure().subplots()).lines]
     assert labels == ["training cells", "training cells, floor: gene means",
                       "held-out cells", "held-out cells, floor: gene means"]  # fmt: skip

@@ -1,15 +1,10 @@
-"""What all pretrained models share: setup, weights, gene matching, the embedding loop, saving."""
+"""What all pretrained models share: setup, gene matching, the embedding loop."""
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from uuid import uuid4
 
 import anndata as ad
@@ -20,25 +15,21 @@ import scipy.sparse as sp
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.data.fields import CategoricalObsField
-from scvi.train import TrainRunner
 from torch import Tensor
 
 from cellprior import genes as gene_matching
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._annotation import AnnotatingModel
-from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, VocabularySplitter
-from cellprior.model._training import GeneMeans, TrainingPlan, warn_above_floor
-from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256, write_bundle
-
-logger = logging.getLogger(__name__)
+from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, row_numbers, without_view
+from cellprior.model._loading import LoadableModel
+from cellprior.model._training import TrainableModel
 
 Precision = Literal["float32", "bfloat16"]
-MIN_CHUNK = (
-    16  # products of one to three rows go through other kernels, which round differently in the fifth digit
-)
+# products of one to three rows go through other kernels, which round differently in the fifth digit
+MIN_CHUNK = 16
 
 
-class PretrainedModel(AnnotatingModel):
+class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
     """Base of the model classes.
 
     A subclass gives ``_module_cls``, ``obsm_key``, an ``__init__`` that ends in :meth:`_finish_init`, and, for
@@ -66,7 +57,6 @@ class PretrainedModel(AnnotatingModel):
             genes = list(adata.var_names if gene_key is None else adata.var[gene_key])
         self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
-        self.pretrained_: dict[str, str] | None = None
         self.gene_match: gene_matching.GeneMatch | None = (
             None if adata is None else self._match(self.adata_manager)
         )
@@ -141,227 +131,6 @@ class PretrainedModel(AnnotatingModel):
         manager = CountsManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
         return manager
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        weights: str | os.PathLike[str],
-        adata: ad.AnnData,
-        *,
-        min_coverage: float = 0.25,
-        device: str | int | torch.device = "auto",
-        known_hash: str | None = None,
-    ) -> Self:
-        """Load pretrained weights and attach data.
-
-        Parameters
-        ----------
-        weights
-            Registry name (see :func:`cellprior.weights.available`), folder written by :meth:`save_pretrained`,
-            official checkpoint file, or address of one (then ``known_hash`` is needed).
-        adata
-            Data to attach. Set up like the data it is a copy or part of, or with default arguments, if it has not
-            been set up itself.
-        min_coverage
-            Least share of genes that must match, see :func:`cellprior.genes.match`.
-        device
-            ``"auto"`` is the first GPU if there is one, else the CPU.
-        known_hash
-            sha256 of the file.
-
-        Raises
-        ------
-        WeightsError
-            If the weights are not found, damaged, or another model's.
-        GeneMatchError
-            If too few genes match.
-        """
-        path = resolve(weights, known_hash=known_hash)
-        bundle, hashed = cls._read_weights(path)
-        adata = without_view(adata)
-        known = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))
-        if known is None:
-            cls.setup_anndata(adata)
-        elif known.adata is not adata:  # a copy, or a part, of data that have been set up
-            adata.uns["_scvi_uuid"] = str(uuid4())
-            cls.setup_anndata(adata, **known.registry["setup_args"])
-        with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
-            model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
-        model.annotation_ = bundle.config.get("annotation", {})
-        load_strictly(model.module, bundle.state_dict, str(weights))
-        model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
-        model.training_state_ = bundle.config.get("training_state", {})
-        model.is_trained_ = True
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to_device(device)
-        model.module.eval()
-        return model
-
-    @classmethod
-    def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any) -> Self:
-        """Load a model saved with ``save``; see :meth:`scvi.model.base.BaseModelClass.load`."""
-        with warnings.catch_warnings():
-            # scvi-tools warns of genes in another order; here they are matched by name
-            warnings.filterwarnings("ignore", message="`var_names` for the loaded", category=UserWarning)
-            return super().load(dir_path, adata, *args, **kwargs)
-
-    @classmethod
-    def _read_weights(cls, path: Path) -> tuple[Bundle, Path]:
-        """Contents of a bundle or an official checkpoint, and the file or folder that stands for it in a hash."""
-        if not (path / "config.json").is_file():
-            return cls._read_official(path)
-        bundle = read_bundle(path)
-        if bundle.config["model"] != cls.__name__:
-            msg = f"{path} holds a {bundle.config['model']}: load it with cellprior.model.{bundle.config['model']}."
-            raise WeightsError(msg)
-        return bundle, path
-
-    @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Whether a file or folder holds an official checkpoint of this model."""
-        return False
-
-    @classmethod
-    def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
-        msg = f"{path} is not a {cls.__name__} bundle: a folder with config.json and model.safetensors is needed."
-        raise WeightsError(msg)
-
-    def train(
-        self,
-        max_epochs: int = 100,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = "auto",
-        train_size: float | None = None,
-        validation_size: float | None = None,
-        shuffle_set_split: bool = True,
-        batch_size: int = 512,
-        early_stopping: bool = False,
-        plan_kwargs: dict[str, Any] | None = None,
-        datasplitter_kwargs: dict[str, Any] | None = None,
-        **trainer_kwargs: Any,
-    ) -> None:
-        """Train on the attached data with the model's self-supervised objective, from where the weights are.
-
-        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and the ``floor`` of each:
-        what a predictor that knows only each gene's mean reaches on the same cells. A warning says if the model ends
-        above it.
-
-        Parameters
-        ----------
-        max_epochs
-            Passes over the training cells.
-        accelerator, devices
-            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
-        train_size, validation_size, shuffle_set_split
-            Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on.
-        batch_size
-            Cells of a minibatch, within one category of ``batch_key``.
-        early_stopping
-            Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
-        plan_kwargs
-            ``lr``, ``weight_decay``, ``warmup``, and arguments of the objective, see
-            :class:`~cellprior.model._training.TrainingPlan`.
-        datasplitter_kwargs
-            To :class:`~scvi.dataloaders.DataSplitter`.
-        **trainer_kwargs
-            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
-
-        Raises
-        ------
-        ValueError
-            If the model has no data.
-        """
-        if self.adata is None or self.gene_match is None:
-            msg = "The model was loaded without data; load it with the data to train on."
-            raise ValueError(msg)
-        splitter = VocabularySplitter(
-            self.adata_manager,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            column=self.gene_match.index,
-            n_columns=len(self.genes),
-            by_batch=True,
-            dense=True,
-            **(datasplitter_kwargs or {}),
-        )
-        splitter.setup()
-        loader = splitter.train_dataloader()
-        index = self.gene_match.index
-        plan = TrainingPlan(
-            self.module,
-            GeneMeans.fit(loader),
-            measured=torch.from_numpy(np.unique(index[index >= 0])),
-            n_steps=max_epochs * len(loader),
-            **(plan_kwargs or {}),
-        )
-        defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
-        if splitter.n_val:
-            defaults["check_val_every_n_epoch"] = 1
-        runner = TrainRunner(
-            self,
-            training_plan=plan,
-            data_splitter=splitter,
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            early_stopping=early_stopping,
-            **{**defaults, **trainer_kwargs},
-        )
-        self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        was_trained = self.is_trained_
-        self.is_trained_ = "train_loss" in (
-            self.history_ or {}
-        )  # scvi-tools appends only to columns that are there
-        try:
-            runner()
-        finally:
-            self.is_trained_ |= was_trained
-        warn_above_floor(self.history)
-
-    @property
-    def training_state_(self) -> dict[str, Any]:
-        """What training needs besides the tensors to go on where it stopped; saved with the model."""
-        return {}
-
-    @training_state_.setter
-    def training_state_(self, state: dict[str, Any]) -> None:
-        pass
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False
-    ) -> None:
-        """Write the weights as a bundle that :meth:`from_pretrained` loads, without any of the data.
-
-        Parameters
-        ----------
-        folder
-            Where to write ``model.safetensors``, ``config.json``, ``genes.tsv`` and ``README.md``.
-        card
-            Markdown for ``README.md``: what the weights were trained on, how good they are, and their licence.
-        overwrite
-            Replace a bundle that is already there.
-        """
-        if card is None:
-            origin = f" Loaded from {self.pretrained_['weights']}." if self.pretrained_ else ""
-            card = (
-                f"# {type(self).__name__}\n\n{self._model_summary_string}.{origin}\n\nNo card was written.\n"
-            )
-        write_bundle(
-            folder,
-            state_dict=self.module.state_dict(),
-            config={
-                "model": type(self).__name__,
-                "network": self._network(),
-                "training_state": self.training_state_,
-                "annotation": self.annotation_,
-            },
-            genes=self.genes,
-            card=card,
-            overwrite=overwrite,
-        )
 
     def get_latent_representation(
         self,
@@ -507,18 +276,6 @@ class PretrainedModel(AnnotatingModel):
             if adata is not self.adata:
                 self._per_instance_manager_store[self.id].pop(adata.uns["_scvi_uuid"], None)
 
-    def provenance(self) -> dict[str, Any]:
-        """Which weights the model has, and how much of the attached data it reads; for the record."""
-        match = None if self.adata is None else self._match_of(self.adata_manager)
-        return {
-            "model": type(self).__name__,
-            **(self.pretrained_ or {}),
-            "coverage": match and match.coverage,
-            "vocabulary_share": match and match.vocabulary_share,
-            "counts_share": match and match.counts_share,
-            "cellprior_version": version("cellprior"),
-        }
-
     def release(self) -> None:
         """Let go of the attached data; scvi-tools otherwise holds it for as long as the process runs."""
         if self.adata is not None:
@@ -540,54 +297,3 @@ class PretrainedModel(AnnotatingModel):
         )
         self._register_manager_for_instance(manager)
         return adata
-
-
-def load_strictly(module: torch.nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a module; each must have its place and each place its tensor.
-
-    Raises
-    ------
-    WeightsError
-        With the names that are missing, left over, or of another shape.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} has no place" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} is {found[name]}, needed {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:10]) + ("; ..." if len(problems) > 10 else "")
-        msg = f"{source} does not fit the network its configuration describes: {shown}. Nothing was loaded."
-        raise WeightsError(msg)
-    module.load_state_dict(state_dict)
-
-
-def without_view(adata: ad.AnnData) -> ad.AnnData:
-    """A copy of a view, which scvi-tools cannot register, in memory; other data as they are."""
-    if not adata.is_view:
-        return adata
-    return adata.to_memory() if adata.isbacked else adata.copy()
-
-
-def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:
-    """Row numbers of the cells that ``indices``, numbers or a mask, mean."""
-    if indices is None:
-        return np.arange(n_obs)
-    rows = np.asarray(indices)
-    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iub"):
-        msg = f"indices must be whole numbers or a mask, one per cell; found {rows.dtype} of shape {rows.shape}."
-        raise TypeError(msg)
-    if rows.dtype == bool:
-        if len(rows) != n_obs:
-            msg = f"The mask has {len(rows)} entries for {n_obs} cells."
-            raise ValueError(msg)
-        return np.flatnonzero(rows)
-    rows = rows.astype(np.int64) if rows.size else np.empty(0, dtype=np.int64)
-    if rows.size and not (-n_obs <= rows.min() and rows.max() < n_obs):
-        msg = f"indices go from {rows.min()} to {rows.max()}; there are {n_obs} cells."
-        raise IndexError(msg)
-    return rows % n_obs

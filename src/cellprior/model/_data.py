@@ -304,3 +304,30 @@ class VocabularySplitter(DataSplitter):
 
 # scvi-tools asks for this name before it refuses early stopping without validation cells
 VocabularySplitter.__name__ = "DataSplitter"
+
+
+def without_view(adata: ad.AnnData) -> ad.AnnData:
+    """A copy of a view, which scvi-tools cannot register, in memory; other data as they are."""
+    if not adata.is_view:
+        return adata
+    return adata.to_memory() if adata.isbacked else adata.copy()
+
+
+def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:
+    """Row numbers of the cells that ``indices``, numbers or a mask, mean."""
+    if indices is None:
+        return np.arange(n_obs)
+    rows = np.asarray(indices)
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iub"):
+        msg = f"indices must be whole numbers or a mask, one per cell; found {rows.dtype} of shape {rows.shape}."
+        raise TypeError(msg)
+    if rows.dtype == bool:
+        if len(rows) != n_obs:
+            msg = f"The mask has {len(rows)} entries for {n_obs} cells."
+            raise ValueError(msg)
+        return np.flatnonzero(rows)
+    rows = rows.astype(np.int64) if rows.size else np.empty(0, dtype=np.int64)
+    if rows.size and not (-n_obs <= rows.min() and rows.max() < n_obs):
+        msg = f"indices go from {rows.min()} to {rows.max()}; there are {n_obs} cells."
+        raise IndexError(msg)
+    return rows % n_obs

@@ -1,4 +1,4 @@
-"""The one training plan: AdamW, warm-up and cosine decay, each loss beside its floor."""
+"""Self-supervised training, shared by the models: AdamW, warm-up and cosine decay, each loss beside its floor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
+from scvi.model.base import BaseModelClass
+from scvi.train import TrainRunner
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from cellprior.model._data import VocabularySplitter
 
 MIN_DISPERSION, MAX_DISPERSION = 1e-4, 1e4
 
@@ -130,6 +135,115 @@ class TrainingPlan(pl.LightningModule):
             )
             schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class TrainableModel(BaseModelClass):
+    """The self-supervised part of :class:`~cellprior.model._base.PretrainedModel`."""
+
+    is_trained_: bool
+
+    def train(
+        self,
+        max_epochs: int = 100,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 512,
+        early_stopping: bool = False,
+        plan_kwargs: dict[str, Any] | None = None,
+        datasplitter_kwargs: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train on the attached data with the model's self-supervised objective, from where the weights are.
+
+        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and the ``floor`` of each:
+        what a predictor that knows only each gene's mean reaches on the same cells. A warning says if the model ends
+        above it.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells.
+        accelerator, devices
+            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        train_size, validation_size, shuffle_set_split
+            Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on.
+        batch_size
+            Cells of a minibatch, within one category of ``batch_key``.
+        early_stopping
+            Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
+        plan_kwargs
+            ``lr``, ``weight_decay``, ``warmup``, and arguments of the objective, see
+            :class:`~cellprior.model._training.TrainingPlan`.
+        datasplitter_kwargs
+            To :class:`~scvi.dataloaders.DataSplitter`.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data.
+        """
+        if self.adata is None or self.gene_match is None:
+            msg = "The model was loaded without data; load it with the data to train on."
+            raise ValueError(msg)
+        splitter = VocabularySplitter(
+            self.adata_manager,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            column=self.gene_match.index,
+            n_columns=len(self.genes),
+            by_batch=True,
+            dense=True,
+            **(datasplitter_kwargs or {}),
+        )
+        splitter.setup()
+        loader = splitter.train_dataloader()
+        index = self.gene_match.index
+        plan = TrainingPlan(
+            self.module,
+            GeneMeans.fit(loader),
+            measured=torch.from_numpy(np.unique(index[index >= 0])),
+            n_steps=max_epochs * len(loader),
+            **(plan_kwargs or {}),
+        )
+        defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
+        if splitter.n_val:
+            defaults["check_val_every_n_epoch"] = 1
+        runner = TrainRunner(
+            self,
+            training_plan=plan,
+            data_splitter=splitter,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            early_stopping=early_stopping,
+            **{**defaults, **trainer_kwargs},
+        )
+        self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
+        was_trained: bool = self.is_trained_
+        self.is_trained_ = "train_loss" in (
+            self.history_ or {}
+        )  # scvi-tools appends only to columns that are there
+        try:
+            runner()
+        finally:
+            self.is_trained_ = self.is_trained_ or was_trained
+        warn_above_floor(self.history)
+
+    @property
+    def training_state_(self) -> dict[str, Any]:
+        """What training needs besides the tensors to go on where it stopped; saved with the model."""
+        return {}
+
+    @training_state_.setter
+    def training_state_(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def warn_above_floor(history: Mapping[str, Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import re
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -110,7 +110,8 @@ def write_bundle(
         table.to_csv(stage / "genes.tsv", sep="\t", index=False, lineterminator="\n", encoding="utf-8")
         (stage / "README.md").write_text(card, encoding="utf-8")
         (stage / "config.json").write_text(text, encoding="utf-8")
-        shutil.copymode(stage / "config.json", stage / "model.safetensors")  # safetensors keeps others from reading
+        # safetensors writes a file for its owner alone
+        shutil.copymode(stage / "config.json", stage / "model.safetensors")
         (folder / "config.json").unlink(missing_ok=True)
         for name in FILES:
             (stage / name).replace(folder / name)

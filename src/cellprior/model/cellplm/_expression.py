@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
 
-from cellprior.model._base import PretrainedModel, row_numbers
-from cellprior.model._data import CountsManager
+from cellprior.model._base import PretrainedModel
+from cellprior.model._data import CountsManager, row_numbers
 
 if TYPE_CHECKING:
     import anndata as ad

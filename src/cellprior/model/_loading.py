@@ -1,0 +1,178 @@
+"""Weights in, weights out, shared by the models."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+import anndata as ad
+import torch
+from scvi.model.base import BaseModelClass
+from torch import Tensor
+
+from cellprior.model._data import without_view
+from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256, write_bundle
+
+
+class LoadableModel(BaseModelClass):
+    """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
+
+    pretrained_: dict[str, str] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | os.PathLike[str],
+        adata: ad.AnnData,
+        *,
+        min_coverage: float = 0.25,
+        device: str | int | torch.device = "auto",
+        known_hash: str | None = None,
+    ) -> Self:
+        """Load pretrained weights and attach data.
+
+        Parameters
+        ----------
+        weights
+            Registry name (see :func:`cellprior.weights.available`), folder written by :meth:`save_pretrained`,
+            official checkpoint file, or address of one (then ``known_hash`` is needed).
+        adata
+            Data to attach. Set up like the data it is a copy or part of, or with default arguments, if it has not
+            been set up itself.
+        min_coverage
+            Least share of genes that must match, see :func:`cellprior.genes.match`.
+        device
+            ``"auto"`` is the first GPU if there is one, else the CPU.
+        known_hash
+            sha256 of the file.
+
+        Raises
+        ------
+        WeightsError
+            If the weights are not found, damaged, or another model's.
+        GeneMatchError
+            If too few genes match.
+        """
+        path = resolve(weights, known_hash=known_hash)
+        bundle, hashed = cls._read_weights(path)
+        adata = without_view(adata)
+        known = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))
+        if known is None:
+            cls.setup_anndata(adata)
+        elif known.adata is not adata:  # a copy, or a part, of data that have been set up
+            adata.uns["_scvi_uuid"] = str(uuid4())
+            cls.setup_anndata(adata, **known.registry["setup_args"])
+        with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
+            model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
+        model.annotation_ = bundle.config.get("annotation", {})
+        load_strictly(model.module, bundle.state_dict, str(weights))
+        model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
+        model.training_state_ = bundle.config.get("training_state", {})
+        model.is_trained_ = True
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to_device(device)
+        model.module.eval()
+        return model
+
+    @classmethod
+    def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any) -> Self:
+        """Load a model saved with ``save``; see :meth:`scvi.model.base.BaseModelClass.load`."""
+        with warnings.catch_warnings():
+            # scvi-tools warns of genes in another order; here they are matched by name
+            warnings.filterwarnings("ignore", message="`var_names` for the loaded", category=UserWarning)
+            return super().load(dir_path, adata, *args, **kwargs)
+
+    @classmethod
+    def _read_weights(cls, path: Path) -> tuple[Bundle, Path]:
+        """Contents of a bundle or an official checkpoint, and the file or folder that stands for it in a hash."""
+        if not (path / "config.json").is_file():
+            return cls._read_official(path)
+        bundle = read_bundle(path)
+        if bundle.config["model"] != cls.__name__:
+            msg = f"{path} holds a {bundle.config['model']}: load it with cellprior.model.{bundle.config['model']}."
+            raise WeightsError(msg)
+        return bundle, path
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a file or folder holds an official checkpoint of this model."""
+        return False
+
+    @classmethod
+    def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
+        msg = f"{path} is not a {cls.__name__} bundle: a folder with config.json and model.safetensors is needed."
+        raise WeightsError(msg)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the weights as a bundle that :meth:`from_pretrained` loads, without any of the data.
+
+        Parameters
+        ----------
+        folder
+            Where to write ``model.safetensors``, ``config.json``, ``genes.tsv`` and ``README.md``.
+        card
+            Markdown for ``README.md``: what the weights were trained on, how good they are, and their licence.
+        overwrite
+            Replace a bundle that is already there.
+        """
+        if card is None:
+            origin = f" Loaded from {self.pretrained_['weights']}." if self.pretrained_ else ""
+            card = (
+                f"# {type(self).__name__}\n\n{self._model_summary_string}.{origin}\n\nNo card was written.\n"
+            )
+        write_bundle(
+            folder,
+            state_dict=self.module.state_dict(),
+            config={
+                "model": type(self).__name__,
+                "network": self._network(),
+                "training_state": self.training_state_,
+                "annotation": self.annotation_,
+            },
+            genes=self.genes,
+            card=card,
+            overwrite=overwrite,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """Which weights the model has, and how much of the attached data it reads; for the record."""
+        match = None if self.adata is None else self._match_of(self.adata_manager)
+        return {
+            "model": type(self).__name__,
+            **(self.pretrained_ or {}),
+            "coverage": match and match.coverage,
+            "vocabulary_share": match and match.vocabulary_share,
+            "counts_share": match and match.counts_share,
+            "cellprior_version": version("cellprior"),
+        }
+
+
+def load_strictly(module: torch.nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into a module; each must have its place and each place its tensor.
+
+    Raises
+    ------
+    WeightsError
+        With the names that are missing, left over, or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} has no place" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} is {found[name]}, needed {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:10]) + ("; ..." if len(problems) > 10 else "")
+        msg = f"{source} does not fit the network its configuration describes: {shown}. Nothing was loaded."
+        raise WeightsError(msg)
+    module.load_state_dict(state_dict)
