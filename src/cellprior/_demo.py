@@ -83,4 +83,6 @@ def _draw(adata: AnnData, path: Path) -> None:
         size=40,
     )
     sc.pl.embedding(adata, "umap_pca", color=LABELS, ax=right, show=False, title="PCA", size=40)
+    for axes in (left, right):
+        axes.set(xlabel="UMAP 1", ylabel="UMAP 2")
     figure.savefig(path, dpi=150)
