@@ -229,7 +229,7 @@ class AnnotatingModel(BaseModelClass):
                 "nor calibrated. Expect them to be missed; merge or leave out such labels."
             )
             warnings.warn(msg, UserWarning, stacklevel=3)
-        code = pd.Categorical(names, categories=labels).codes.astype(np.int64)
+        code = pd.Index(labels).get_indexer(names)  # -1, NO_CLASS, for the unlabelled
         return labels.tolist(), code
 
     @torch.no_grad()
