@@ -93,6 +93,15 @@ def test_a_loaded_model_goes_on_where_it_stopped_and_in_training_mode(adata, tmp
     assert not again.module.training
 
 
+def test_genes_that_are_filtered_in_place_after_setup_are_trained_on_under_their_own_names(adata):
+    model = scratch(adata)
+    before = weights(model)
+    adata._inplace_subset_var(np.arange(60)[::-2])  # as sc.pp.filter_genes does; every other gene, reversed
+    model.train(max_epochs=2, plan_kwargs={"weight_decay": 0.0}, **QUIET)
+    rows = before["decoder.log_mean.weight"].ne(weights(model)["decoder.log_mean.weight"]).any(dim=1)
+    assert rows.nonzero().ravel().tolist() == list(range(1, 60, 2))
+
+
 def test_genes_that_the_data_lack_say_nothing_in_training(adata):
     names = adata.var_names.tolist()
     model = scratch(adata, genes=names + [f"ENSG{i:011d}" for i in range(100, 130)])

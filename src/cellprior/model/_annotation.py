@@ -139,7 +139,7 @@ class AnnotatingModel(BaseModelClass):
             rng=np.random.default_rng(seed),
         )
         self.annotation_ = {"labels": labels, "calibration": {}}
-        used, column = self._columns(self.gene_match)
+        used, column = self._columns(self._match_of(self.adata_manager))
         cells = AnnotationCells(
             self.adata_manager,
             code,

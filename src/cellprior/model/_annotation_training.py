@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cellprior.model._data import CountsDataset, CountsManager, VocabularyLoader
-from cellprior.model._training import TrainingPlan
+from cellprior.model._training import adamw
 
 HEAD_DROPOUT = 0.5  # of the original
 LORA_RANK = 8
@@ -244,7 +244,9 @@ class AnnotationPlan(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, as in self-supervised training."""
-        return TrainingPlan.configure_optimizers(self)  # type: ignore[arg-type]
+        return adamw(
+            self.module, self.n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
+        )
 
     def on_train_epoch_start(self) -> None:
         """Dropout in the parts that train, and nowhere else."""

@@ -246,7 +246,7 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
         in_memory = isinstance(x, np.ndarray) or sp.issparse(
             x
-        )  # elsewhere the totals would cost a pass over the file
+        )  # else the totals would cost a pass over the file
         return gene_matching.match(
             manager.adata.var,
             self.genes,

@@ -115,26 +115,33 @@ class TrainingPlan(pl.LightningModule):
         return losses["loss"]
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and cosine, by step."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        n_steps = max(self.n_steps, 2)
-        n_warmup = min(max(int(self.warmup * n_steps), 1), n_steps - 1)
-        parts: list[LRScheduler] = [
-            LinearLR(optimizer, start_factor=1 / (n_warmup + 1), total_iters=n_warmup),
-            CosineAnnealingLR(optimizer, T_max=n_steps - n_warmup),
-        ]
-        with warnings.catch_warnings():
-            # SequentialLR itself steps its parts in a way that they warn about
-            warnings.filterwarnings(
-                "ignore", message="Detected call of `lr_scheduler.step", category=UserWarning
-            )
-            schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        """See :func:`adamw`."""
+        return adamw(
+            self.module, self.n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
+        )
+
+
+def adamw(
+    module: torch.nn.Module, n_steps: int, *, lr: float, weight_decay: float, warmup: float
+) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    """AdamW on what is trained of a module, with warm-up and cosine by step; no weight decay on biases and norms."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    n_steps = max(n_steps, 2)
+    n_warmup = min(max(int(warmup * n_steps), 1), n_steps - 1)
+    parts: list[LRScheduler] = [
+        LinearLR(optimizer, start_factor=1 / (n_warmup + 1), total_iters=n_warmup),
+        CosineAnnealingLR(optimizer, T_max=n_steps - n_warmup),
+    ]
+    with warnings.catch_warnings():
+        # SequentialLR itself steps its parts in a way that they warn about
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 class TrainableModel(BaseModelClass):
@@ -187,16 +194,17 @@ class TrainableModel(BaseModelClass):
         ValueError
             If the model has no data.
         """
-        if self.adata is None or self.gene_match is None:
+        if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)
+        index = self._match_of(self.adata_manager).index
         splitter = VocabularySplitter(
             self.adata_manager,
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
-            column=self.gene_match.index,
+            column=index,
             n_columns=len(self.genes),
             by_batch=True,
             dense=True,
@@ -204,7 +212,6 @@ class TrainableModel(BaseModelClass):
         )
         splitter.setup()
         loader = splitter.train_dataloader()
-        index = self.gene_match.index
         plan = TrainingPlan(
             self.module,
             GeneMeans.fit(loader),
@@ -227,9 +234,8 @@ class TrainableModel(BaseModelClass):
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
         was_trained: bool = self.is_trained_
-        self.is_trained_ = "train_loss" in (
-            self.history_ or {}
-        )  # scvi-tools appends only to columns that are there
+        # of a trained model, scvi-tools appends to the columns that its history has, and keeps no new ones
+        self.is_trained_ = "train_loss" in (self.history_ or {})
         try:
             runner()
         finally:
