@@ -1,27 +1,14 @@
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cellprior import settings, weights
-from cellprior.weights._registry import Entry, FileEntry
+from cellprior.weights._registry import FileEntry
 
-GOOD = b"the weights\n" * 100
-BAD = b"not the weights"
-
-Register = Callable[..., Entry]
-
-
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from .files import BAD, GOOD, Register, contents, sha
 
 
 def test_a_file_is_downloaded_once_and_then_comes_from_the_cache(server, register: Register):

@@ -1,32 +1,19 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cellprior import settings, weights
-from cellprior.weights._registry import Entry, FileEntry
+from cellprior.weights._registry import FileEntry
 
-GOOD = b"the weights\n" * 100
-BAD = b"not the weights"
-
-Register = Callable[..., Entry]
-
-
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from .files import GOOD, Register, contents, sha
 
 
 def test_a_cache_that_cannot_be_made_is_an_error_that_names_it_and_the_setting(

@@ -1,28 +1,15 @@
 from __future__ import annotations
 
-import hashlib
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cellprior import settings, weights
-from cellprior.weights._registry import Entry, FileEntry
+from cellprior.weights._registry import FileEntry
 
-GOOD = b"the weights\n" * 100
-BAD = b"not the weights"
-
-Register = Callable[..., Entry]
-
-
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from .files import BAD, GOOD, Register, contents, sha
 
 
 def zip_of(path: Path, **members: bytes) -> bytes:
