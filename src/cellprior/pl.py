@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,40 +13,50 @@ if TYPE_CHECKING:
 __all__ = ["training"]
 
 
-def training(model: PretrainedModel, *, ax: Axes | None = None) -> Axes:
-    """Draw the reconstruction loss of a training run beside its floor, that of a predictor that knows gene means only.
+def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw a loss of a training run beside its floors: what predictors that know no biology reach on the same cells.
 
     Parameters
     ----------
     model
         Trained with ``train()``.
+    loss
+        Name of a loss that has floors; by default the first.
     ax
         Axes to draw on; new ones by default.
 
     Raises
     ------
     ValueError
-        If the model has not been trained.
+        If the model has not been trained, or has no such loss.
     """
     import matplotlib.pyplot as plt
 
-    history = model.history
-    if not history or "train_reconstruction" not in history:
+    from cellprior.model._training import losses_with_floors
+
+    history = model.history or {}
+    floors = {stage: losses_with_floors(history, stage) for stage in ("train", "validation")}
+    if not floors["train"]:
         msg = "The model has no history: draw it after train()."
+        raise ValueError(msg)
+    loss = next(iter(floors["train"])) if loss is None else loss
+    if loss not in floors["train"]:
+        msg = f"loss={loss!r} has no floor; those that have are {', '.join(floors['train'])}."
         raise ValueError(msg)
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for stage, label, colour in (("train", "training cells", "C0"), ("validation", "held-out cells", "C1")):
-        if f"{stage}_reconstruction" not in history:
+    cells = {"train": ("training cells", "C0"), "validation": ("held-out cells", "C1")}
+    for stage, (label, colour) in cells.items():
+        if loss not in floors[stage]:
             continue
-        loss, floor = (
-            history[f"{stage}_{name}"].iloc[:, 0].astype(float) for name in ("reconstruction", "floor")
-        )
-        ax.plot(range(1, len(loss) + 1), loss, color=colour, label=label)
-        ax.plot(
-            range(1, len(floor) + 1), floor, color=colour, linestyle=":", label=f"{label}, floor: gene means"
-        )
+        reached = history[f"{stage}_{loss}"].iloc[:, 0].astype(float)
+        ax.plot(range(1, len(reached) + 1), reached, color=colour, label=label)
+        for (predictor, floor), style in zip(
+            floors[stage][loss].items(), cycle((":", "--", "-.")), strict=False
+        ):
+            epochs = range(1, len(floor) + 1)
+            ax.plot(epochs, floor, color=colour, linestyle=style, label=f"{label}, floor: {predictor}")
     ax.set_xlabel("epoch")
-    ax.set_ylabel("reconstruction loss per cell")
+    ax.set_ylabel(f"{loss.replace('_', ' ')}{'' if loss.endswith('accuracy') else ' loss'}")
     ax.legend(frameon=False)
     return ax

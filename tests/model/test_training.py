@@ -10,10 +10,11 @@ import torch
 
 import cellprior as cp
 from cellprior.model._data import SentenceSampler
-from cellprior.model._training import GeneMeans
+from cellprior.model.cellplm._loss import GeneMeans
 
+FLOOR = "reconstruction_floor_gene_means"
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
-pytestmark = pytest.mark.filterwarnings("ignore:After training, the reconstruction loss:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:After training, reconstruction on:UserWarning")
 
 
 @pytest.fixture
@@ -49,10 +50,11 @@ def test_training_takes_the_loss_below_its_floor_on_held_out_cells(adata, recwar
     model.train(max_epochs=60, batch_size=64, plan_kwargs={"lr": 3e-3}, **QUIET)
     history = {name: frame.iloc[:, 0].astype(float) for name, frame in model.history.items()}
     assert set(history) >= {
-        f"{s}_{n}" for s in ("train", "validation") for n in ("loss", "floor", "reconstruction")
+        f"{s}_{n}" for s in ("train", "validation") for n in ("loss", "latent", "reconstruction", FLOOR)
     }
-    assert history["validation_reconstruction"].iloc[-1] < 0.9 * history["validation_floor"].iloc[-1]
-    assert history["validation_reconstruction"].iloc[0] > history["validation_floor"].iloc[0]
+    reached, floor = history["validation_reconstruction"], history[f"validation_{FLOOR}"]
+    assert reached.iloc[-1] < 0.9 * floor.iloc[-1]
+    assert reached.iloc[0] > floor.iloc[0]
     assert not [w for w in recwarn if "After training" in str(w.message)]
     latent = model.get_latent_representation()
     kinds = [latent[adata.obs["kind"] == kind].mean(axis=0) for kind in (0, 1)]
@@ -60,7 +62,7 @@ def test_training_takes_the_loss_below_its_floor_on_held_out_cells(adata, recwar
 
 
 def test_a_model_that_stays_above_its_floor_says_so(adata):
-    with pytest.warns(UserWarning, match="knowing each gene's mean alone"):
+    with pytest.warns(UserWarning, match="without looking at cells: gene means"):
         scratch(adata).train(max_epochs=1, plan_kwargs={"lr": 1e-6}, **QUIET)
 
 
@@ -113,6 +115,116 @@ def test_genes_that_the_data_lack_say_nothing_in_training(adata):
         assert not torch.equal(before[name][:60], after[name][:60]), name
 
 
+@pytest.fixture
+def panels(adata) -> dict[str, list[str]]:
+    """Batch a was measured with genes 0 to 49, batch b with 30 to 54; 55 to 59 are in the data and not measured."""
+    dense = adata.X.toarray()
+    in_a = (adata.obs["batch"] == "a").to_numpy()
+    dense[in_a, 50:] = 0
+    dense[~in_a, :30] = 0
+    dense[:, 55:] = 0
+    adata.X = sp.csr_matrix(dense)
+    return {"a": list(adata.var_names[:50]), "b": list(adata.var_names[30:55])}
+
+
+@pytest.mark.parametrize("objective", ["masked", "imputation"])
+def test_only_genes_that_were_measured_somewhere_are_learned(adata, panels, objective):
+    model = scratch(adata)
+    before = weights(model)
+    options = {"plan_kwargs": {"weight_decay": 0.0}, "objective": objective, **QUIET}
+    model.train(max_epochs=2, measured=panels, **options)
+    learned = before["decoder.log_mean.weight"].ne(weights(model)["decoder.log_mean.weight"]).any(dim=1)
+    assert learned.nonzero().ravel().tolist() == list(range(55))
+
+
+def test_a_gene_says_nothing_in_the_loss_of_batches_that_did_not_measure_it(adata, panels):
+    model = scratch(adata)
+    batch = {
+        "X": torch.from_numpy(adata.X.toarray()[(adata.obs["batch"] == "b").to_numpy()]),
+        "batch": torch.ones(1),
+    }
+    seen = torch.tensor([[name in panels[key] for name in adata.var_names] for key in "ab"])
+    floor = GeneMeans.fit([batch | {"batch": torch.tensor([code])} for code in (0, 1)], seen)
+    model.module.eval()
+    losses = model.module.training_losses(batch, floor=floor, measured=seen, rng_seed=0)
+    losses["loss"].backward()
+    learned = model.module.decoder.log_mean.weight.grad.ne(0).any(dim=1)
+    assert learned.nonzero().ravel().tolist() == list(range(30, 55))
+
+
+def test_counts_of_genes_that_were_not_measured_are_refused(adata, panels):
+    panels["a"] = panels["a"][3:]
+    with pytest.raises(ValueError, match="3 genes have counts in a batch where measured= does not list them"):
+        scratch(adata).train(max_epochs=1, measured=panels, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"b": None}, KeyError, "says nothing about the batches b"),
+        ({"b": ["NOT-A-GENE"]}, KeyError, "NOT-A-GENE"),
+    ],
+)
+def test_panels_that_do_not_fit_the_data_are_refused(adata, panels, change, error, message):
+    measured = {key: names for key, names in (panels | change).items() if names}
+    with pytest.raises(error, match=message):
+        scratch(adata).train(max_epochs=1, measured=measured, **QUIET)
+
+
+def test_panels_need_a_batch_key(adata, panels):
+    cp.model.CellPLM.setup_anndata(adata)
+    with pytest.raises(ValueError, match="batch_key"):
+        cp.model.CellPLM(adata, n_hidden=32, n_layers=1, n_heads=4).train(
+            max_epochs=1, measured=panels, **QUIET
+        )
+
+
+def test_an_unknown_objective_is_refused_with_those_there_are(adata):
+    with pytest.raises(ValueError, match="'masked', 'imputation'"):
+        scratch(adata).train(max_epochs=1, objective="guess", **QUIET)
+
+
+def covariate(model: cp.model.CellPLM) -> torch.Tensor:
+    return weights(model)["decoder.batch.embedding.weight"]
+
+
+def test_the_batch_covariate_is_learned_and_known_by_name_after_loading(adata, tmp_path):
+    model = scratch(adata, n_batches=2)
+    start = covariate(model)
+    model.train(max_epochs=1, **QUIET)
+    assert model.training_state_["batches"] == ["a", "b"]
+    assert not covariate(model).eq(start).all(dim=1).any()
+    model.save_pretrained(tmp_path / "bundle")
+
+    adata.obs["batch"] = adata.obs["batch"].map({"a": "z", "b": "a"})  # now "a" comes first, "z" is new
+    cp.model.CellPLM.setup_anndata(adata, batch_key="batch")
+    again = cp.model.CellPLM.from_pretrained(tmp_path / "bundle", adata)
+    start = covariate(again)
+    again.train(max_epochs=1, plan_kwargs={"weight_decay": 0.0}, **QUIET)
+    assert covariate(again).ne(start).any(dim=1).tolist() == [True, False]
+
+
+def test_more_batches_than_the_covariate_has_are_refused(adata):
+    with pytest.raises(ValueError, match="2 batches, the model n_batches=1"):
+        scratch(adata, n_batches=1).train(max_epochs=1, **QUIET)
+
+
+def test_the_best_epoch_is_kept_when_asked_for(adata, tmp_path):
+    from scvi.train import SaveCheckpoint
+
+    model = scratch(adata)
+    model.train(max_epochs=1, **QUIET)
+    # of a loss that falls, the highest is an early one
+    best = SaveCheckpoint(dirpath=str(tmp_path), load_best_on_end=True, mode="max")
+    model.train(max_epochs=5, callbacks=[best], enable_checkpointing=True, **QUIET)
+    losses = model.history["validation_loss"].iloc[:, 0].astype(float).to_numpy()
+    assert len(losses) == 6
+    assert losses[1:].argmax() < 4
+    assert f"epoch={losses[1:].argmax()}-" in best.best_model_path
+    saved = cp.model.CellPLM.load(best.best_model_path, adata=adata)
+    np.testing.assert_array_equal(saved.get_latent_representation(), model.get_latent_representation())
+
+
 def test_training_without_validation_cells_works_and_early_stopping_without_them_is_refused(adata):
     scratch(adata).train(max_epochs=1, train_size=1.0, **QUIET)
     with pytest.raises(ValueError, match="validation"):
@@ -151,12 +263,13 @@ def test_the_floor_knows_each_genes_share_and_dispersion():
     share, dispersion = np.array([0.5, 0.3, 0.2]), np.array([1.0, 10.0, 0.5])
     mean = 50 * share * np.ones((20_000, 1))
     x = rng.poisson(rng.gamma(dispersion, mean / dispersion)).astype(np.float32)
-    floor = GeneMeans.fit([{"X": torch.from_numpy(part)} for part in np.array_split(x, 3)])
-    np.testing.assert_allclose(floor.share, x.sum(axis=0) / x.sum(), rtol=1e-5)
+    batches = [{"X": torch.from_numpy(part)} for part in np.array_split(x, 3)]
+    floor = GeneMeans.fit(batches, torch.ones(1, 3, dtype=torch.bool))
+    np.testing.assert_allclose(floor.share[0], x.sum(axis=0) / x.sum(), rtol=1e-5)
     depth = x.sum(axis=1, keepdims=True).astype(np.float64)
     expected = depth * np.asarray(x.sum(axis=0) / x.sum(), dtype=np.float64)
     by_hand = (expected**2).sum(axis=0) / ((x - expected) ** 2 - expected).sum(axis=0)
-    np.testing.assert_allclose(floor.dispersion, by_hand, rtol=1e-3)
+    np.testing.assert_allclose(floor.dispersion[0], by_hand, rtol=1e-3)
 
 
 def test_the_training_plot_shows_each_loss_beside_its_floor(adata):
@@ -166,6 +279,8 @@ def test_the_training_plot_shows_each_loss_beside_its_floor(adata):
     with pytest.raises(ValueError, match="no history"):
         cp.pl.training(model)
     model.train(max_epochs=2, **QUIET)
+    with pytest.raises(ValueError, match="those that have are reconstruction"):
+        cp.pl.training(model, loss="latent")
     labels = [line.get_label() for line in cp.pl.training(model, ax=Figure().subplots()).lines]
     assert labels == ["training cells", "training cells, floor: gene means",
                       "held-out cells", "held-out cells, floor: gene means"]  # fmt: skip

@@ -178,6 +178,17 @@ def test_against_cellplm_reconstruction_loss(terms, denoise, name):
     assert loss.item() == pytest.approx(json.loads(str(terms["values"]))[name], rel=1e-5)
 
 
+def test_against_cellplm_fine_tuning_for_imputation(terms):
+    columns = torch.from_numpy(terms["imp_input_gene_index"])
+    mean, dispersion = (torch.from_numpy(terms[name])[:, columns] for name in ("imp_mean", "imp_disp"))
+    measured = torch.from_numpy(terms["imp_gene_mask"]).bool()
+    x = torch.from_numpy(terms["nb_x"])[:, measured]
+    loss = reconstruction_loss(x, mean[:, measured], dispersion[:, measured])
+    assert loss.item() == pytest.approx(json.loads(str(terms["values"]))["nb_imputation"], rel=1e-5)
+    scaled = mean * (x.sum(1) / mean[:, measured].sum(1))[:, None]
+    np.testing.assert_allclose(scaled, terms["imp_pred"], rtol=1e-5)
+
+
 def test_reconstruction_loss_is_the_negative_binomial_of_scipy():
     from scipy.stats import nbinom
 

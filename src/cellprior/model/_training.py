@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
+import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.model.base import BaseModelClass
@@ -16,30 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from cellprior.model._data import VocabularySplitter
-
-MIN_DISPERSION, MAX_DISPERSION = 1e-4, 1e4
-
-
-class GeneMeans(NamedTuple):
-    """The floor: a predictor that knows each gene's share of the counts, and a cell's depth, and nothing else."""
-
-    share: Tensor  # (genes,), sums to 1
-    dispersion: Tensor  # (genes,), of the negative binomial
-
-    @classmethod
-    def fit(cls, batches: Iterable[Mapping[str, Tensor]]) -> GeneMeans:
-        """Shares, and dispersions by moments, ``Σ μ² / Σ ((x - μ)² - μ)``, in one pass over sparse counts."""
-        total = square = cross = depth_square = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            x = batch[REGISTRY_KEYS.X_KEY].to_dense().double()
-            depth = x.sum(1)
-            total, square = total + x.sum(0), square + (x**2).sum(0)
-            cross, depth_square = cross + depth @ x, depth_square + depth @ depth
-        share = total / total.sum().clamp(min=1.0)
-        square_mean = depth_square * share**2  # Σ μ² with μ = depth·share
-        excess = square - 2 * share * cross + square_mean - total
-        dispersion = torch.where(excess > 0, square_mean / excess.clamp(min=1e-12), MAX_DISPERSION)
-        return cls(share.float(), dispersion.clamp(MIN_DISPERSION, MAX_DISPERSION).float())
+from cellprior.model._genes import measured_genes, refuse_unmeasured
 
 
 class TrainingPlan(pl.LightningModule):
@@ -49,11 +27,12 @@ class TrainingPlan(pl.LightningModule):
     ----------
     module
         With ``training_losses(batch, floor=..., measured=..., rng_seed=..., **objective)``, a dict of scalars:
-        ``loss``, its parts, among them ``reconstruction``, and ``floor``.
+        ``loss``, its parts, and beside a part ``<part>_floor_<predictor>``.
     floor
-        Gene means of the training cells.
+        Predictors that know no biology, fitted to the training cells.
     measured
-        Vocabulary rows of the genes that the data hold; only they count in the loss.
+        Which vocabulary genes were measured, once, or by category of ``batch_key`` ``(1 or n_batches, n_genes)``; only
+        they count in the loss.
     n_steps
         Steps of the whole run.
     lr
@@ -66,10 +45,12 @@ class TrainingPlan(pl.LightningModule):
         To ``training_losses``.
     """
 
+    measured: Tensor
+
     def __init__(
         self,
         module: torch.nn.Module,
-        floor: GeneMeans,
+        floor: torch.nn.Module,
         measured: Tensor,
         n_steps: int,
         *,
@@ -80,10 +61,7 @@ class TrainingPlan(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.module: Any = module
-        self.share: Tensor
-        self.dispersion: Tensor
-        self.register_buffer("share", floor.share, persistent=False)
-        self.register_buffer("dispersion", floor.dispersion, persistent=False)
+        self.floor = floor
         self.register_buffer("measured", measured, persistent=False)
         self.n_steps, self.lr, self.weight_decay, self.warmup = n_steps, lr, weight_decay, warmup
         self.objective = objective
@@ -97,9 +75,8 @@ class TrainingPlan(pl.LightningModule):
         self._step(batch, "validation", batch_idx)
 
     def _step(self, batch: dict[str, Tensor], stage: str, rng_seed: int) -> Tensor:
-        floor = GeneMeans(self.share, self.dispersion)
         losses = self.module.training_losses(
-            batch, floor=floor, measured=self.measured, rng_seed=rng_seed, **self.objective
+            batch, floor=self.floor, measured=self.measured, rng_seed=rng_seed, **self.objective
         )
         n_cells = len(batch[REGISTRY_KEYS.X_KEY])
         for name, value in losses.items():
@@ -148,6 +125,8 @@ class TrainableModel(BaseModelClass):
     """The self-supervised part of :class:`~cellprior.model._base.PretrainedModel`."""
 
     is_trained_: bool
+    history_: dict[str, Any] | None
+    objectives: dict[str, dict[str, Any]] = {}  # by name, options of the training plan
 
     def train(
         self,
@@ -161,13 +140,16 @@ class TrainableModel(BaseModelClass):
         early_stopping: bool = False,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
+        *,
+        objective: str | None = None,
+        measured: Mapping[str, Sequence[str]] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        """Train on the attached data with the model's self-supervised objective, from where the weights are.
+        """Train on the attached data without labels, from where the weights are.
 
-        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and the ``floor`` of each:
-        what a predictor that knows only each gene's mean reaches on the same cells. A warning says if the model ends
-        above it.
+        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and beside a part its floor,
+        ``<part>_floor_<predictor>``: what a predictor that knows no biology reaches on the same cells. A warning says
+        if the model ends above one. See :func:`cellprior.pl.training`.
 
         Parameters
         ----------
@@ -186,25 +168,37 @@ class TrainableModel(BaseModelClass):
             :class:`~cellprior.model._training.TrainingPlan`.
         datasplitter_kwargs
             To :class:`~scvi.dataloaders.DataSplitter`.
+        objective
+            What is learned, one of the model's ``objectives``; by default the first.
+        measured
+            For panels that differ between batches: the genes measured in each category of ``batch_key``, as names of
+            the data, symbols or Ensembl ids. The counts of the others must be 0 there, and do not count in the loss.
+            By default all genes of the data were measured everywhere.
         **trainer_kwargs
-            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
+            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given. ``enable_checkpointing=True``
+            saves the model of the epoch with the lowest ``validation_loss``; to end with it,
+            ``callbacks=[scvi.train.SaveCheckpoint(load_best_on_end=True)]``.
 
         Raises
         ------
         ValueError
-            If the model has no data.
+            If the model has no data, ``objective`` is not known, or an unmeasured gene has counts.
+        KeyError
+            If ``measured`` lacks a batch, or names a gene that is not in the vocabulary.
         """
         if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)
-        index = self._match_of(self.adata_manager).index
+        options = self._objective(objective) | (plan_kwargs or {})
+        match = self._match_of(self.adata_manager)
+        seen = measured_genes(measured, self.adata_manager, self.genes, match)
         splitter = VocabularySplitter(
             self.adata_manager,
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
-            column=index,
+            column=match.index,
             n_columns=len(self.genes),
             by_batch=True,
             dense=True,
@@ -212,12 +206,16 @@ class TrainableModel(BaseModelClass):
         )
         splitter.setup()
         loader = splitter.train_dataloader()
+        if measured is not None:
+            for batch in chain(loader, splitter.val_dataloader()):
+                known = seen[int(batch[REGISTRY_KEYS.BATCH_KEY][0])]
+                refuse_unmeasured(batch[REGISTRY_KEYS.X_KEY].numpy(), known, self.genes)
         plan = TrainingPlan(
             self.module,
-            GeneMeans.fit(loader),
-            measured=torch.from_numpy(np.unique(index[index >= 0])),
+            self._fit_floor(loader, torch.from_numpy(seen)),
+            measured=torch.from_numpy(seen),
             n_steps=max_epochs * len(loader),
-            **(plan_kwargs or {}),
+            **options,
         )
         defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
         if splitter.n_val:
@@ -233,14 +231,25 @@ class TrainableModel(BaseModelClass):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        was_trained: bool = self.is_trained_
-        # of a trained model, scvi-tools appends to the columns that its history has, and keeps no new ones
-        self.is_trained_ = "train_loss" in (self.history_ or {})
+        history, was_trained = self.history_ or {}, self.is_trained_
+        self.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
         try:
             runner()
         finally:
             self.is_trained_ = self.is_trained_ or was_trained
+        self.history_ = continued(history, self.history_ or {})
         warn_above_floor(self.history)
+
+    def _objective(self, name: str | None) -> dict[str, Any]:
+        """Options of the training plan for one of ``objectives``."""
+        if name not in (None, *self.objectives):
+            msg = f"objective={name!r} is not known; choose one of {', '.join(map(repr, self.objectives))}."
+            raise ValueError(msg)
+        return dict(self.objectives[name or next(iter(self.objectives))])
+
+    def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> torch.nn.Module:
+        """Predictors that know no biology, from the minibatches of the training cells; see :class:`TrainingPlan`."""
+        raise NotImplementedError
 
     @property
     def training_state_(self) -> dict[str, Any]:
@@ -252,16 +261,40 @@ class TrainableModel(BaseModelClass):
         pass
 
 
-def warn_above_floor(history: Mapping[str, Any]) -> None:
-    """Say so if the model ended no better than gene means on held-out cells, or on its training cells if none were."""
-    stage = "validation" if "validation_floor" in history else "train"
-    reached, floor = (float(history[f"{stage}_{name}"].iloc[-1, 0]) for name in ("reconstruction", "floor"))
-    if reached < floor:
-        return
-    cells = "held-out" if stage == "validation" else "training"
-    msg = (
-        f"After training, the reconstruction loss on {cells} cells is {reached:.1f}; knowing each gene's mean "
-        f"alone gives {floor:.1f}. The model has not learned anything about cells yet: train longer, change lr, or "
-        "look at the data."
-    )
-    warnings.warn(msg, UserWarning, stacklevel=3)
+def continued(before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """History of two runs: columns of both are joined, epochs counted on."""
+    joined = dict(before)
+    for name, values in after.items():
+        if name in before:
+            values = pd.concat([before[name], values], ignore_index=True).rename_axis(values.index.name)
+        joined[name] = values
+    return joined
+
+
+def losses_with_floors(history: Mapping[str, pd.DataFrame], stage: str) -> dict[str, dict[str, pd.Series]]:
+    """Names of the losses of a stage that have floors, and the columns of these by the predictor's name."""
+    found: dict[str, dict[str, pd.Series]] = {}
+    for column, values in history.items():
+        name, is_floor, predictor = column.removeprefix(f"{stage}_").partition("_floor_")
+        if is_floor and column.startswith(f"{stage}_"):
+            found.setdefault(name, {})[predictor.replace("_", " ")] = values.iloc[:, 0].astype(float)
+    return found
+
+
+def warn_above_floor(history: Mapping[str, pd.DataFrame]) -> None:
+    """Say so if a loss ended no better than a floor, on held-out cells, or on the training cells if none were."""
+    stage = "validation" if "validation_loss" in history else "train"
+    for name, floors in losses_with_floors(history, stage).items():
+        reached = float(history[f"{stage}_{name}"].iloc[-1, 0])
+        sign = -1 if name.endswith("accuracy") else 1
+        ahead = {
+            what: floor.iloc[-1] for what, floor in floors.items() if sign * (reached - floor.iloc[-1]) >= 0
+        }
+        if ahead:
+            cells = "held-out" if stage == "validation" else "training"
+            msg = (
+                f"After training, {name} on {cells} cells is {reached:.4g}, no better than what is known without "
+                f"looking at cells: {', '.join(f'{what} {value:.4g}' for what, value in ahead.items())}. Train "
+                "longer, change lr, or look at the data."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=3)

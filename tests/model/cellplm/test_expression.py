@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import scipy.sparse as sp
 
 import cellprior as cp
 
@@ -52,7 +53,12 @@ def test_imputed_counts_of_the_measured_genes_add_up_to_the_depth_of_the_cell(mo
 def test_each_batch_is_scaled_by_the_genes_measured_there(model, blood):
     known = blood.var_names[model.gene_match.index >= 0]
     measured = {"small": known[:40], "whole": known}
-    imputed = model.impute(known, measured=measured)
+    with pytest.raises(ValueError, match="genes have counts in a batch where measured= does not list them"):
+        model.impute(known, measured=measured)
+    blood = blood.copy()
+    unmeasured = np.outer(blood.obs["panel"] == "small", ~blood.var_names.isin(known[:40]))
+    blood.layers["counts"] = sp.csr_matrix(np.where(unmeasured, 0, blood.layers["counts"].toarray()))
+    imputed = model.impute(known, blood, measured=measured)
     for panel, genes in measured.items():
         cells = blood.obs["panel"] == panel
         depth = np.asarray(blood[cells, genes].layers["counts"].sum(axis=1)).ravel()

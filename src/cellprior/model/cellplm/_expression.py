@@ -12,6 +12,7 @@ from scvi import REGISTRY_KEYS
 
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import CountsManager, row_numbers
+from cellprior.model._genes import gene_rows, measured_genes, refuse_unmeasured
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -57,7 +58,7 @@ class ExpressionMixin(PretrainedModel):
         """
         latent = self._embed(adata, indices, batch_size, "float32")
         with self._attached(adata) as manager:
-            names, columns = self._vocabulary_rows(gene_list, manager)
+            names, columns = self._named(gene_list, manager)
             values = np.empty((len(latent), len(names)), dtype=np.float32)
             for cells, mean in self._decoder_means(latent, batch_size):
                 values[cells] = mean[:, columns] * (library_size / mean.sum(axis=1, keepdims=True))
@@ -100,14 +101,17 @@ class ExpressionMixin(PretrainedModel):
         KeyError
             If a gene is not in the vocabulary, or a batch not in ``measured``.
         ValueError
-            If ``measured`` is given without a ``batch_key``.
+            If ``measured`` is given without a ``batch_key``, or an unmeasured gene has counts.
         """
         latent = self._embed(adata, indices, batch_size, "float32")
         with self._attached(adata) as manager:
-            names, columns = self._vocabulary_rows(genes, manager)
+            names, columns = self._named(genes, manager)
             rows = row_numbers(indices, manager.adata.n_obs)
-            panel, seen = self._panels(measured, manager, rows)
             match = self._match_of(manager)
+            seen = measured_genes(measured, manager, self.genes, match)
+            panel = np.zeros(len(rows), dtype=np.int64)
+            if measured is not None:
+                panel = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
             values = np.empty((len(latent), len(names)), dtype=np.float32)
             for cells, mean in self._decoder_means(latent, batch_size):
                 loader = self._data_loader_cls(
@@ -120,8 +124,9 @@ class ExpressionMixin(PretrainedModel):
                     dense=True,
                 )
                 (batch,) = loader
-                known = seen[panel[cells]]  # (cells, n_genes)
-                depth = (batch[REGISTRY_KEYS.X_KEY].numpy() * known).sum(axis=1, keepdims=True)
+                counts, known = batch[REGISTRY_KEYS.X_KEY].numpy(), seen[panel[cells]]  # (cells, n_genes)
+                refuse_unmeasured(counts, known, self.genes)
+                depth = counts.sum(axis=1, keepdims=True)
                 values[cells] = mean[:, columns] * (depth / (mean * known).sum(axis=1, keepdims=True))
             return pd.DataFrame(values, index=manager.adata.obs_names[rows], columns=names)
 
@@ -136,42 +141,9 @@ class ExpressionMixin(PretrainedModel):
             mean, _ = self.module.decode(torch.from_numpy(latent[cells]).to(self.module.device))
             yield cells, mean.cpu().numpy()
 
-    def _vocabulary_rows(
-        self, names: Sequence[str] | None, manager: CountsManager
-    ) -> tuple[list[str], np.ndarray]:
-        """Names of genes, and their rows in the vocabulary."""
-        symbols, ids = (self.genes[column].tolist() for column in ("symbol", "ensembl_id"))
-        if names is None:
-            return [symbol or identifier for symbol, identifier in zip(symbols, ids, strict=True)], np.arange(
-                len(ids)
-            )
-        row = {name: i for column in (ids, symbols) for i, name in enumerate(column) if name}
-        match = self._match_of(manager)
-        row.update({name: i for name, i in zip(manager.adata.var_names, match.index, strict=True) if i >= 0})
-        if unknown := [name for name in names if name not in row]:
-            msg = f"Not in the model's vocabulary: {', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}."
-            raise KeyError(msg)
-        return list(names), np.array([row[name] for name in names], dtype=np.int64)
-
-    def _panels(
-        self, measured: Mapping[str, Sequence[str]] | None, manager: CountsManager, rows: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Number of each cell's panel, and which vocabulary genes each panel measures ``(panels, n_genes)``."""
-        if measured is None:
-            index = self._match_of(manager).index
-            seen = np.zeros((1, len(self.genes)), dtype=bool)
-            seen[0, index[index >= 0]] = True
-            return np.zeros(len(rows), dtype=np.int64), seen
-        batch_key = manager.registry["setup_args"]["batch_key"]
-        if batch_key is None:
-            msg = "measured= names genes by batch, but setup_anndata() was not given a batch_key."
-            raise ValueError(msg)
-        batch = manager.adata.obs[batch_key].astype(str).to_numpy()[rows]
-        if missing := sorted(set(batch) - set(measured)):
-            msg = f"measured= says nothing about the batches {', '.join(missing)}."
-            raise KeyError(msg)
-        seen = np.zeros((len(measured), len(self.genes)), dtype=bool)
-        for i, names in enumerate(measured.values()):
-            seen[i, self._vocabulary_rows(names, manager)[1]] = True
-        number = {name: i for i, name in enumerate(measured)}
-        return np.array([number[name] for name in batch], dtype=np.int64), seen
+    def _named(self, names: Sequence[str] | None, manager: CountsManager) -> tuple[list[str], np.ndarray]:
+        """Names of genes, by default all of the vocabulary, and their rows in it."""
+        if names is not None:
+            return list(names), gene_rows(names, self.genes, self._match_of(manager))
+        symbols, ids = self.genes["symbol"], self.genes["ensembl_id"]
+        return symbols.where(symbols != "", ids).tolist(), np.arange(len(ids))

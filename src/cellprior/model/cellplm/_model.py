@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cellprior.model._data import CountsManager
 from cellprior.model.cellplm._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
 from cellprior.model.cellplm._expression import ExpressionMixin
 from cellprior.model.cellplm._inputs import sentences
+from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
 from cellprior.weights import Bundle
 
@@ -55,6 +56,11 @@ class CellPLM(ExpressionMixin):
 
     _module_cls = CellPLMModule
     obsm_key = "X_cellplm"
+    # imputation: rates of the original's fine-tuning pipeline
+    objectives = {
+        "masked": {},
+        "imputation": {"imputation": True, "cell_rate": 0.95, "lr": 5e-4, "weight_decay": 1e-6},
+    }
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class CellPLM(ExpressionMixin):
     ) -> None:
         super().__init__(adata, registry, genes, min_coverage)
         self._finish_init(locals())
+        self._batches: list[str] = []
         self.module = CellPLMModule(len(self.genes), **self._network())
 
     @classmethod
@@ -136,12 +143,33 @@ class CellPLM(ExpressionMixin):
 
     @property
     def training_state_(self) -> dict[str, Any]:
-        """How far the KL term of a VAE has been warmed up."""
-        return {"kl_weight": self.module.kl_weight}
+        """How far the KL term of a VAE has been warmed up, and the batches that the decoder has learned."""
+        return {"kl_weight": self.module.kl_weight, "batches": self._batches}
 
     @training_state_.setter
     def training_state_(self, state: dict[str, Any]) -> None:
         self.module.kl_weight = state.get("kl_weight", 1.0)  # released weights are past the warm-up
+        self._batches = state.get("batches", [])
+
+    def _objective(self, name: str | None) -> dict[str, Any]:
+        return super()._objective(name) | {"covariate": self._covariate()}
+
+    def _covariate(self) -> list[int | None]:
+        """Category of the decoder's batch covariate of each attached batch, None for one that it has not learned."""
+        n_batches = self.init_params_["non_kwargs"]["n_batches"]
+        if not n_batches or REGISTRY_KEYS.BATCH_KEY not in self.adata_manager.data_registry:
+            return [None]
+        state = self.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY)
+        names = [str(name) for name in state.categorical_mapping]
+        if not self.is_trained_:
+            if len(names) > n_batches:
+                msg = f"The data have {len(names)} batches, the model n_batches={n_batches}: build it with as many."
+                raise ValueError(msg)
+            self._batches = names
+        return [self._batches.index(name) if name in self._batches else None for name in names]
+
+    def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> GeneMeans:
+        return GeneMeans.fit(batches, measured)
 
     def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
         if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:

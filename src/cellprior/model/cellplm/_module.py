@@ -188,7 +188,7 @@ class CellPLMModule(BaseModuleClass):
         dataset: Tensor | None = None,
         kl_weight: float = 1.0,
         measured: Tensor | None = None,
-        denoise: bool = True,
+        imputation: bool = False,
     ) -> dict[str, Tensor]:
         """Masked reconstruction plus latent loss of one sentence.
 
@@ -203,10 +203,10 @@ class CellPLMModule(BaseModuleClass):
         kl_weight
             Weight of the KL term of a VAE.
         measured
-            Numbers of the genes that the data hold; the others say nothing. By default all.
-        denoise
-            Count the hidden genes once more by themselves; the original does so in pretraining and not in
-            fine-tuning for imputation.
+            Which genes were measured ``(n_genes,)``; the others say nothing. By default all.
+        imputation
+            What the original fine-tunes for imputation with: every cell counts, also one without a hidden gene, and
+            hidden genes do not count once more by themselves.
 
         Returns
         -------
@@ -218,7 +218,7 @@ class CellPLMModule(BaseModuleClass):
         if measured is not None:
             counts, mean, mask = counts[:, measured], mean[:, measured], mask[:, measured]
             dispersion = dispersion[measured]
-        reconstruction = reconstruction_loss(counts, mean, dispersion, mask, denoise)
+        reconstruction = reconstruction_loss(counts, mean, dispersion, None if imputation else mask)
         return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
 
     def training_losses(self, batch: Mapping[str, Tensor], **objective: Any) -> dict[str, Tensor]:

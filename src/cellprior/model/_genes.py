@@ -1,0 +1,114 @@
+"""Genes by name: their rows in a model's vocabulary, and in which batches they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+
+from cellprior.genes import GeneMatch
+
+
+def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np.ndarray:
+    """Vocabulary rows of genes.
+
+    Parameters
+    ----------
+    names
+        Names of the data, symbols or Ensembl ids.
+    genes
+        The vocabulary.
+    match
+        Of the data's genes.
+
+    Raises
+    ------
+    KeyError
+        If a gene is not in the vocabulary.
+    """
+    row = {name: i for column in ("ensembl_id", "symbol") for i, name in enumerate(genes[column]) if name}
+    row.update({name: i for name, i in zip(match.var_names, match.index, strict=True) if i >= 0})
+    if unknown := [name for name in names if name not in row]:
+        msg = (
+            f"Not in the model's vocabulary: {', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}."
+        )
+        raise KeyError(msg)
+    return np.array([row[name] for name in names], dtype=np.int64)
+
+
+def measured_genes(
+    measured: Mapping[str, Sequence[str]] | None,
+    manager: AnnDataManager,
+    genes: pd.DataFrame,
+    match: GeneMatch,
+) -> np.ndarray:
+    """Which vocabulary genes were measured, by category of ``batch_key`` ``(n_batches, n_genes)``.
+
+    Without ``measured``, those of the data were, in all cells ``(1, n_genes)``.
+
+    Parameters
+    ----------
+    measured
+        Names of the measured genes by batch.
+    manager
+        Of the data.
+    genes
+        The vocabulary.
+    match
+        Of the data's genes.
+
+    Raises
+    ------
+    KeyError
+        If a gene is not in the vocabulary, or a batch of the data not in ``measured``.
+    ValueError
+        If ``measured`` is given without a ``batch_key``.
+    """
+    if measured is None:
+        seen = np.zeros((1, len(genes)), dtype=bool)
+        seen[0, match.index[match.index >= 0]] = True
+        return seen
+    if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
+        msg = "measured= names genes by batch, but setup_anndata() was not given a batch_key."
+        raise ValueError(msg)
+    categories = manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping
+    panels = {str(name): panel for name, panel in measured.items()}
+    present = np.unique(manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY))
+    if missing := [str(categories[code]) for code in present if str(categories[code]) not in panels]:
+        msg = f"measured= says nothing about the batches {', '.join(missing)}."
+        raise KeyError(msg)
+    seen = np.zeros((len(categories), len(genes)), dtype=bool)
+    for code in present:
+        panel = panels[str(categories[code])]
+        seen[code, gene_rows(panel, genes, match)] = True
+    return seen
+
+
+def refuse_unmeasured(counts: np.ndarray, known: np.ndarray, genes: pd.DataFrame) -> None:
+    """Refuse counts of genes that were not measured.
+
+    Parameters
+    ----------
+    counts
+        ``(cells, n_genes)``.
+    known
+        Which genes were measured, of all cells or of each.
+    genes
+        The vocabulary.
+
+    Raises
+    ------
+    ValueError
+        With the name of a gene.
+    """
+    found = ((counts != 0) & ~known).any(axis=0)
+    if found.any():
+        gene = genes.iloc[int(np.argmax(found))]
+        msg = (
+            f"{int(found.sum())} genes have counts in a batch where measured= does not list them, the first "
+            f"{gene['symbol'] or gene['ensembl_id']}. List them, or set their counts to 0."
+        )
+        raise ValueError(msg)
