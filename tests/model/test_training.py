@@ -171,12 +171,32 @@ def test_panels_that_do_not_fit_the_data_are_refused(adata, panels, change, erro
         scratch(adata).train(max_epochs=1, measured=measured, **QUIET)
 
 
+def test_a_panel_may_name_genes_of_the_data_that_the_vocabulary_lacks(adata, panels):
+    names = list(adata.var_names)
+    model = scratch(adata, genes=names[5:])
+    model.train(max_epochs=1, measured=panels, **QUIET)
+    with pytest.raises(KeyError, match=names[0]):
+        model.impute(names[:6], measured=panels)
+
+
 def test_panels_need_a_batch_key(adata, panels):
     cp.model.CellPLM.setup_anndata(adata)
     with pytest.raises(ValueError, match="batch_key"):
         cp.model.CellPLM(adata, n_hidden=32, n_layers=1, n_heads=4).train(
             max_epochs=1, measured=panels, **QUIET
         )
+
+
+@pytest.mark.filterwarnings("ignore:Category . in adata.obs:UserWarning")  # of scvi-tools: fewer than 3 cells
+@pytest.mark.parametrize("latent", ["vae", "gmvae"])
+@pytest.mark.parametrize("objective", ["masked", "imputation"])
+def test_a_training_sentence_may_be_one_cell_or_empty_of_counts(adata, latent, objective):
+    adata.obs["batch"] = ["alone", *adata.obs["batch"].iloc[1:-2], "empty", "empty"]
+    adata.X = sp.csr_matrix(adata.X.toarray() * (adata.obs[["batch"]] != "empty").to_numpy(), dtype=np.float32)
+    model = scratch(adata, latent=latent)
+    model.train(max_epochs=2, train_size=1.0, objective=objective, **QUIET)
+    assert np.isfinite(model.history["train_loss"].to_numpy(dtype=float)).all()
+    assert np.isfinite(model.get_latent_representation()).all()
 
 
 def test_an_unknown_objective_is_refused_with_those_there_are(adata):

@@ -52,7 +52,7 @@ def measured_genes(
     Parameters
     ----------
     measured
-        Names of the measured genes by batch.
+        Names of the measured genes by batch; those of the data that the vocabulary lacks are passed over.
     manager
         Of the data.
     genes
@@ -63,7 +63,7 @@ def measured_genes(
     Raises
     ------
     KeyError
-        If a gene is not in the vocabulary, or a batch of the data not in ``measured``.
+        If a gene is neither in the data nor in the vocabulary, or a batch of the data not in ``measured``.
     ValueError
         If ``measured`` is given without a ``batch_key``.
     """
@@ -80,9 +80,10 @@ def measured_genes(
     if missing := [str(categories[code]) for code in present if str(categories[code]) not in panels]:
         msg = f"measured= says nothing about the batches {', '.join(missing)}."
         raise KeyError(msg)
+    lost = set(match.var_names[match.index < 0])  # the gene match has reported these
     seen = np.zeros((len(categories), len(genes)), dtype=bool)
     for code in present:
-        panel = panels[str(categories[code])]
+        panel = [name for name in panels[str(categories[code])] if name not in lost]
         seen[code, gene_rows(panel, genes, match)] = True
     return seen
 

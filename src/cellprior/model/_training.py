@@ -184,7 +184,7 @@ class TrainableModel(BaseModelClass):
         ValueError
             If the model has no data, ``objective`` is not known, or an unmeasured gene has counts.
         KeyError
-            If ``measured`` lacks a batch, or names a gene that is not in the vocabulary.
+            If ``measured`` lacks a batch, or names a gene that neither the data nor the vocabulary have.
         """
         if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."

@@ -99,7 +99,7 @@ class ExpressionMixin(PretrainedModel):
         Raises
         ------
         KeyError
-            If a gene is not in the vocabulary, or a batch not in ``measured``.
+            If one of ``genes`` is not in the vocabulary, or ``measured`` lacks a batch.
         ValueError
             If ``measured`` is given without a ``batch_key``, or an unmeasured gene has counts.
         """
