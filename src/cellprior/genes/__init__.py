@@ -1,7 +1,8 @@
-"""Names to a vocabulary: which column of the data is which gene of a model."""
+"""Names to a vocabulary: which column of the data is which gene, or which peak, of a model."""
 
 from __future__ import annotations
 
 from cellprior.genes._match import GeneMatch, GeneMatchError, match
+from cellprior.genes._peaks import PeakMatch, PeakMatchError, match_peaks
 
-__all__ = ["GeneMatch", "GeneMatchError", "match"]
+__all__ = ["GeneMatch", "GeneMatchError", "PeakMatch", "PeakMatchError", "match", "match_peaks"]
