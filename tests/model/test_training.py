@@ -192,7 +192,9 @@ def test_panels_need_a_batch_key(adata, panels):
 @pytest.mark.parametrize("objective", ["masked", "imputation"])
 def test_a_training_sentence_may_be_one_cell_or_empty_of_counts(adata, latent, objective):
     adata.obs["batch"] = ["alone", *adata.obs["batch"].iloc[1:-2], "empty", "empty"]
-    adata.X = sp.csr_matrix(adata.X.toarray() * (adata.obs[["batch"]] != "empty").to_numpy(), dtype=np.float32)
+    adata.X = sp.csr_matrix(
+        adata.X.toarray() * (adata.obs[["batch"]] != "empty").to_numpy(), dtype=np.float32
+    )
     model = scratch(adata, latent=latent)
     model.train(max_epochs=2, train_size=1.0, objective=objective, **QUIET)
     assert np.isfinite(model.history["train_loss"].to_numpy(dtype=float)).all()

@@ -20,17 +20,18 @@ from cellprior.model._annotation_training import (
     AnnotationHead,
     AnnotationPlan,
     Split,
-    Trainable,
     only_trainable,
     split_cells,
 )
 from cellprior.model._rejection import Limits, cells_needed, find_limits
+from cellprior.model._training import run
 
 
 class AnnotatingModel(BaseModelClass):
     """The supervised half of :class:`~cellprior.model._base.PretrainedModel`.
 
-    The module gives ``n_hidden``, ``hidden``, ``trainable_parts`` and ``adapted_layers``.
+    The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and ``latent``
+    unless its hidden state is the embedding.
     """
 
     history_: dict[str, Any] | None
@@ -55,7 +56,7 @@ class AnnotatingModel(BaseModelClass):
         self,
         labels_key: str | None = None,
         *,
-        trainable: Trainable = "last",
+        trainable: str = "last",
         max_epochs: int = 100,
         lr: float = 1e-3,
         batch_size: int = 512,
@@ -84,7 +85,8 @@ class AnnotatingModel(BaseModelClass):
         trainable
             Besides the head: ``"last"`` trains the last encoder layer and the norm after it, ``"all"`` everything in
             front of the latent, ``"head"`` nothing, ``"lora"`` low-rank changes of the attention's query and value
-            projections and the norm. What is not trained keeps every bit, and its dropout is off.
+            projections and the norm; a model may have more. What is not trained keeps every bit, and its dropout is
+            off.
         max_epochs
             Passes over the training cells.
         lr
@@ -121,8 +123,9 @@ class AnnotatingModel(BaseModelClass):
                 "on; shares of the labelled cells are needed that add up to less than 1."
             )
             raise ValueError(msg)
-        if trainable not in ("last", "all", "head", "lora"):
-            msg = f'trainable={trainable!r} is not known; choose "last", "all", "head" or "lora".'
+        if trainable not in self.module.trainable_parts():
+            known = ", ".join(f'"{name}"' for name in self.module.trainable_parts())
+            msg = f"trainable={trainable!r} is not known; choose one of {known}."
             raise ValueError(msg)
         labels, code = self._labels(labels_key)
         if not self.is_trained_ and trainable != "all":
@@ -179,21 +182,12 @@ class AnnotatingModel(BaseModelClass):
             )
             self.module.train()  # Lightning warns otherwise; the plan then sets the mode of each part
             try:
-                self._run(runner)
+                before = self.history_ or {}
+                self.history_ = before | run(self, runner)
             except BaseException:
                 self.annotation_ = {}  # a head that has not learned would give names all the same
                 raise
         self._calibrate(code, split, transductive)
-
-    def _run(self, runner: TrainRunner) -> None:
-        """Train; what ``history`` held before stays in it."""
-        history, was_trained = self.history_ or {}, self.is_trained_
-        self.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
-        try:
-            runner()
-        finally:
-            self.is_trained_ = self.is_trained_ or was_trained
-        self.history_ = history | (self.history_ or {})
 
     def _labels(self, labels_key: str | None) -> tuple[list[str], np.ndarray]:
         """Names of the classes, sorted, and the class of each attached cell, NO_CLASS for the unlabelled."""
@@ -238,8 +232,8 @@ class AnnotatingModel(BaseModelClass):
         known = np.sort(np.concatenate([split.train, split.validation]))
         everything = slice(None)
         rows, of_rows = (None, known) if transductive else (known, everything)
-        hidden = self._embed(None, rows, None, "float32", encode=self._hidden, width=self.module.n_hidden)
-        self.module.annotation.locate(hidden[of_rows], code[known])
+        latent = self._embed(None, rows, None, "float32", encode=self._located)
+        self.module.annotation.locate(latent[of_rows], code[known])
         if not len(split.calibration):
             return
         # in a sentence of their own, as a query is, or in that of the whole data
@@ -250,6 +244,14 @@ class AnnotatingModel(BaseModelClass):
             "confidence": _softmax(logits).max(axis=1).tolist(),
             "correct": (logits.argmax(axis=1) == code[split.calibration]).tolist(),
         }
+
+    def _latent_of(self, hidden: Tensor) -> Tensor:
+        """Embedding of hidden states, ``(cells, n_latent)``."""
+        return self.module.latent.mean(hidden) if hasattr(self.module, "latent") else hidden
+
+    def _located(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
+        """Embedding of each chunk of one group, as :meth:`_scores` reads it."""
+        return (self._latent_of(hidden) for hidden in self._hidden(chunks, gene_index))
 
     def _scores(
         self,
@@ -262,7 +264,8 @@ class AnnotatingModel(BaseModelClass):
 
         def encode(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
             for hidden in self._hidden(chunks, gene_index):
-                yield torch.cat([head(hidden), head.novelty(hidden)[:, None]], dim=1)
+                novelty = head.novelty(self._latent_of(hidden))
+                yield torch.cat([head(hidden), novelty[:, None]], dim=1)
 
         n_classes = len(self._annotation["labels"])
         scores = self._embed(adata, indices, batch_size, "float32", encode=encode, width=n_classes + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scvi import REGISTRY_KEYS
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -25,19 +24,23 @@ TARGET = "target"  # class of a cell in a minibatch; NO_CLASS for one that is co
 NO_CLASS = -1
 MIN_CELLS = 3  # a class with fewer has none to spare for validation or calibration
 SPREAD_PRIOR = 20  # cells of the average class that a class's spread is mixed with
-
-Trainable = Literal["last", "all", "head", "lora"]
+# of the scatter within classes to a sphere: directions in which known cells hardly differ are noisy
+SHRINKAGE = 0.5
 
 
 class AnnotationHead(nn.Module):
     """Latent, dropout and classes on the hidden state in front of a model's latent; and where the classes lie.
+
+    Classes are learned on the hidden state. Where they lie is measured in the model's embedding of it, a projection
+    that fine-tuning leaves as it was: on real cells this finds more of the unseen types than distances in the hidden
+    state.
 
     Parameters
     ----------
     n_hidden
         Width of the hidden state.
     n_latent
-        Width of the new latent.
+        Width of the embedding and of the new latent.
     n_classes
         Number of classes.
     """
@@ -51,44 +54,45 @@ class AnnotationHead(nn.Module):
         self.latent = nn.Linear(n_hidden, n_latent)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
         self.linear = nn.Linear(n_latent, n_classes)
-        self.register_buffer("center", torch.zeros(n_classes, n_hidden))
-        self.register_buffer("whitening", torch.zeros(n_hidden, n_hidden))
+        self.register_buffer("center", torch.zeros(n_classes, n_latent))
+        self.register_buffer("whitening", torch.zeros(n_latent, n_latent))
         self.register_buffer("spread", torch.ones(n_classes))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits ``(cells, n_classes)``."""
         return self.linear(self.dropout(self.latent(hidden)))
 
-    def locate(self, hidden: np.ndarray, code: np.ndarray) -> None:
-        """Learn where labelled cells ``(cells, n_hidden)`` of each class lie, see :meth:`novelty`."""
+    def locate(self, latent: np.ndarray, code: np.ndarray) -> None:
+        """Learn where labelled cells of each class lie in the embedding ``(cells, n_latent)``, see :meth:`novelty`."""
         n_classes = len(self.center)
-        center = np.stack([hidden[code == c].mean(axis=0) for c in range(n_classes)])
-        covariance, _ = ledoit_wolf((hidden - center[code]).astype(np.float64), assume_centered=True)
-        values, vectors = np.linalg.eigh(covariance)
+        center = np.stack([latent[code == c].mean(axis=0) for c in range(n_classes)])
+        within = (latent - center[code]).astype(np.float64)
+        covariance = within.T @ within / len(within)
+        sphere = np.diag(np.full(len(covariance), np.trace(covariance) / len(covariance)))
+        values, vectors = np.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * sphere)
         self.whitening.copy_(torch.as_tensor(vectors / np.sqrt(values.clip(min=1e-12))))
         self.center.copy_(torch.as_tensor(center))
         self.spread.fill_(1.0)
-        distance = self._distances(torch.as_tensor(hidden, device=self.center.device)).cpu().numpy()
+        distance = self._distances(torch.as_tensor(latent, device=self.center.device)).cpu().numpy()
         own = distance[np.arange(len(code)), code]
         n_cells = np.bincount(code, minlength=n_classes)
-        within = np.array([np.median(own[code == c]) for c in range(n_classes)])
+        spread = np.array([np.median(own[code == c]) for c in range(n_classes)])
         # a class of few cells seems tight: its mean leans towards them
-        self.spread.copy_(
-            torch.as_tensor((n_cells * within + SPREAD_PRIOR * np.median(own)) / (n_cells + SPREAD_PRIOR))
-        )
+        spread = (n_cells * spread + SPREAD_PRIOR * np.median(own)) / (n_cells + SPREAD_PRIOR)
+        self.spread.copy_(torch.as_tensor(spread))
 
-    def _distances(self, hidden: Tensor) -> Tensor:
+    def _distances(self, latent: Tensor) -> Tensor:
         """Mahalanobis distance to each class over the class's spread, ``(cells, n_classes)``."""
         # by differences: the product form rounds by the number of rows, and so by batch_size
         mode = "donot_use_mm_for_euclid_dist"
         return (
-            torch.cdist(hidden @ self.whitening, self.center @ self.whitening, compute_mode=mode)
+            torch.cdist(latent @ self.whitening, self.center @ self.whitening, compute_mode=mode)
             / self.spread
         )
 
-    def novelty(self, hidden: Tensor) -> Tensor:
-        """How far a cell is from the nearest class, ``(cells,)``; about 1 for the cells trained on."""
-        return self._distances(hidden.float()).amin(1)
+    def novelty(self, latent: Tensor) -> Tensor:
+        """How far a cell's embedding is from the nearest class, ``(cells,)``; about 1 for the cells trained on."""
+        return self._distances(latent.float()).amin(1)
 
 
 class LowRank(nn.Module):
@@ -104,7 +108,7 @@ class LowRank(nn.Module):
 
 
 @contextmanager
-def only_trainable(module: Any, trainable: Trainable) -> Iterator[list[nn.Module]]:
+def only_trainable(module: Any, trainable: str) -> Iterator[list[nn.Module]]:
     """Freeze all but the named parts and the head for a while; gives the parts that train.
 
     Low-rank changes are added to their matrices at the end.
@@ -114,7 +118,7 @@ def only_trainable(module: Any, trainable: Trainable) -> Iterator[list[nn.Module
     module.requires_grad_(False)
     for linear in adapted:
         parametrize.register_parametrization(linear, "weight", LowRank(linear))
-    parts = [*module.trainable_parts(trainable), module.annotation]
+    parts = [*module.trainable_parts()[trainable], module.annotation]
     parts += [linear.parametrizations.weight[0] for linear in adapted]
     for part in parts:
         part.requires_grad_(True)

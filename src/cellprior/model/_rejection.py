@@ -11,6 +11,7 @@ from scipy.stats import binom
 
 ERROR_CONFIDENCE = 0.9  # with which the error among the named cells is promised
 NAMED_SHARES = tuple(np.arange(4, 21) / 20)  # of the cells that look known, tried until the error is too high
+SPARE_ERRORS = 3  # of the first share tried, lest one unlucky cell among a few ends the search
 
 
 class Limits(NamedTuple):
@@ -38,9 +39,10 @@ def find_limits(novelty: np.ndarray, confidence: np.ndarray, correct: np.ndarray
 
     The novelty of a new cell is among the k largest of n + 1 with probability k / (n + 1). Below a limit that is one of
     the sorted scores, cells are again independent draws, and the errors among the m most confident are binomial. From
-    the smallest of ``NAMED_SHARES`` on, a share is taken if its errors would be as few as they are with probability at
-    most 0.1 if the error were above ``reject``; the first that fails ends the search. Such a fixed sequence of tests
-    needs no correction for their number as long as cells of higher confidence are wrong no more often.
+    the smallest of ``NAMED_SHARES`` that would pass with ``SPARE_ERRORS``, or else with all cells at once, a share is
+    taken if its errors would be as few as they are with probability at most 0.1 if the error were above ``reject``;
+    the first that fails ends the search. Such a fixed sequence of tests needs no correction for their number as long
+    as cells of higher confidence are wrong no more often.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ def find_limits(novelty: np.ndarray, confidence: np.ndarray, correct: np.ndarray
     limit = np.inf
     for share in NAMED_SHARES:
         m = int(share * len(order))
-        if m < _named_needed(reject):
+        if share < 1 and binom.cdf(SPARE_ERRORS, m, reject) > 1 - ERROR_CONFIDENCE:
             continue
         if binom.cdf(wrong[:m].sum(), m, reject) > 1 - ERROR_CONFIDENCE:
             break

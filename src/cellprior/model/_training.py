@@ -231,13 +231,8 @@ class TrainableModel(BaseModelClass):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        history, was_trained = self.history_ or {}, self.is_trained_
-        self.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
-        try:
-            runner()
-        finally:
-            self.is_trained_ = self.is_trained_ or was_trained
-        self.history_ = continued(history, self.history_ or {})
+        before = self.history_ or {}
+        self.history_ = continued(before, run(self, runner))
         warn_above_floor(self.history)
 
     def _objective(self, name: str | None) -> dict[str, Any]:
@@ -259,6 +254,17 @@ class TrainableModel(BaseModelClass):
     @training_state_.setter
     def training_state_(self, state: dict[str, Any]) -> None:
         pass
+
+
+def run(model: Any, runner: TrainRunner) -> dict[str, pd.DataFrame]:
+    """Train, and give the history of this run alone."""
+    was_trained = model.is_trained_
+    model.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
+    try:
+        runner()
+    finally:
+        model.is_trained_ = model.is_trained_ or was_trained
+    return model.history_ or {}
 
 
 def continued(before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,6 @@ from torch import Tensor, nn
 
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
-
-if TYPE_CHECKING:
-    from cellprior.model._annotation_training import Trainable
 
 FLOW_EPS = 1e-6
 DECODER_RANK = 128  # width of the layer in front of the gene means
@@ -153,16 +150,15 @@ class CellPLMModule(BaseModuleClass):
         (hidden,) = self.hidden_chunks([counts], gene_index=gene_index)
         return hidden
 
-    def trainable_parts(self, trainable: Trainable) -> list[nn.Module]:
-        """What fine-tuning trains besides the annotation head."""
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
+        """What fine-tuning trains besides the annotation head, by the name of the choice."""
         # the original leaves pre_latent_norm out, by oversight: it names the others one by one
-        parts: dict[Trainable, list[nn.Module]] = {
-            "head": [],
+        return {
             "last": [self.encoder[-1], self.pre_latent_norm],
             "all": [self.embedder, self.encoder, self.pre_latent_norm],
+            "head": [],
             "lora": [self.pre_latent_norm],
         }
-        return parts[trainable]
 
     def adapted_layers(self) -> list[nn.Linear]:
         """Projections that ``trainable="lora"`` changes."""
