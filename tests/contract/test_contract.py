@@ -34,7 +34,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SOME = np.array([5, 3, 3, 699, 0, 100, 101, 102, 5])  # unsorted and repeated
 
 
-@pytest.fixture(params=MODELS, ids=lambda entry: entry.model.__name__)
+@pytest.fixture(params=MODELS, ids=lambda entry: entry.name)
 def entry(request: pytest.FixtureRequest) -> Entry:
     return request.param
 
@@ -659,7 +659,7 @@ def test_every_tensor_of_a_bundle_has_its_place_or_the_error_lists_it(entry, mod
     tensors["foreign"] = torch.zeros(1)
     del tensors[lost]
     tensors[cut] = tensors[cut][:-1]
-    config = {"model": entry.model.__name__, "network": model._network()}
+    config = {"model": entry.model.__name__, "network": model._network(), "annotation": model.annotation_}
     cp.weights.write_bundle(
         tmp_path / "bundle", state_dict=tensors, config=config, genes=model.genes, card=""
     )

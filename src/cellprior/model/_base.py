@@ -276,12 +276,6 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
             if adata is not self.adata:
                 self._per_instance_manager_store[self.id].pop(adata.uns["_scvi_uuid"], None)
 
-    def release(self) -> None:
-        """Let go of the attached data; scvi-tools otherwise holds it for as long as the process runs."""
-        if self.adata is not None:
-            type(self)._setup_adata_manager_store.pop(self.adata.uns["_scvi_uuid"], None)
-        type(self)._per_instance_manager_store.pop(self.id, None)
-
     def _validate_anndata(self, adata: ad.AnnData | None = None, copy_if_view: bool = True) -> ad.AnnData:
         """Register other data than the attached as a query: its genes, batches and labels may differ."""
         if adata is None or adata is self.adata:

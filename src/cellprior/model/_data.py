@@ -36,9 +36,10 @@ class NotCountsError(ValueError):
 
 
 class CountsField(LayerField):
-    """Raw counts in ``X`` or a layer, of whatever genes."""
+    """Raw counts in ``X`` or a layer, of whatever genes; ``argument`` of the setup names the layer."""
 
-    def __init__(self, registry_key: str, layer: str | None) -> None:
+    def __init__(self, registry_key: str, layer: str | None, *, argument: str = "layer") -> None:
+        self.argument = argument
         # scvi's own count check draws from the global random state, and its format correction replaces the user's X
         super().__init__(registry_key, layer, is_count_data=False, correct_data_format=False)
 
@@ -49,7 +50,8 @@ class CountsField(LayerField):
             msg = f"The AnnData has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
             raise ValueError(msg)
         rows = np.arange(min(N_CHECKED, adata.n_obs))
-        check_counts(read_rows(self.get_field_data(adata), rows), rows, adata, self.attr_key)
+        counts = read_rows(self.get_field_data(adata), rows)
+        check_counts(counts, rows, adata, self.attr_key, argument=self.argument)
 
     def transfer_field(self, state_registry: dict, adata_target: ad.AnnData, **kwargs: Any) -> dict:
         """Register the target by itself: its genes are matched by name, their number need not agree."""
@@ -133,8 +135,15 @@ def read_rows_of_block(block: Any) -> sp.csr_matrix:
     return csr
 
 
-def check_counts(counts: sp.csr_matrix, rows: np.ndarray, adata: ad.AnnData, layer: str | None) -> None:
-    """Refuse values that are not raw counts and name the first cell and gene.
+def check_counts(
+    counts: sp.csr_matrix,
+    rows: np.ndarray,
+    adata: ad.AnnData,
+    layer: str | None,
+    *,
+    argument: str = "layer",
+) -> None:
+    """Refuse values that are not raw counts and name the first cell and gene, and the argument that names a layer.
 
     Raises
     ------
@@ -151,7 +160,8 @@ def check_counts(counts: sp.csr_matrix, rows: np.ndarray, adata: ad.AnnData, lay
     kind = "not finite" if not np.isfinite(value) else "negative" if value < 0 else "not an integer"
     where = "X" if layer is None else f"layers[{layer!r}]"
     others = [name for name in adata.layers if name is not None and name != layer]
-    advice = f"name it: layer={others[0]!r}" if others else "put them in a layer and name it: layer=..."
+    named = f"{argument}={others[0]!r}" if others else f"{argument}=..."
+    advice = f"name it: {named}" if others else f"put them in a layer and name it: {named}"
     msg = (
         f"{where} does not hold raw counts: cell {cell!r}, gene {gene!r} is {value:g}, which is {kind}. "
         f"Raw counts are needed. If another layer has them, {advice} (layers here: {others or 'none'}). "

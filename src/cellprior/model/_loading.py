@@ -22,6 +22,7 @@ class LoadableModel(BaseModelClass):
     """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
 
     pretrained_: dict[str, str] | None = None
+    _setup_method = "setup_anndata"
 
     @classmethod
     def from_pretrained(
@@ -59,16 +60,10 @@ class LoadableModel(BaseModelClass):
         """
         path = resolve(weights, known_hash=known_hash)
         bundle, hashed = cls._read_weights(path)
-        adata = without_view(adata)
-        known = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))
-        if known is None:
-            cls.setup_anndata(adata)
-        elif known.adata is not adata:  # a copy, or a part, of data that have been set up
-            adata.uns["_scvi_uuid"] = str(uuid4())
-            cls.setup_anndata(adata, **known.registry["setup_args"])
+        adata = cls._set_up(adata)
         with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
             model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
-        model.annotation_ = bundle.config.get("annotation", {})
+            model.annotation_ = bundle.config.get("annotation", {})
         load_strictly(model.module, bundle.state_dict, str(weights))
         model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
         model.training_state_ = bundle.config.get("training_state", {})
@@ -80,11 +75,26 @@ class LoadableModel(BaseModelClass):
         return model
 
     @classmethod
+    def _set_up(cls, adata: ad.AnnData) -> ad.AnnData:
+        """Data that can be attached: no view, and set up, like those they are a copy or part of, or with defaults."""
+        adata = without_view(adata)
+        known = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))
+        setup = getattr(cls, cls._setup_method)
+        if known is None:
+            setup(adata)
+        elif known.adata is not adata:
+            adata.uns["_scvi_uuid"] = str(uuid4())
+            setup(adata, **known.registry["setup_args"])
+        return adata
+
+    @classmethod
     def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any) -> Self:
         """Load a model saved with ``save``; see :meth:`scvi.model.base.BaseModelClass.load`."""
         with warnings.catch_warnings():
             # scvi-tools warns of genes in another order; here they are matched by name
             warnings.filterwarnings("ignore", message="`var_names` for the loaded", category=UserWarning)
+            # mudata has renamed what scvi-tools 1.4.2 calls
+            warnings.filterwarnings("ignore", message="The method mod_names is deprecated")
             return super().load(dir_path, adata, *args, **kwargs)
 
     @classmethod
@@ -140,6 +150,12 @@ class LoadableModel(BaseModelClass):
             card=card,
             overwrite=overwrite,
         )
+
+    def release(self) -> None:
+        """Let go of the attached data; scvi-tools otherwise holds it for as long as the process runs."""
+        if self.adata is not None:
+            type(self)._setup_adata_manager_store.pop(self.adata.uns["_scvi_uuid"], None)
+        type(self)._per_instance_manager_store.pop(self.id, None)
 
     def provenance(self) -> dict[str, Any]:
         """Which weights the model has, and how much of the attached data it reads; for the record."""
