@@ -63,6 +63,7 @@ def test_the_registry_has_the_promised_entries_each_with_a_licence_and_a_citatio
         "cellplm-starter",
         "cellplm-20231027",
         "cellplm-20230926",
+        "scbert-starter",
         "scbert-panglao",
         "gencode-human-48",
         "gencode-human-38",
@@ -107,7 +108,7 @@ def test_available_is_a_table_that_says_what_is_on_this_machine():
         "model",
         "ScBERT",
         "not downloaded",
-        "files only",
+        "untested",
     ]
     assert table.loc["scbert-panglao", "licence"].startswith("GPL-3")
     assert table.loc["gencode-human-48", ["kind", "size"]].tolist() == ["gene table", "0.9 MB"]

@@ -8,10 +8,11 @@ import os
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import NotCountsError
 from cellprior.model.cellplm import CellPLM
+from cellprior.model.scbert import ScBERT
 
-__all__ = ["CellPLM", "NotCountsError", "model_class"]
+__all__ = ["CellPLM", "NotCountsError", "ScBERT", "model_class"]
 
-MODELS: tuple[type[PretrainedModel], ...] = (CellPLM,)
+MODELS: tuple[type[PretrainedModel], ...] = (CellPLM, ScBERT)
 
 
 def model_class(weights: str | os.PathLike[str]) -> type[PretrainedModel]:
