@@ -261,6 +261,18 @@ def test_early_stopping_watches_the_validation_loss(adata):
     assert len(model.history["train_loss"]) < 10
 
 
+@pytest.mark.parametrize(
+    ("schedule", "share_at_the_end"), [("cosine", 0.0), ("restarts", 0.01 + 0.99 * 2 / 5)]
+)
+def test_the_learning_rate_follows_the_schedule(adata, schedule, share_at_the_end):
+    model = scratch(adata)
+    model.train(max_epochs=2, plan_kwargs={"lr": 1e-3, "schedule": schedule}, **QUIET)
+    (optimizer,) = model.trainer.optimizers
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-3 * share_at_the_end] * 2, abs=1e-9)
+    with pytest.raises(ValueError, match='choose "cosine" or "restarts"'):
+        scratch(adata).train(max_epochs=1, plan_kwargs={"schedule": "step"}, **QUIET)
+
+
 def test_a_gmvae_trains_too(adata):
     model = scratch(adata, latent="gmvae", n_clusters=3)
     model.train(max_epochs=30, batch_size=64, plan_kwargs={"lr": 3e-3}, **QUIET)

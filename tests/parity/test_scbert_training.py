@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cellprior.model._training import restarts
 from cellprior.model.scbert._loss import masked_losses
 
 from .scbert_golden import Golden
@@ -51,3 +52,13 @@ def test_against_scbert_the_accuracy_is_over_the_bins_that_a_masked_gene_can_be_
     _, losses = step_of(case)
     n_selected = (case.pretraining("labels_A") != 6).sum().item()
     assert losses["masked_accuracy"].item() * n_selected == pytest.approx(sum(N_RIGHT), abs=1e-4)
+
+
+def test_against_scbert_learning_rate_by_epoch():
+    by_epoch = {
+        0: 1e-6, 1: 2.08e-5, 5: 1e-4, 6: 9.757729755661011e-05, 14: 3.4227024433899e-06, 15: 1e-6, 20: 9e-5,
+        39: 1.5478688435163741e-06, 40: 1e-6, 45: 8.1e-5, 84: 1.1233066506748814e-06, 85: 1e-6, 90: 7.29e-5,
+        99: 7.067797852641331e-05,
+    }  # fmt: skip
+    ours = {epoch: 1e-4 * restarts(epoch) for epoch in by_epoch}
+    assert ours == pytest.approx(by_epoch, rel=1e-9)

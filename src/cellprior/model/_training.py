@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pandas as pd
@@ -14,7 +15,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model.base import BaseModelClass
 from scvi.train import TrainRunner
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from cellprior.model._data import VocabularySplitter
 from cellprior.model._genes import measured_genes, refuse_unmeasured
@@ -39,8 +40,11 @@ class TrainingPlan(pl.LightningModule):
         Peak learning rate of AdamW.
     weight_decay
         Of AdamW; not on biases and norms.
+    schedule
+        ``"cosine"``: the learning rate rises, and then falls to 0 along a cosine, step by step. ``"restarts"``: epoch
+        by epoch, see :func:`restarts`.
     warmup
-        Share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
+        Of ``"cosine"``: share of all steps over which the learning rate rises.
     **objective
         To ``training_losses``.
     """
@@ -56,15 +60,19 @@ class TrainingPlan(pl.LightningModule):
         *,
         lr: float = 1e-3,
         weight_decay: float = 1e-8,
+        schedule: Literal["cosine", "restarts"] = "cosine",
         warmup: float = 0.05,
         **objective: Any,
     ) -> None:
         super().__init__()
+        if schedule not in ("cosine", "restarts"):
+            msg = f'schedule={schedule!r} is not known; choose "cosine" or "restarts".'
+            raise ValueError(msg)
         self.module: Any = module
         self.floor = floor
         self.register_buffer("measured", measured, persistent=False)
-        self.n_steps, self.lr, self.weight_decay, self.warmup = n_steps, lr, weight_decay, warmup
-        self.objective = objective
+        self.n_steps, self.lr, self.weight_decay = n_steps, lr, weight_decay
+        self.schedule, self.warmup, self.objective = schedule, warmup, objective
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One sentence."""
@@ -93,9 +101,14 @@ class TrainingPlan(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """See :func:`adamw`."""
-        return adamw(
+        optimizers, schedules = adamw(
             self.module, self.n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
         )
+        if self.schedule == "restarts":
+            for group in optimizers[0].param_groups:
+                group["initial_lr"] = group["lr"] = self.lr
+            schedules = [{"scheduler": LambdaLR(optimizers[0], restarts), "interval": "epoch"}]
+        return optimizers, schedules
 
 
 def adamw(
@@ -119,6 +132,21 @@ def adamw(
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
         schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
     return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def restarts(epoch: int) -> float:
+    """Learning rate in an epoch, counted from 0, as a share of the peak; the schedule of scBERT's pretraining.
+
+    Cycles of 15, 25, 45 and so on epochs: 5 epochs of linear rise from 1 % of the first peak, then a cosine back to it;
+    each peak is 0.9 times the one before.
+    """
+    n_rising, n_falling, peak, lowest = 5, 10, 1.0, 0.01
+    while epoch >= n_rising + n_falling:
+        epoch -= n_rising + n_falling
+        n_falling, peak = 2 * n_falling, 0.9 * peak
+    if epoch < n_rising:
+        return lowest + (peak - lowest) * epoch / n_rising
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * (epoch - n_rising) / n_falling)) / 2
 
 
 class TrainableModel(BaseModelClass):
@@ -164,7 +192,7 @@ class TrainableModel(BaseModelClass):
         early_stopping
             Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
         plan_kwargs
-            ``lr``, ``weight_decay``, ``warmup``, and arguments of the objective, see
+            ``lr``, ``weight_decay``, ``schedule``, ``warmup``, and arguments of the objective, see
             :class:`~cellprior.model._training.TrainingPlan`.
         datasplitter_kwargs
             To :class:`~scvi.dataloaders.DataSplitter`.
