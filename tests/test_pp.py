@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
 from anndata import AnnData
+from mudata import MuData
 
-from cellprior.pp import recover_counts
+from cellprior.pp import pad_modalities, recover_counts
 
 
 def some_counts(n_cells: int = 60, n_genes: int = 200) -> np.ndarray:
@@ -234,3 +236,66 @@ def test_imputed_values_are_refused():
     values = normalised(some_counts())
     mixing = np.full((60, 60), 0.02) + 0.5 * np.eye(60)
     refused(mixing @ values, "corrected, imputed or normalised per gene")
+
+
+# padding
+
+
+def ragged() -> MuData:
+    """Five cells, of which RNA lacks the last and ATAC the first, in another order."""
+    rna = AnnData(
+        sp.csr_matrix(np.arange(1, 9, dtype=np.int32).reshape(4, 2)), layers={"dense": np.ones((4, 2))}
+    )
+    rna.obs_names = ["a", "b", "c", "d"]
+    rna.obs["n"] = [1, 2, 3, 4]
+    atac = AnnData(np.arange(1, 13, dtype=np.float32).reshape(4, 3), uns={"source": "made up"})
+    atac.obs_names = ["e", "d", "c", "b"]
+    rna.var_names, atac.var_names = ["G1", "G2"], ["chr1:1-2", "chr1:3-4", "chr1:5-6"]
+    with mudata.set_options(pull_on_update=False):
+        return MuData({"rna": rna, "atac": atac})
+
+
+def test_padding_gives_every_modality_all_cells_and_notes_which_rows_are_padding():
+    mdata = ragged()
+    before = [adata.shape for adata in mdata.mod.values()]
+    padded = pad_modalities(mdata)
+    assert list(padded.obs_names) == list(mdata.obs_names)
+    for key, adata in padded.mod.items():
+        assert list(adata.obs_names) == list(mdata.obs_names)
+        has = padded.obs[f"has_{key}"]
+        assert has.dtype == bool and set(padded.obs_names[~has]) == {"rna": {"e"}, "atac": {"a"}}[key]
+        rows = padded.obs_names[has]
+        np.testing.assert_array_equal(dense(adata[rows].X), dense(mdata.mod[key][rows].X))
+        assert not dense(adata[~has.to_numpy()].X).any()
+        assert adata.X.dtype == mdata.mod[key].X.dtype
+    assert sp.issparse(padded["rna"].X) and not sp.issparse(padded["atac"].X)
+    assert padded["rna"].layers["dense"].sum() == 8
+    assert padded["rna"].obs["n"].isna().sum() == 1
+    assert padded["atac"].uns == {"source": "made up"}
+    assert [adata.shape for adata in mdata.mod.values()] == before and "has_rna" not in mdata.obs
+
+
+def test_padding_again_does_not_forget_what_was_padded():
+    padded = pad_modalities(ragged())
+    again = pad_modalities(padded)
+    for key in ("rna", "atac"):
+        assert again.obs[f"has_{key}"].equals(padded.obs[f"has_{key}"])
+
+
+def test_padded_data_are_what_scvi_tools_takes():
+    from scvi.data._utils import _check_mudata_fully_paired
+
+    with pytest.raises(ValueError, match="fully paired"):
+        _check_mudata_fully_paired(ragged())
+    _check_mudata_fully_paired(pad_modalities(ragged()))
+
+
+def test_a_barcode_that_stands_for_two_cells_is_not_padded():
+    mdata = ragged()
+    mdata.mod["rna"].obs_names = ["a", "a", "c", "d"]
+    with pytest.raises(ValueError, match="'a' stands for several cells"):
+        pad_modalities(mdata)
+
+
+def dense(x: Any) -> np.ndarray:
+    return x.toarray() if sp.issparse(x) else np.asarray(x)

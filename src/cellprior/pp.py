@@ -9,8 +9,9 @@ import scipy.sparse as sp
 
 if TYPE_CHECKING:
     from anndata import AnnData, Raw
+    from mudata import MuData
 
-__all__ = ["recover_counts"]
+__all__ = ["pad_modalities", "recover_counts"]
 
 MAX_DECIMALS = 5  # values rounded to more are treated as unrounded
 
@@ -81,6 +82,81 @@ def recover_counts(
         raise ValueError(msg)
     log.data = counts
     return log.astype(np.float32)
+
+
+def pad_modalities(mdata: MuData) -> MuData:
+    """Give every modality a row for every cell, of zeros where it has none, and note which rows are padding.
+
+    For tools that refuse a MuData with cells missing from a modality. :class:`cellprior.model.MultiomeCLIP` takes such
+    data as they are, and does not mistake the padding of padded ones for cells.
+
+    Parameters
+    ----------
+    mdata
+        Modalities of which some lack some cells.
+
+    Returns
+    -------
+    A copy, all modalities with the cells of ``mdata`` in its order. ``obs["has_<modality>"]`` is False where a row is
+    padding; in the modalities' own ``obs`` it is empty there. ``obsm``, ``obsp`` and ``raw`` of the modalities are
+    left out, as there are no values to pad them with.
+
+    Raises
+    ------
+    ValueError
+        If a barcode stands for several cells.
+
+    Examples
+    --------
+    >>> mdata = cp.pp.pad_modalities(mdata)
+    >>> mdata[mdata.obs["has_atac"]].n_obs  # cells with ATAC
+    """
+    import mudata as md
+    from anndata import AnnData
+
+    padded, obs = {}, mdata.obs.copy()
+    for key, adata in mdata.mod.items():
+        for names in (adata.obs_names, mdata.obs_names):
+            if not names.is_unique:
+                msg = f"The barcode {names[names.duplicated()][0]!r} stands for several cells: make them unique first."
+                raise ValueError(msg)
+        row = adata.obs_names.get_indexer(mdata.obs_names)
+        column = presence_column(key)
+        obs[column] = (row >= 0) & obs[column].to_numpy(dtype=bool) if column in obs else row >= 0
+        padded[key] = AnnData(
+            _with_empty_rows(adata.X, row),
+            obs=adata.obs.reindex(mdata.obs_names),
+            var=adata.var.copy(),
+            layers={
+                name: _with_empty_rows(layer, row) for name, layer in adata.layers.items() if name is not None
+            },
+            uns=dict(adata.uns),
+        )
+    with md.set_options(pull_on_update=False):  # columns of the modalities stay where they are
+        result = md.MuData(padded)
+    result.obs = obs.loc[result.obs_names]
+    result.uns.update(mdata.uns)
+    return result
+
+
+def presence_column(key: str) -> str:
+    """Column of ``obs`` that says which cells have a modality."""
+    return f"has_{key}"
+
+
+def _with_empty_rows(values: Any, row: np.ndarray) -> Any:
+    """Rows of a matrix, one of zeros for -1."""
+    if values is None:
+        return None
+    if hasattr(values, "compute"):
+        values = values.compute()
+    elif hasattr(values, "to_memory"):
+        values = values.to_memory()
+    if sp.issparse(values):
+        empty = sp.csr_matrix((1, values.shape[1]), dtype=values.dtype)
+        return sp.vstack([sp.csr_matrix(values), empty], format="csr")[row]
+    values = np.asarray(values)
+    return np.vstack([values, np.zeros((1, values.shape[1]), dtype=values.dtype)])[row]
 
 
 def _check_logarithms(log: sp.csr_matrix, where: str) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 
-from cellprior.model._base import PretrainedModel
 from cellprior.model._data import NotCountsError
+from cellprior.model._loading import LoadableModel
 from cellprior.model.cellplm import CellPLM
+from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.scbert import ScBERT
 
-__all__ = ["CellPLM", "NotCountsError", "ScBERT", "model_class"]
+__all__ = ["CellPLM", "MultiomeCLIP", "NotCountsError", "ScBERT", "model_class"]
 
-MODELS: tuple[type[PretrainedModel], ...] = (CellPLM, ScBERT)
+MODELS: tuple[type[LoadableModel], ...] = (CellPLM, ScBERT, MultiomeCLIP)
 
 
-def model_class(weights: str | os.PathLike[str]) -> type[PretrainedModel]:
+def model_class(weights: str | os.PathLike[str]) -> type[LoadableModel]:
     """Class that loads some weights: a registry name, a bundle folder or an official checkpoint file.
 
     Raises

@@ -38,7 +38,6 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
     """
 
     _data_loader_cls = VocabularyLoader
-    obsm_key: str
     default_batch_size = 1024
 
     def __init__(

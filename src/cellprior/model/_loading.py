@@ -21,6 +21,7 @@ from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256
 class LoadableModel(BaseModelClass):
     """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
 
+    obsm_key: str
     pretrained_: dict[str, str] | None = None
     _setup_method = "setup_anndata"
 

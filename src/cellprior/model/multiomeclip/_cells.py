@@ -1,0 +1,244 @@
+"""From a MuData, or an AnnData with one modality, to counts of a model's genes and peaks, cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from mudata import MuData
+from scvi.data.fields import BaseMuDataWrapperClass
+
+from cellprior.genes import GeneMatch, PeakMatch
+from cellprior.genes._intervals import are_peaks, read_peaks
+from cellprior.model._data import CountsField, check_counts, read_rows, select_columns
+from cellprior.model.multiomeclip._module import MODALITIES, Modality
+from cellprior.pp import presence_column
+
+WHAT = {"rna": "genes", "atac": "peaks"}
+
+
+class ModalityField(BaseMuDataWrapperClass):
+    """Raw counts of one modality; a class with a name, which scvi-tools' own wrappers lack, so that it is pickled."""
+
+    def __init__(self, registry_key: str, layer: str | None, key: str, modality: Modality) -> None:
+        super().__init__(mod_key=key, mod_required=True)
+        self._adata_field = CountsField(registry_key, layer, argument=f"{modality}_layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Cells, and where the counts of each are found.
+
+    Attributes
+    ----------
+    obs
+        Annotation, a row per cell.
+    data
+        The modalities that there are.
+    layers
+        Layer of each with the raw counts, None for `X`.
+    rows
+        Row of each cell in a modality, -1 if it has none ``(cells,)``.
+    """
+
+    obs: pd.DataFrame
+    data: dict[Modality, ad.AnnData]
+    layers: dict[Modality, str | None]
+    rows: dict[Modality, np.ndarray]
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return len(self.obs)
+
+    def has(self, modality: Modality) -> np.ndarray:
+        """Which cells have a modality ``(cells,)``."""
+        return self.rows[modality] >= 0 if modality in self.rows else np.zeros(self.n_obs, dtype=bool)
+
+    @property
+    def complete(self) -> np.ndarray:
+        """Which cells have both modalities ``(cells,)``."""
+        return self.has("rna") & self.has("atac")
+
+
+def cells_of(data: MuData | ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
+    """Find the modalities of some data.
+
+    A barcode is the same cell wherever it stands in a modality. A cell has a modality if its barcode is in it, unless
+    :func:`cellprior.pp.pad_modalities` has noted that its row is padding; that a row is all 0 means nothing.
+
+    Parameters
+    ----------
+    data
+        MuData with one or both modalities, or AnnData with genes or with peaks.
+    setup_args
+        ``modalities``, ``rna_layer``, ``atac_layer`` of the setup.
+
+    Raises
+    ------
+    ValueError
+        If no modality is found, the modalities are swapped, or a barcode stands for two cells.
+    """
+    keys = modality_keys(setup_args["modalities"])
+    layers = {name: setup_args[f"{name}_layer"] for name in MODALITIES}
+    if isinstance(data, MuData):
+        found = {name: data.mod[key] for name, key in keys.items() if key in data.mod}
+        if not found:
+            msg = (
+                f"The MuData has the modalities {list(data.mod)}; {keys['rna']!r} (RNA) or {keys['atac']!r} (ATAC) is "
+                'needed. If they have other names: setup_mudata(mdata, modalities={"rna": ..., "atac": ...}).'
+            )
+            raise ValueError(msg)
+    elif isinstance(data, ad.AnnData):
+        found = {"atac" if are_peaks(data.var_names) or _has_intervals(data.var) else "rna": data}
+    else:
+        msg = f"A MuData or an AnnData is needed, found a {type(data).__name__}."
+        raise TypeError(msg)
+    for name, adata in found.items():
+        refuse_swapped(adata, name, keys[name])
+        if not adata.obs_names.is_unique:
+            barcode = adata.obs_names[adata.obs_names.duplicated()][0]
+            msg = (
+                f"The barcode {barcode!r} stands for several cells of {keys[name]!r}: make them unique first."
+            )
+            raise ValueError(msg)
+    rows = {name: adata.obs_names.get_indexer(data.obs_names) for name, adata in found.items()}
+    for name in rows:
+        if (column := presence_column(keys[name])) in data.obs:
+            rows[name] = np.where(data.obs[column].to_numpy(dtype=bool), rows[name], -1)
+    return Cells(data.obs, found, {name: layers[name] for name in found}, rows)
+
+
+def modality_keys(modalities: Mapping[str, str] | None) -> dict[Modality, str]:
+    """Names that RNA and ATAC have in a MuData.
+
+    Raises
+    ------
+    ValueError
+        For a key that is neither ``"rna"`` nor ``"atac"``.
+    """
+    given = dict(modalities or {})
+    if unknown := given.keys() - set(MODALITIES):
+        msg = f'modalities has the keys {sorted(unknown)}; needed: "rna" and "atac", with the names in the MuData.'
+        raise ValueError(msg)
+    return {name: given.get(name, name) for name in MODALITIES}
+
+
+def refuse_swapped(adata: ad.AnnData, modality: Modality, key: str) -> None:
+    """Refuse peaks where genes should be; what are no peaks is left to the matching.
+
+    Raises
+    ------
+    ValueError
+        With the first names.
+    """
+    if modality == "rna" and are_peaks(adata.var_names):
+        msg = (
+            f"{key!r} should hold genes and holds peaks ({', '.join(adata.var_names[:2])}). Are the modalities "
+            'swapped? Name them: setup_mudata(mdata, modalities={"rna": ..., "atac": ...}).'
+        )
+        raise ValueError(msg)
+
+
+def peak_names(var: pd.DataFrame) -> list[str]:
+    """Names of peaks that say where they lie: the index, or columns with chromosome, start and end."""
+    if are_peaks(var.index) or not _has_intervals(var):
+        return list(var.index)
+    peaks = read_peaks(var)
+    return [f"chr{c}:{s}-{e}" for c, s, e in zip(peaks.chromosome, peaks.start, peaks.end, strict=True)]
+
+
+def genomic_order(names: list[str]) -> np.ndarray:
+    """Peaks sorted by chromosome and position, those that are no intervals last ``(n_peaks,)``."""
+    peaks = read_peaks(names)
+    number = np.array([int(c) if c.isdigit() else 1000 if c else 2000 for c in peaks.chromosome])
+    return np.lexsort((peaks.start, peaks.chromosome.astype(str), number))
+
+
+def _has_intervals(var: pd.DataFrame) -> bool:
+    return bool(read_peaks(var.iloc[:100]).known.mean() > 0.5) if len(var) else False
+
+
+class CountsOf:
+    """Counts of one modality in vocabulary order.
+
+    Parameters
+    ----------
+    cells
+        The cells.
+    modality
+        One that they have.
+    match
+        Of the data's features and the vocabulary.
+    n_features
+        Size of the vocabulary.
+    """
+
+    def __init__(
+        self, cells: Cells, modality: Modality, match: GeneMatch | PeakMatch, n_features: int
+    ) -> None:
+        self.adata, self.layer = cells.data[modality], cells.layers[modality]
+        self.row, self.column, self.n_features = cells.rows[modality], match.index, n_features
+        self.argument = f"{modality}_layer"
+        x = counts_matrix(self.adata, self.layer)
+        # once, as rows of CSC cost a pass over the matrix each
+        self.x = x.tocsr() if isinstance(x, sp.csc_matrix | sp.csc_array) else x
+
+    def read(self, cells: np.ndarray) -> sp.csr_matrix:
+        """Raw counts of some cells, all of which have the modality ``(cells, n_features)``.
+
+        Raises
+        ------
+        NotCountsError
+            If they are not counts.
+        """
+        rows = self.row[cells]
+        counts = read_rows(self.x, rows)
+        check_counts(counts, rows, self.adata, self.layer, argument=self.argument)
+        return select_columns(counts, self.column, self.n_features)
+
+
+def counts_matrix(adata: ad.AnnData, layer: str | None) -> Any:
+    """``X`` or a layer.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer.
+    """
+    if layer is None:
+        return adata.X
+    if layer not in adata.layers:
+        msg = f"There is no layer {layer!r}; the layers are {list(adata.layers)}."
+        raise ValueError(msg)
+    return adata.layers[layer]
+
+
+def codes_of(obs: pd.DataFrame, key: str | None, *, unlabeled: str | None = None) -> np.ndarray | None:
+    """Number of each cell's category, -1 for ``unlabeled``; None without a key.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If a cell has no value.
+    """
+    if key is None:
+        return None
+    if key not in obs:
+        msg = f"{key!r} not found in mdata.obs; its columns are {list(obs.columns)}."
+        raise KeyError(msg)
+    column = obs[key]
+    if column.isna().any():
+        first = obs.index[int(np.argmax(column.isna()))]
+        msg = f"mdata.obs[{key!r}] is NaN for {int(column.isna().sum())} cells, the first {first!r}. Fill it in first."
+        raise ValueError(msg)
+    names = column.astype(str).to_numpy()
+    codes, _ = pd.factorize(names)
+    return np.where(names == unlabeled, -1, codes)

@@ -1,0 +1,357 @@
+"""MultiomeCLIP's face to MuData."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
+import torch
+from mudata import MuData
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManagerValidationCheck
+
+from cellprior.genes._table import read_vocabulary
+from cellprior.model._data import CountsManager, row_numbers
+from cellprior.model._loading import LoadableModel
+from cellprior.model.multiomeclip._cells import (
+    Cells,
+    ModalityField,
+    cells_of,
+    codes_of,
+    counts_matrix,
+    genomic_order,
+    modality_keys,
+    peak_names,
+    refuse_swapped,
+)
+from cellprior.model.multiomeclip._module import (
+    MODALITIES,
+    EncoderKind,
+    Loss,
+    Modality,
+    MultiomeCLIPModule,
+)
+from cellprior.model.multiomeclip._retrieval import RetrievalModel
+from cellprior.model.multiomeclip._train import ContrastiveModel
+
+
+class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
+    """MultiomeCLIP: RNA and ATAC of a cell in one space, learned from cells that have both.
+
+    With ``encoder="mlp"``, components of the log-normalised RNA and of the TF-IDF of ATAC through wide layers; with
+    ``encoder="vit"``, the transformer of scCLIP [Xiong23]_. Everything that is fitted, the weights of the peaks and
+    the components among it, comes from the training cells, is saved with the model and applied to queries.
+
+    Parameters
+    ----------
+    adata
+        MuData registered with :meth:`setup_mudata`.
+    registry
+        Registry of a saved model, instead of data.
+    genes, peaks
+        Vocabularies; by default those of the data.
+    min_coverage
+        Least share of genes and of peaks that must match, see :func:`cellprior.genes.match` and
+        :func:`cellprior.genes.match_peaks`.
+    genomic_order
+        For ``"vit"``: cut the peaks into patches along the genome, and not in the order of the file.
+    encoder, n_latent, n_hidden, n_layers, dropout_rate, n_components, n_heads, n_mlp, n_patches, mask_padding, loss
+        Of the network, see :class:`~cellprior.model.multiomeclip._module.MultiomeCLIPModule`.
+
+    Examples
+    --------
+    >>> MultiomeCLIP.setup_mudata(mdata, rna_layer="counts", atac_layer="counts")
+    >>> model = MultiomeCLIP(mdata)
+    >>> model.train()
+    >>> mdata.obsm["X_multiomeclip"] = model.get_latent_representation()
+
+    References
+    ----------
+    .. [Xiong23] Xiong, Chen, Kellis, scCLIP: Multi-modal Single-cell Contrastive Learning Integration Pre-training,
+       NeurIPS 2023 AI for Science Workshop.
+    """
+
+    _module_cls = MultiomeCLIPModule
+    _setup_method = "setup_mudata"
+    obsm_key = "X_multiomeclip"
+    annotation_: dict[str, Any] = {}
+    training_state_: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        adata: MuData | None = None,
+        registry: dict | None = None,
+        *,
+        genes: pd.DataFrame | Sequence[str] | None = None,
+        peaks: Sequence[str] | None = None,
+        min_coverage: float = 0.25,
+        genomic_order: bool = True,
+        encoder: EncoderKind = "mlp",
+        n_latent: int = 64,
+        n_hidden: int = 256,
+        n_layers: int | None = None,
+        dropout_rate: float | None = None,
+        n_components: Sequence[int] = (64, 256),
+        n_heads: int = 8,
+        n_mlp: int = 512,
+        n_patches: Sequence[int] = (128, 128),
+        mask_padding: bool = True,
+        loss: Loss = "infonce",
+    ) -> None:
+        if adata is None and (genes is None or peaks is None):
+            msg = "A model without data needs its vocabularies: pass genes= and peaks=."
+            raise ValueError(msg)
+        super().__init__(adata, registry or (_registry_of(genes) if adata is None else None))
+        if adata is not None:
+            cells = cells_of(adata, self.registry["setup_args"])
+            genes = list(cells.data["rna"].var_names) if genes is None else genes
+            peaks = peak_names(cells.data["atac"].var) if peaks is None else peaks
+        self.genes, self.peaks = read_vocabulary(genes), list(peaks or ())
+        self.min_coverage = min_coverage
+        self._attached_match = {}
+        self.init_params_ = self._get_init_params({**locals(), "genes": self.genes, "peaks": self.peaks})
+        network = self._network()
+        del network["peaks"], network["genomic_order"]
+        self._model_summary_string = (
+            f"MultiomeCLIP: {len(self.genes):,} genes, {len(self.peaks):,} peaks, "
+            + ", ".join(f"{name}={value!r}" for name, value in network.items())
+        )
+        order = _genomic_order(self.peaks) if encoder == "vit" and genomic_order else None
+        self.module = MultiomeCLIPModule(len(self.genes), len(self.peaks), peak_order=order, **network)
+        if adata is not None:
+            self._attached_match = self.feature_match()
+
+    def _network(self) -> dict[str, Any]:
+        """Arguments besides ``genes`` and ``min_coverage``."""
+        params = self.init_params_["non_kwargs"]
+        return {name: value for name, value in params.items() if name not in ("genes", "min_coverage")}
+
+    @classmethod
+    def setup_anndata(cls, adata: ad.AnnData, *args: Any, **kwargs: Any) -> None:
+        """Refused: the model learns from cells with both modalities, which a MuData holds."""
+        msg = (
+            "MultiomeCLIP learns from RNA and ATAC of the same cells: use setup_mudata with a MuData of both. A "
+            "trained model embeds an AnnData with one of them without a setup: model.get_latent_representation(adata)."
+        )
+        raise NotImplementedError(msg)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        *,
+        rna_layer: str | None = None,
+        atac_layer: str | None = None,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        unlabeled_category: str = "unknown",
+        modalities: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Register a MuData.
+
+        Cells are the same by barcode, in whatever order a modality has them. Those that lack a modality are not
+        trained on, apart from the components of the one they have. Rows that
+        :func:`cellprior.pp.pad_modalities` has added are known as such.
+
+        Parameters
+        ----------
+        mdata
+            RNA and ATAC; not a view.
+        rna_layer, atac_layer
+            Layers with raw counts; ``None`` for ``X``. Counts of ATAC are read as open or closed.
+        batch_key
+            Column of ``mdata.obs``: each minibatch is of one category, so that telling batches apart is of no use.
+        labels_key
+            Column of ``mdata.obs`` with cell types: cells of the same type are no negatives of each other.
+        unlabeled_category
+            Label that stands for "not labelled".
+        modalities
+            Names of the modalities in the MuData, by default ``{"rna": "rna", "atac": "atac"}``.
+
+        Raises
+        ------
+        NotCountsError
+            If the first cells do not hold raw counts.
+        ValueError
+            If a modality is missing, they are swapped, they have no barcode in common, or ``mdata`` is a view.
+        KeyError
+            If a column of ``obs`` is missing.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        keys = modality_keys(modalities)
+        if missing := [key for key in keys.values() if key not in mdata.mod]:
+            msg = (
+                f"The MuData has no modality {' and no '.join(map(repr, missing))}; it has {list(mdata.mod)}. Name "
+                'them: setup_mudata(mdata, modalities={"rna": ..., "atac": ...}).'
+            )
+            raise ValueError(msg)
+        args = setup_method_args["setup_args"]
+        for name in MODALITIES:
+            counts_matrix(mdata.mod[keys[name]], args[f"{name}_layer"])
+            refuse_swapped(mdata.mod[keys[name]], name, keys[name])
+        cells = cells_of(mdata, args)
+        if not cells.complete.any():
+            rna, atac = (mdata.mod[keys[name]].obs_names[:1].tolist() for name in MODALITIES)
+            msg = (
+                f"No cell has both modalities: {keys['rna']!r} has barcodes such as {rna}, {keys['atac']!r} such as "
+                f"{atac}. Give the two libraries of a cell the same barcode."
+            )
+            raise ValueError(msg)
+        for key in (batch_key, labels_key):
+            if "source_registry" not in kwargs:
+                codes_of(mdata.obs, key)
+        fields = [
+            ModalityField(REGISTRY_KEYS.X_KEY, rna_layer, keys["rna"], "rna"),
+            ModalityField(REGISTRY_KEYS.ATAC_X_KEY, atac_layer, keys["atac"], "atac"),
+        ]
+        manager = CountsManager(
+            fields=fields,
+            setup_method_args=setup_method_args,
+            validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
+        )
+        manager.register_fields(mdata, **kwargs)
+        cls.register_manager(manager)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | os.PathLike[str],
+        adata: MuData | None = None,
+        *,
+        min_coverage: float = 0.25,
+        device: str | int | torch.device = "auto",
+        known_hash: str | None = None,
+    ) -> Self:
+        """Load pretrained weights; data to attach are needed to train on only.
+
+        See :meth:`cellprior.model._loading.LoadableModel.from_pretrained`.
+        """
+        return super().from_pretrained(
+            weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
+        )
+
+    @classmethod
+    def _set_up(cls, adata: MuData | None) -> MuData | None:
+        return None if adata is None else super()._set_up(adata)
+
+    def get_latent_representation(
+        self,
+        adata: MuData | ad.AnnData | None = None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        batch_size: int | None = None,
+        *,
+        modality: str | None = None,
+        center: bool = True,
+    ) -> np.ndarray:
+        """Embed cells.
+
+        Parameters
+        ----------
+        adata
+            Data to embed, by default the attached: a MuData with one or both modalities, or an AnnData with genes or
+            with peaks. Genes and peaks are matched by name and place, see :meth:`feature_match`; nothing is kept.
+        indices
+            Cells to embed, as numbers or a mask; the result is in this order.
+        batch_size
+            Cells in memory at a time. Never changes the result.
+        modality
+            ``"rna"``, ``"atac"``, or ``"joint"``: the mean of both, or what a cell has. By default ``"joint"`` if the
+            data have both.
+        center
+            Take off the mean of each modality over the training cells, and turn both to the directions that they share,
+            for plots and neighbours: as they are, the modalities lie apart on the sphere, and a cell's neighbours are
+            all of its own modality. Without it, the vectors are those that were trained and that partners are found by.
+
+        Returns
+        -------
+        Float32 array ``(n_cells, n_latent)``; a cell without the modality has a row of NaN.
+
+        Raises
+        ------
+        RuntimeError
+            If the model has neither been trained nor loaded from weights.
+        NotCountsError, GeneMatchError, PeakMatchError
+            If the data are not raw counts, or too few genes or peaks are known.
+        ValueError
+            If the data lack the modality.
+
+        Warns
+        -----
+        UserWarning
+            If some of the cells lack it.
+        """
+        self._check_if_trained(warn=False)
+        cells = self._cells(adata)
+        rows = row_numbers(indices, cells.n_obs)
+        wanted = self._wanted(cells, modality)
+        counts = self._counts(adata, cells)
+        total = np.zeros((len(rows), self.module.n_latent), dtype=np.float32)
+        n_found = np.zeros(len(rows), dtype=np.float32)
+        for name in wanted:
+            at = np.flatnonzero(cells.has(name)[rows])
+            total[at] += self._embed(counts[name], name, rows[at], batch_size, aligned=center)
+            n_found[at] += 1
+        lacking = n_found == 0
+        if lacking.any():
+            first = cells.obs.index[rows[lacking][0]]
+            msg = (
+                f"{int(lacking.sum())} of {len(rows)} cells lack {' and '.join(wanted)}, the first {first!r}: their "
+                'rows are NaN. modality="joint" embeds each cell by what it has.'
+            )
+            warnings.warn(msg, UserWarning, stacklevel=2)
+        with np.errstate(invalid="ignore"):
+            return total / n_found[:, None]
+
+    @staticmethod
+    def _wanted(cells: Cells, modality: str | None) -> list[Modality]:
+        """Modalities to embed."""
+        if modality not in (None, "joint", *MODALITIES):
+            msg = f'modality={modality!r} is not known; choose "rna", "atac" or "joint".'
+            raise ValueError(msg)
+        if modality in (None, "joint"):
+            return list(cells.data)
+        if modality not in cells.data:
+            msg = f"modality={modality!r} is asked for, and the data have {' and '.join(cells.data)} only."
+            raise ValueError(msg)
+        return [name for name in MODALITIES if name == modality]
+
+    def provenance(self) -> dict[str, Any]:
+        """Which weights the model has, and how much of the attached data it reads; for the record."""
+        found: dict[str, Any] = {"model": type(self).__name__, **(self.pretrained_ or {})}
+        for name, match in self._attached_match.items():
+            found |= {f"{name}_coverage": match.coverage, f"{name}_counts_share": match.counts_share}
+        return found
+
+
+_genomic_order = genomic_order  # the name is an argument of the model
+
+
+def _registry_of(genes: pd.DataFrame | Sequence[str] | None) -> dict[str, Any]:
+    """Registry of a model without data: setup with default arguments."""
+    names = read_vocabulary(genes)["symbol"].to_numpy()
+    args = {f"{name}_layer": None for name in MODALITIES}
+    return {
+        "model_name": "MultiomeCLIP",
+        "setup_method_name": "setup_mudata",
+        "setup_args": {
+            **args,
+            "batch_key": None,
+            "labels_key": None,
+            "unlabeled_category": "unknown",
+            "modalities": None,
+        },
+        "field_registries": {
+            REGISTRY_KEYS.X_KEY: {
+                "data_registry": {},
+                "state_registry": {"column_names": names},
+                "summary_stats": {},
+            }
+        },
+    }

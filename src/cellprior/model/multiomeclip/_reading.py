@@ -1,0 +1,104 @@
+"""How MultiomeCLIP reads data, attached or not."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from mudata import MuData
+from scvi.model.base import BaseModelClass
+
+from cellprior import genes as matching
+from cellprior.model._data import csr_tensor
+from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of, counts_matrix
+from cellprior.model.multiomeclip._module import Modality
+
+Data: TypeAlias = MuData | ad.AnnData
+Features: TypeAlias = matching.GeneMatch | matching.PeakMatch
+
+
+class ReadingModel(BaseModelClass):
+    """The part of :class:`~cellprior.model.multiomeclip._model.MultiomeCLIP` that reads and embeds."""
+
+    genes: pd.DataFrame
+    peaks: list[str]
+    min_coverage: float
+    is_trained_: bool
+    default_batch_size = 1024
+    _attached_match: dict[Modality, Features]
+
+    def feature_match(self, adata: Data | None = None) -> dict[Modality, Features]:
+        """How much of some data, by default the attached, the model reads: a report by modality.
+
+        Raises
+        ------
+        GeneMatchError, PeakMatchError
+            If it is too little.
+        """
+        if adata is None and self._attached_match:
+            return self._attached_match
+        return self._matches(self._cells(adata))
+
+    def _matches(self, cells: Cells) -> dict[Modality, Features]:
+        found: dict[Modality, Features] = {}
+        for name, adata in cells.data.items():
+            x = counts_matrix(adata, cells.layers[name])
+            in_memory = isinstance(x, np.ndarray) or sp.issparse(x)  # else totals cost a pass over the file
+            totals = np.asarray(x.sum(axis=0), dtype=np.float64).ravel() if in_memory else None
+            if name == "rna":
+                found[name] = matching.match(
+                    adata.var, self.genes, gene_counts=totals, min_coverage=self.min_coverage
+                )
+            else:
+                found[name] = matching.match_peaks(
+                    adata.var, self.peaks, peak_counts=totals, min_coverage=self.min_coverage
+                )
+        return found
+
+    def _cells(self, adata: Data | None) -> Cells:
+        if adata is None and self.adata is None:
+            msg = "The model was loaded without data: pass adata=."
+            raise ValueError(msg)
+        return cells_of(self.adata if adata is None else adata, self.registry["setup_args"])
+
+    def _counts(self, adata: Data | None, cells: Cells) -> dict[Modality, CountsOf]:
+        attached = adata is None or adata is self.adata
+        match = self._attached_match if attached else self._matches(cells)
+        if attached and any(
+            not np.array_equal(match[name].to_frame().index, adata.var_names)
+            for name, adata in cells.data.items()
+        ):
+            match = self._attached_match = self._matches(cells)
+        sizes = {"rna": len(self.genes), "atac": len(self.peaks)}
+        return {name: CountsOf(cells, name, match[name], sizes[name]) for name in cells.data}
+
+    @torch.inference_mode()
+    def _embed(
+        self,
+        counts: CountsOf,
+        modality: Modality,
+        rows: np.ndarray,
+        batch_size: int | None = None,
+        *,
+        aligned: bool = False,
+    ) -> np.ndarray:
+        """Unit vectors of cells that have a modality ``(cells, n_latent)``."""
+        batch_size = self.default_batch_size if batch_size is None else batch_size
+        if batch_size < 1:
+            msg = f"batch_size={batch_size}; at least one cell at a time is needed."
+            raise ValueError(msg)
+        self.module.eval()
+        device = self.module.device
+        latent = np.empty((len(rows), self.module.n_latent), dtype=np.float32)
+        for start in range(0, len(rows), batch_size):
+            part = csr_tensor(counts.read(rows[start : start + batch_size]))
+            # Apple's GPUs have no sparse tensors
+            part = part.to_dense().to(device) if device.type == "mps" else part.to(device)
+            found = self.module.embed(modality, part)
+            found = self.module.alignment[modality](found) if aligned else found
+            latent[start : start + batch_size] = found.float().cpu().numpy()
+        return latent

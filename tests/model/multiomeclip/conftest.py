@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from mudata import MuData
+
+from cellprior.model.multiomeclip import MultiomeCLIP
+
+from .data import QUIET, cells
+
+
+@pytest.fixture(scope="session")
+def trained() -> MultiomeCLIP:
+    """A model that has learned the made-up types; tests leave it as it is."""
+    torch.manual_seed(0)
+    mdata = cells()
+    MultiomeCLIP.setup_mudata(mdata, labels_key="type")
+    model = MultiomeCLIP(mdata, n_hidden=32, n_latent=16, n_components=(12, 20), dropout_rate=0.2)
+    model.train(max_epochs=30, batch_size=64, train_size=0.8, **QUIET)
+    return model
+
+
+@pytest.fixture
+def mdata() -> MuData:
+    return cells()
+
+
+@pytest.fixture(scope="session")
+def latent(trained: MultiomeCLIP) -> dict[str, np.ndarray]:
+    """Embedding of the attached data by modality."""
+    return {name: trained.get_latent_representation(modality=name) for name in ("rna", "atac", "joint")}
