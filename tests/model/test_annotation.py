@@ -162,6 +162,8 @@ def test_training_changes_what_it_says_and_nothing_else(weights, adata, trainabl
             "latent.bias",
             "linear.weight",
             "linear.bias",
+            "shift",
+            "scale",
             "center",
             "whitening",
             "spread",

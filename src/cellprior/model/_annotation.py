@@ -37,6 +37,7 @@ class AnnotatingModel(BaseModelClass):
     history_: dict[str, Any] | None
     is_trained_: bool
     _annotation: dict[str, Any] = {}
+    _alike = False  # whether most of a hidden state is the same in all cells: the head then learns from what is left
 
     @property
     def annotation_(self) -> dict[str, Any]:
@@ -142,6 +143,10 @@ class AnnotatingModel(BaseModelClass):
             rng=np.random.default_rng(seed),
         )
         self.annotation_ = {"labels": labels, "calibration": {}}
+        if self._alike and self.is_trained_:
+            width = self.module.n_hidden
+            hidden = self._embed(None, split.train, None, "float32", encode=self._hidden, width=width)
+            self.module.annotation.standardise(hidden)
         used, column = self._columns(self._match_of(self.adata_manager))
         cells = AnnotationCells(
             self.adata_manager,

@@ -45,6 +45,8 @@ class AnnotationHead(nn.Module):
         Number of classes.
     """
 
+    shift: Tensor
+    scale: Tensor
     center: Tensor
     whitening: Tensor
     spread: Tensor
@@ -54,13 +56,20 @@ class AnnotationHead(nn.Module):
         self.latent = nn.Linear(n_hidden, n_latent)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
         self.linear = nn.Linear(n_latent, n_classes)
+        self.register_buffer("shift", torch.zeros(n_hidden))
+        self.register_buffer("scale", torch.ones(()))
         self.register_buffer("center", torch.zeros(n_classes, n_latent))
         self.register_buffer("whitening", torch.zeros(n_latent, n_latent))
         self.register_buffer("spread", torch.ones(n_classes))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits ``(cells, n_classes)``."""
-        return self.linear(self.dropout(self.latent(hidden)))
+        return self.linear(self.dropout(self.latent((hidden - self.shift) / self.scale)))
+
+    def standardise(self, hidden: np.ndarray) -> None:
+        """Take off from now on what hidden states ``(cells, n_hidden)`` have in common, and scale what is left."""
+        self.shift.copy_(torch.as_tensor(hidden.mean(axis=0)))
+        self.scale.fill_(float(hidden.std(axis=0).mean()) or 1.0)
 
     def locate(self, latent: np.ndarray, code: np.ndarray) -> None:
         """Learn where labelled cells of each class lie in the embedding ``(cells, n_latent)``, see :meth:`novelty`."""

@@ -161,6 +161,17 @@ def test_a_real_cell_without_counts_is_no_missing_cell(trained, mdata):
         assert np.isfinite(trained.get_latent_representation(mdata, modality=modality)).all()
 
 
+def test_attached_data_whose_columns_have_changed_are_matched_anew(trained, latent, tmp_path):
+    trained.save_pretrained(tmp_path / "bundle")
+    data = cells()
+    model = MultiomeCLIP.from_pretrained(tmp_path / "bundle", data)
+    order = np.random.default_rng(0).permutation(60)
+    rna = data.mod["rna"]
+    rna.X = rna.X[:, order]
+    rna.var_names = rna.var_names[order]
+    np.testing.assert_allclose(model.get_latent_representation(modality="rna"), latent["rna"], **CLOSE)
+
+
 def test_queries_are_left_as_they_were(trained, mdata):
     before = cells()
     trained.get_latent_representation(mdata)

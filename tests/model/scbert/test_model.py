@@ -232,6 +232,21 @@ def test_fine_tuning_changes_what_it_says_and_with_all_of_it_learns_the_labels(b
     assert trainable != "all" or np.mean(named == query.obs["kind"]) > 0.9
 
 
+def test_the_head_learns_from_what_differs_between_cells(bundle, tmp_path):
+    adata = make_cells(200)
+    model = ScBERT.from_pretrained(bundle, adata)
+    model.fine_tune("kind", trainable="head", max_epochs=1, batch_size=64, **QUIET)
+    hidden = model.get_latent_representation(indices=model.train_indices)
+    head = model.module.annotation
+    np.testing.assert_allclose(head.shift, hidden.mean(axis=0), rtol=1e-4, atol=1e-5)
+    assert head.scale.item() == pytest.approx(hidden.std(axis=0).mean(), rel=1e-4)
+    model.save_pretrained(tmp_path / "tuned")
+    again = ScBERT.from_pretrained(tmp_path / "tuned", make_cells(50, seed=3))
+    np.testing.assert_allclose(
+        again.predict(soft=True), model.predict(make_cells(50, seed=3), soft=True), rtol=1e-4
+    )
+
+
 def test_a_foreign_file_is_not_taken_for_a_checkpoint(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"no")
     assert model_class(tmp_path / "x.pth") is ScBERT

@@ -283,3 +283,18 @@ def test_what_cannot_be_asked_is_refused_with_the_way_out(module, tokens):
         ScBERTModule(3, gene_vectors="gene2vec")
     with pytest.raises(ValueError, match="key_max='head' is not known; choose \"cell\""):
         ScBERTModule(3, key_max="head")
+
+
+def test_the_annotation_head_gets_the_gradient_of_all_cells_with_the_memory_of_a_few(monkeypatch):
+    torch.manual_seed(0)
+    module = ScBERTModule(30, n_hidden=8, n_layers=2, n_heads=2, head_dim=4)
+    counts = torch.poisson(torch.full((7, 30), 1.5))
+    gradients = []
+    for positions in (20_000, 60):  # all cells at once, two at a time
+        monkeypatch.setattr("cellprior.model.scbert._module.TRAINED_POSITIONS", positions)
+        module.zero_grad()
+        hidden = module.hidden(counts)
+        (hidden @ hidden.T).square().sum().backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)

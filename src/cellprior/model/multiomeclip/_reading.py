@@ -69,8 +69,7 @@ class ReadingModel(BaseModelClass):
         attached = adata is None or adata is self.adata
         match = self._attached_match if attached else self._matches(cells)
         if attached and any(
-            not np.array_equal(match[name].to_frame().index, adata.var_names)
-            for name, adata in cells.data.items()
+            not np.array_equal(_names_of(match[name]), part.var_names) for name, part in cells.data.items()
         ):
             match = self._attached_match = self._matches(cells)
         sizes = {"rna": len(self.genes), "atac": len(self.peaks)}
@@ -102,3 +101,8 @@ class ReadingModel(BaseModelClass):
             found = self.module.alignment[modality](found) if aligned else found
             latent[start : start + batch_size] = found.float().cpu().numpy()
         return latent
+
+
+def _names_of(match: Features) -> np.ndarray:
+    """Names of the data's columns at the time of the match."""
+    return np.asarray(match.var_names if isinstance(match, matching.GeneMatch) else match.names)

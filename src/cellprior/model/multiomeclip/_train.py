@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from scvi.train import TrainRunner
 
-from cellprior.model._training import continued, warn_above_floor
+from cellprior.model._training import continued, run, warn_above_floor
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, codes_of
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.model.multiomeclip._reading import ReadingModel
@@ -22,7 +22,7 @@ from cellprior.model.multiomeclip._training import (
     split_complete,
 )
 
-MAX_FITTED = 100_000  # training cells that components are found from
+MAX_FITTED = 20_000  # training cells that components are found from
 
 
 class ContrastiveModel(ReadingModel):
@@ -126,13 +126,8 @@ class ContrastiveModel(ReadingModel):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        history, was_trained = self.history_ or {}, self.is_trained_
-        self.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
-        try:
-            runner()
-        finally:
-            self.is_trained_ = self.is_trained_ or was_trained
-        self.history_ = continued(history, self.history_ or {})
+        before = self.history_ or {}
+        self.history_ = continued(before, run(self, runner))
         self._align(counts, train)
         warn_above_floor(self.history_)
 

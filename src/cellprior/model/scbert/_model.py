@@ -19,11 +19,8 @@ from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, find_official,
 from cellprior.model.scbert._context import ContextMixin, Indices
 from cellprior.model.scbert._floors import BinFloors
 from cellprior.model.scbert._inputs import cell_depth, loses_single_counts
-from cellprior.model.scbert._module import GeneVectors, Pooling, ScBERTModule
+from cellprior.model.scbert._module import TRAINED_POSITIONS, GeneVectors, Pooling, ScBERTModule
 from cellprior.weights import Bundle
-
-# of the cells whose gradient is computed at a time: one cell of the released size
-TRAINED_POSITIONS = 20_000
 
 
 class ScBERT(ContextMixin):
@@ -60,6 +57,7 @@ class ScBERT(ContextMixin):
 
     _module_cls = ScBERTModule
     obsm_key = "X_scbert"
+    _alike = True  # a mean over thousands of genes, most of them silent
     objectives = {
         "masked": {},
         "ordinal": {"bin_loss": "ordinal"},

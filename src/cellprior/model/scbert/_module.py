@@ -21,13 +21,15 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cellprior.model._contrast import in_micro_batches
 from cellprior.model.scbert._attention import FavorAttention, KeyMax, KeySums
 from cellprior.model.scbert._inputs import counts_to_bins
 from cellprior.model.scbert._loss import cell_losses
 
 # of features at a time: what a core's cache holds, and what keeps a GPU busy
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 6 * 2**20, 2**30
-KEEP_BYTES = 256 * 2**20  # of features that a layer keeps for its gradient; above, they are computed again
+KEEP_BYTES = 64 * 2**20  # of features that a layer keeps for its gradient; above, they are computed again
+TRAINED_POSITIONS = 20_000  # of the cells whose gradient is computed at a time: one cell of the released size
 EVERYTHING = slice(None)
 HEAD_WIDTHS = (512, 128)  # of the original's classifier
 
@@ -178,8 +180,13 @@ class ScBERTModule(BaseModuleClass):
     def hidden(
         self, counts: Tensor, *, gene_index: Tensor | None = None, n_zero_genes: int | None = None
     ) -> Tensor:
-        """Mean over the genes ``(cells, n_hidden)`` from raw counts, what the annotation head reads."""
-        return self.pool(self.tokens(counts, gene_index=gene_index), n_zero_genes=n_zero_genes)
+        """Mean over the genes ``(cells, n_hidden)`` from raw counts, what the annotation head reads.
+
+        Gradients are those of all cells, with the memory of a few.
+        """
+        tokens = self.tokens(counts, gene_index=gene_index)
+        size = max(TRAINED_POSITIONS // self.n_genes, 1) if torch.is_grad_enabled() else None
+        return in_micro_batches(lambda cells: self.pool(cells, n_zero_genes=n_zero_genes), tokens, size=size)
 
     @torch.no_grad()
     def attention(self, tokens: Tensor, *, genes: Tensor | None = None) -> Tensor:
