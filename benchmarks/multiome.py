@@ -38,6 +38,7 @@ from mudata import MuData
 from scipy import sparse as sp
 from sklearn.cross_decomposition import PLSRegression
 
+from cellprior._compat import without_pulled_columns
 from cellprior.model._data import csr_tensor
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._inputs import log_share
@@ -67,8 +68,8 @@ def read(args: argparse.Namespace) -> MuData:
     """The file's two modalities, counts in X, cells with both."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mudata announces other defaults
-        md.set_options(pull_on_update=False)
-        mdata = md.read(args.file)
+        with without_pulled_columns():
+            mdata = md.read(args.file)
     parts = {}
     common = mdata.mod[args.rna].obs_names.intersection(mdata.mod[args.atac].obs_names)
     for name, key, layer in (("rna", args.rna, args.rna_layer), ("atac", args.atac, args.atac_layer)):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import mudata
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from mudata import MuData
 
+from cellprior._compat import without_pulled_columns
 from cellprior.pp import pad_modalities, recover_counts
 
 
@@ -251,7 +251,7 @@ def ragged() -> MuData:
     atac = AnnData(np.arange(1, 13, dtype=np.float32).reshape(4, 3), uns={"source": "made up"})
     atac.obs_names = ["e", "d", "c", "b"]
     rna.var_names, atac.var_names = ["G1", "G2"], ["chr1:1-2", "chr1:3-4", "chr1:5-6"]
-    with mudata.set_options(pull_on_update=False):
+    with without_pulled_columns():
         return MuData({"rna": rna, "atac": atac})
 
 

@@ -114,6 +114,8 @@ def pad_modalities(mdata: MuData) -> MuData:
     import mudata as md
     from anndata import AnnData
 
+    from cellprior._compat import without_pulled_columns
+
     padded, obs = {}, mdata.obs.copy()
     for key, adata in mdata.mod.items():
         for names in (adata.obs_names, mdata.obs_names):
@@ -132,7 +134,7 @@ def pad_modalities(mdata: MuData) -> MuData:
             },
             uns=dict(adata.uns),
         )
-    with md.set_options(pull_on_update=False):  # columns of the modalities stay where they are
+    with without_pulled_columns():  # columns of the modalities stay where they are
         result = md.MuData(padded)
     result.obs = obs.loc[result.obs_names]
     result.uns.update(mdata.uns)

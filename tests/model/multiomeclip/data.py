@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import mudata as md
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from mudata import MuData
+
+from cellprior._compat import without_pulled_columns
 
 N_CELLS, N_GENES, N_PEAKS = 160, 60, 240
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
@@ -17,7 +18,7 @@ QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "lo
 
 def multiome(modalities: dict[str, AnnData], obs: pd.DataFrame | None = None) -> MuData:
     """A MuData, without the announcement of mudata that columns will no longer be copied to the top."""
-    with md.set_options(pull_on_update=False):
+    with without_pulled_columns():
         mdata = MuData(modalities)
     if obs is not None:
         mdata.obs = obs.loc[mdata.obs_names]

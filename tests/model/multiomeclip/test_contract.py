@@ -16,6 +16,7 @@ import torch
 from mudata import MuData
 from safetensors.torch import load_file, save_file
 
+from cellprior._compat import without_pulled_columns
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.weights import WeightsError
 
@@ -53,7 +54,7 @@ def test_a_saved_model_gives_the_same_embedding_in_a_fresh_process(trained, late
 
 
 def backed(mdata: MuData, path: Path) -> MuData:
-    with md.set_options(pull_on_update=False):
+    with without_pulled_columns():
         mdata.write(path)
         return md.read_h5mu(path, backed="r")
 
