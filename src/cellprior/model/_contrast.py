@@ -24,7 +24,11 @@ def info_nce(first: Tensor, second: Tensor, *, temperature: float | Tensor) -> T
     temperature
         Of the softmax.
     """
-    scores = similarities(first, second) / temperature  # (cells, cells)
+    return info_nce_of_scores(similarities(first, second) / temperature)
+
+
+def info_nce_of_scores(scores: Tensor) -> Tensor:
+    """InfoNCE in both directions of scaled similarities ``(cells, cells)``, see :func:`info_nce`."""
     own = torch.arange(len(scores), device=scores.device)
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from cellprior.model._official import find_checkpoint, shortened, translate
 from cellprior.weights import Bundle, WeightsError, read_checkpoint
 
 CHECKPOINT_SUFFIX = ".best.ckpt"
@@ -50,19 +51,7 @@ EXPECTED = {"enc_mod": "flowformer", "dec_mod": "nbmlp", "dec_layers": 2, "norm"
 
 def find_official(path: Path) -> Path:
     """The checkpoint file itself, or the only one in a folder."""
-    if not path.is_dir():
-        if not path.name.endswith(CHECKPOINT_SUFFIX):
-            msg = f"{path.name} is neither a bundle (a folder) nor an official checkpoint (*{CHECKPOINT_SUFFIX})."
-            raise WeightsError(msg)
-        return path
-    found = sorted(path.glob("*" + CHECKPOINT_SUFFIX))
-    if len(found) != 1:
-        msg = (
-            f"{path} holds no bundle (model.safetensors) and {len(found)} official checkpoints (*{CHECKPOINT_SUFFIX}); "
-            "give the path of one."
-        )
-        raise WeightsError(msg)
-    return found[0]
+    return find_checkpoint(path, CHECKPOINT_SUFFIX)
 
 
 def read_official(checkpoint: Path) -> Bundle:
@@ -101,21 +90,12 @@ def rename(tensors: Any, file: str) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         msg = f"{file} has no 'model_state_dict': it is not a CellPLM checkpoint; those are named *{CHECKPOINT_SUFFIX}."
         raise WeightsError(msg)
-    renamed, unknown = {}, []
-    for name, tensor in tensors.items():
-        name = name.removeprefix("module.")  # left by distributed training
-        for pattern, ours in RENAMED.items():
-            new, n = re.subn("^" + pattern, ours, name)
-            if n:
-                renamed[new] = tensor
-                break
-        else:
-            if not UNUSED.match(name):
-                unknown.append(name)
+    renamed, unknown = translate(tensors, RENAMED, prefix="module.")  # left by distributed training
+    unknown = [name for name in unknown if not UNUSED.match(name)]
     if unknown:
         msg = (
             f"{file} holds {len(unknown)} tensors that CellPLM's embedding model does not have: "
-            f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}. "
+            f"{shortened(unknown)}. "
             "Checkpoints with a task head cannot be loaded as an embedding model."
         )
         raise WeightsError(msg)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cellprior.model._official import shortened, translate
 from cellprior.weights import WeightsError
 
 _LAYER = r"(rna|atac)_model\.encoder\.layer\.(\d+)\."
@@ -35,19 +36,11 @@ def rename(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     WeightsError
         If there are tensors that scCLIP does not have.
     """
-    renamed, unknown = {}, []
-    for name, tensor in tensors.items():
-        for pattern, ours in RENAMED.items():
-            new, n = re.subn("^" + pattern, ours, name.removeprefix("model."))
-            if n:
-                renamed[new] = tensor
-                break
-        else:
-            unknown.append(name)
+    renamed, unknown = translate(tensors, RENAMED, prefix="model.")
     if unknown:
         msg = (
             f"{file} holds {len(unknown)} tensors that scCLIP does not have: "
-            f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}. It is another model's checkpoint."
+            f"{shortened(unknown)}. It is another model's checkpoint."
         )
         raise WeightsError(msg)
     return renamed

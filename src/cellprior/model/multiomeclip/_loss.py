@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cellprior.model._contrast import info_nce_of_scores
+
 
 def infonce(scores: Tensor, *, same: Tensor | None = None) -> Tensor:
     """InfoNCE in both directions [van den Oord et al., 2018; Radford et al., CLIP, 2021].
@@ -19,10 +21,9 @@ def infonce(scores: Tensor, *, same: Tensor | None = None) -> Tensor:
     same
         True where cell j is no negative of cell i, as their labels are equal ``(cells, cells)``.
     """
-    own = torch.arange(len(scores), device=scores.device)
     if same is not None:
         scores = scores.masked_fill(_others(same), float("-inf"))
-    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    return info_nce_of_scores(scores)
 
 
 def sigmoid_loss(scores: Tensor, *, same: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from cellprior.model._official import find_checkpoint, shortened, translate
 from cellprior.weights import Bundle, WeightsError, read_checkpoint
 
 CHECKPOINT_SUFFIX = ".pth"
@@ -42,19 +43,7 @@ UNUSED = (
 
 def find_official(path: Path) -> Path:
     """The checkpoint file itself, or the only one in a folder."""
-    if not path.is_dir():
-        if path.suffix != CHECKPOINT_SUFFIX:
-            msg = f"{path.name} is neither a bundle (a folder) nor an official checkpoint (*{CHECKPOINT_SUFFIX})."
-            raise WeightsError(msg)
-        return path
-    found = sorted(path.glob("*" + CHECKPOINT_SUFFIX))
-    if len(found) != 1:
-        msg = (
-            f"{path} holds no bundle (model.safetensors) and {len(found)} official checkpoints (*{CHECKPOINT_SUFFIX}); "
-            "give the path of one."
-        )
-        raise WeightsError(msg)
-    return found[0]
+    return find_checkpoint(path, CHECKPOINT_SUFFIX)
 
 
 def read_official(checkpoint: Path) -> Bundle:
@@ -109,21 +98,12 @@ def rename(tensors: Any, file: str) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         msg = f"{file} has no 'model_state_dict': it is not a checkpoint that scBERT's scripts have saved."
         raise WeightsError(msg)
-    renamed, unknown = {}, []
-    for name, tensor in tensors.items():
-        name = name.removeprefix("module.")  # left by distributed training
-        for pattern, ours in RENAMED.items():
-            new, n = re.subn("^" + pattern, ours, name)
-            if n:
-                renamed[new] = tensor
-                break
-        else:
-            if name != UNUSED:
-                unknown.append(name)
+    renamed, unknown = translate(tensors, RENAMED, prefix="module.")  # left by distributed training
+    unknown = [name for name in unknown if name != UNUSED]
     if unknown:
         msg = (
             f"{file} holds {len(unknown)} tensors that scBERT does not have: "
-            f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}. It is another model's checkpoint."
+            f"{shortened(unknown)}. It is another model's checkpoint."
         )
         raise WeightsError(msg)
     return renamed
