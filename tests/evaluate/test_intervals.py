@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+from cellprior.evaluate._intervals import Resampling, compared, interval
+from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, batch_splits, label_codes, random_splits
+
+
+@pytest.fixture
+def codes() -> np.ndarray:
+    return np.random.default_rng(0).choice(4, 600, p=[0.5, 0.3, 0.15, 0.05])
+
+
+def guesses(codes: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Right in a share of the cells, else drawn."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(len(codes)) < share, codes, rng.integers(0, 4, len(codes)))
+
+
+def test_scores_are_those_of_scikit_learn_averaged_over_splits(codes):
+    splits = random_splits(codes, seeds=3, test_size=0.2)
+    given = guesses(codes, 0.6, 1)
+    found = Resampling(len(codes), splits).classification(codes, [given[s.test] for s in splits])
+    truth = [codes[s.test] for s in splits]
+    said = [given[s.test] for s in splits]
+    expected = {
+        "macro_f1": [
+            f1_score(t, p, labels=np.unique(t), average="macro") for t, p in zip(truth, said, strict=True)
+        ],
+        "balanced_accuracy": [balanced_accuracy_score(t, p) for t, p in zip(truth, said, strict=True)],
+        "accuracy": [np.mean(t == p) for t, p in zip(truth, said, strict=True)],
+    }
+    for name, values in expected.items():
+        assert found[name][0] == pytest.approx(np.mean(values))
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        right = rng.random(300) < 0.7
+        split = Split(RANDOM, 0, "", np.arange(0), np.arange(300))
+        _, low, high = interval(Resampling(300, [split], n_draws=300, seed=seed).mean([right]))
+        covered += low <= 0.7 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_differences_are_paired(codes):
+    """Two methods that are right in the same cells differ by less than their own intervals suggest."""
+    splits = random_splits(codes, seeds=5, test_size=0.2)
+    draws = Resampling(len(codes), splits)
+    good = guesses(codes, 0.6, 1)
+    better = np.where(np.random.default_rng(2).random(len(codes)) < 0.1, codes, good)
+    score = {
+        name: draws.classification(codes, [given[s.test] for s in splits])["accuracy"]
+        for name, given in (("good", good), ("better", better))
+    }
+    table = compared(score, versus="good").set_index("method")
+    assert table.loc["better", "difference_low"] > 0
+    assert table.loc["better", "low"] < table.loc["good", "high"]
+    assert np.isnan(table.loc["good", "difference"])
+
+
+def test_the_same_seed_gives_the_same_interval(codes):
+    splits = random_splits(codes, seeds=2, test_size=0.2)
+    given = [guesses(codes, 0.5, 3)[s.test] for s in splits]
+    first, second, other = (
+        interval(Resampling(len(codes), splits, seed=seed).classification(codes, given)["macro_f1"])
+        for seed in (0, 0, 1)
+    )
+    assert first == second
+    assert first != other
+
+
+def test_batches_that_differ_widen_the_interval():
+    codes = np.zeros(400, dtype=int)
+    right = np.r_[np.ones(200), np.zeros(200)]
+    halves = [np.arange(200), np.arange(200, 400)]
+    of_batches = [
+        Split(HELD_OUT, 0, name, np.arange(0), rows) for name, rows in zip("ab", halves, strict=True)
+    ]
+    _, low, high = interval(Resampling(len(codes), of_batches).mean([right[rows] for rows in halves]))
+    assert (low, high) == (0, 1)
+
+
+def test_labels_that_are_missing_or_too_small_are_left_out():
+    labels = ["a"] * 10 + ["b"] * 5 + ["c"] * 4 + [None]
+    codes, names = label_codes(labels)
+    assert names == ["a", "b"]
+    assert (codes[-5:] == -1).all()
+    with pytest.raises(ValueError, match="at least two are needed"):
+        label_codes(["a"] * 10 + ["b"])
+
+
+def test_numbers_as_labels_are_labels():
+    codes, names = label_codes(np.repeat([10, 9], 5))
+    assert names == ["10", "9"]
+    assert codes.tolist() == [0] * 5 + [1] * 5
+
+
+def test_a_random_split_has_each_label_on_both_sides(codes):
+    for split in random_splits(codes, seeds=3, test_size=0.2):
+        assert not np.intersect1d(split.train, split.test).size
+        assert np.union1d(split.train, split.test).size == len(codes)
+        assert set(codes[split.train]) == set(codes[split.test]) == {0, 1, 2, 3}
+
+
+def test_cells_of_a_label_that_only_the_held_out_batch_has_are_not_asked_about():
+    codes = np.array([0, 0, 1, 1, 0, 1, 2, 2])
+    splits = batch_splits(codes, list("aaaabbbb"))
+    assert [s.held_out for s in splits] == ["a", "b"]
+    assert splits[1].test.tolist() == [4, 5]
+
+
+def test_many_batches_are_held_out_several_at_a_time():
+    batches = np.repeat([f"donor {i}" for i in range(30)], 10)
+    codes = np.tile([0, 1], 150)
+    splits = batch_splits(codes, batches)
+    assert len(splits) == 10
+    assert np.array_equal(np.sort(np.concatenate([s.test for s in splits])), np.arange(300))
+    for split in splits:
+        assert not set(batches[split.train]) & set(batches[split.test])
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (["a"] * 4, "Only the batch"),
+        (["a", "a", "b", None], "1 cells have no batch"),
+        (["a", "a", "b", "b"], "none shares its labels"),
+    ],
+)
+def test_batches_that_cannot_be_held_out_are_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        batch_splits(np.array([0, 0, 1, 1]), batches)
