@@ -1,0 +1,123 @@
+"""How mixed labels or batches are around a cell: the local inverse Simpson index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.neighbors import NearestNeighbors
+
+from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
+
+HALVINGS = 45  # of an interval of 60 in log2 of the kernel's width
+
+
+def clisi(embedding: Any, labels: Any, *, n_neighbors: int = 90, perplexity: float = 30.0) -> float:
+    r"""Purity of labels around a cell, cLISI: 0 to 1, higher is better.
+
+    :math:`(K - \mathrm{median}_i L_i) / (K - 1)` over K labels [Luecken et al., 2022]. The index :math:`L_i =
+    1 / \sum_k (\sum_{j: y_j = k} p_{ij})^2` is how many labels there effectively are around cell i [Korsunsky et al.,
+    2019], with :math:`p_{ij} \propto \exp(-\beta_i d_{ij})` over its nearest other cells at the Euclidean distances
+    :math:`d_{ij}`, and :math:`\beta_i` such that the perplexity of the :math:`p_{ij}` is as given. As in scib-metrics,
+    the cell itself is one of the ``n_neighbors`` but has no weight. Most embeddings are near 1.
+
+    Parameters
+    ----------
+    embedding
+        ``(cells, dimensions)``.
+    labels
+        ``(cells,)``.
+    n_neighbors
+        The cell among them. Equally near cells are taken in random order, the same each time.
+    perplexity
+        How many neighbours effectively count.
+
+    Raises
+    ------
+    ValueError
+        If the embedding is not finite, labels are missing or all the same, there are fewer cells than neighbours, or
+        the perplexity is not between 1 and ``n_neighbors - 1``.
+    """
+    lisi, n_labels = _lisi(embedding, labels, n_neighbors, perplexity, name="labels")
+    return float((n_labels - np.median(lisi)) / (n_labels - 1))
+
+
+def ilisi(embedding: Any, batches: Any, *, n_neighbors: int = 90, perplexity: float = 30.0) -> float:
+    r"""Mixing of batches around a cell, iLISI: 0 to 1, higher is better mixed.
+
+    :math:`(\mathrm{median}_i L_i - 1) / (B - 1)` over B batches [Luecken et al., 2022], with the index of
+    :func:`clisi`. 1 is reached only if all batches are equally large. It does not know labels: noise mixes batches
+    best of all, and batches of different composition should not mix. Read it beside a score of the labels only.
+
+    Parameters
+    ----------
+    embedding
+        ``(cells, dimensions)``.
+    batches
+        ``(cells,)``.
+    n_neighbors
+        The cell among them. Equally near cells are taken in random order, the same each time.
+    perplexity
+        How many neighbours effectively count.
+
+    Raises
+    ------
+    ValueError
+        If the embedding is not finite, batches are missing or all the same, there are fewer cells than neighbours, or
+        the perplexity is not between 1 and ``n_neighbors - 1``.
+    """
+    lisi, n_batches = _lisi(embedding, batches, n_neighbors, perplexity, name="batches")
+    return float((np.median(lisi) - 1) / (n_batches - 1))
+
+
+def _lisi(
+    embedding: Any, labels: Any, n_neighbors: int, perplexity: float, *, name: str
+) -> tuple[np.ndarray, int]:
+    """Index of each cell ``(cells,)``, their order shuffled, and the number of labels."""
+    embedding = as_embedding(embedding)
+    codes, values = as_codes(labels, len(embedding), name=name)
+    n_labels = at_least_two(values, name=name)
+    enough_cells(len(embedding), n_neighbors, fewest=2)
+    if not 1 <= perplexity <= n_neighbors - 1:
+        msg = (
+            f"perplexity={perplexity:g} with n_neighbors={n_neighbors}: it counts effective neighbours and must be "
+            "between 1 and n_neighbors - 1; a third of the neighbours is usual."
+        )
+        raise ValueError(msg)
+    # Equally near cells come in the order of the rows, which is often that of the labels.
+    order = np.random.default_rng(0).permutation(len(embedding))
+    embedding, codes = embedding[order], codes[order]
+    search = NearestNeighbors(n_neighbors=n_neighbors - 1, algorithm="brute").fit(embedding)
+    distances, neighbors = search.kneighbors()  # without the cell itself
+    weights = neighbor_weights(distances, perplexity)
+    shares = np.zeros((len(codes), n_labels))
+    np.add.at(shares, (np.arange(len(codes))[:, None], codes[neighbors]), weights)
+    return 1 / (shares**2).sum(axis=1), n_labels
+
+
+def neighbor_weights(distances: np.ndarray, perplexity: float) -> np.ndarray:
+    """Weights ``exp(-beta d)`` of neighbours, that sum to 1 and have the given perplexity, by row.
+
+    Where more cells than ``perplexity`` are equally near and nearest, they share the weight.
+
+    Parameters
+    ----------
+    distances
+        ``(cells, neighbours)``, in any unit.
+    perplexity
+        Exponential of the entropy.
+    """
+    # Neither a shift nor the unit changes the weights.
+    distances = distances - distances.min(axis=1, keepdims=True)
+    mean = distances.mean(axis=1, keepdims=True)
+    distances = distances / np.where(mean > 0, mean, 1.0)
+    low, high = np.full((len(distances), 1), -30.0), np.full((len(distances), 1), 30.0)  # log2 of beta
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        scaled = np.exp2(middle) * distances
+        weights = np.exp(-scaled)
+        total = weights.sum(axis=1, keepdims=True)
+        entropy = np.log(total) + (scaled * weights).sum(axis=1, keepdims=True) / total
+        wide = entropy > np.log(perplexity)
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+    return weights / total
