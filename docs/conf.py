@@ -30,7 +30,10 @@ nitpicky = True
 
 autosummary_generate = True
 # Two names that differ in case alone need two file names that do not.
-autosummary_filename_map = {"cellprior.weights.Card": "cellprior.weights.Card_class"}
+autosummary_filename_map = {
+    "cellprior.evaluate.Report": "cellprior.evaluate.Report_class",
+    "cellprior.weights.Card": "cellprior.weights.Card_class",
+}
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

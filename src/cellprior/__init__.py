@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from cellprior.settings import settings
 
 if TYPE_CHECKING:
-    from cellprior import genes, model, pl, pp, tl, weights
+    from cellprior import evaluate, genes, model, pl, pp, tl, weights
 
-__all__ = ["genes", "model", "pl", "pp", "settings", "tl", "weights"]
+__all__ = ["evaluate", "genes", "model", "pl", "pp", "settings", "tl", "weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Command line: ``cellprior list | card | download | embed | demo``."""
+"""Command line: ``cellprior list | card | download | embed | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, help="cells in memory at a time; never changes the result")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     command.set_defaults(run=_embed)
+
+    command = commands.add_parser("evaluate", help="does a pretrained model help on your data? a report")
+    command.add_argument("input", type=Path, help="h5ad file with raw counts and labels")
+    command.add_argument("--labels", required=True, help="column of obs with cell types")
+    command.add_argument(
+        "--weights", action="append", default=[], help="weights to evaluate; may be repeated"
+    )
+    command.add_argument("--embedding", action="append", default=[], help="key of obsm to evaluate; likewise")
+    command.add_argument(
+        "--batch-key", help="column of obs with the batch or donor: each is held out in turn"
+    )
+    command.add_argument("--layer", help="layer with raw counts (default: X)")
+    command.add_argument("--seeds", type=int, default=5, help="random splits (default: 5)")
+    command.add_argument("--scvi-epochs", type=int, help="also train scVI on each split, which takes long")
+    command.add_argument(
+        "--max-cells", type=int, default=20_000, help="of more, some are drawn (default: 20000)"
+    )
+    command.add_argument("--out", type=Path, help="folder for report.md and report.png, made if needed")
+    command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("demo", help="embed 700 blood cells, draw them, and compare with PCA")
     command.add_argument(
@@ -115,6 +134,42 @@ def _embed(args: argparse.Namespace) -> None:
     sys.stdout.write(
         f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}{used}\n"
     )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import anndata as ad
+
+    from cellprior import evaluate
+
+    if not args.weights + args.embedding:
+        msg = "nothing to evaluate: give --weights (such as cellplm-starter) or --embedding (a key of obsm)."
+        raise ValueError(msg)
+    try:
+        adata = ad.read_h5ad(args.input)
+    except OSError as error:
+        msg = f"{args.input} cannot be read as an h5ad file: {error}"
+        raise ValueError(msg) from error
+    if missing := [key for key in args.embedding if key not in adata.obsm]:
+        msg = f"{', '.join(missing)} not found in obsm; its keys are {list(adata.obsm)}."
+        raise ValueError(msg)
+    report = evaluate.report(
+        adata,
+        [*args.weights, *args.embedding],
+        args.labels,
+        args.batch_key,
+        layer=args.layer,
+        seeds=args.seeds,
+        scvi_epochs=args.scvi_epochs,
+        max_cells=args.max_cells,
+    )
+    text = report.to_markdown()
+    sys.stdout.write(text)
+    if args.out is not None:
+        from cellprior import pl
+
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "report.md").write_text(text, encoding="utf-8")
+        pl.report(report).savefig(args.out / "report.png", dpi=150)
 
 
 def _demo(args: argparse.Namespace) -> None:

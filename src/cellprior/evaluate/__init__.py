@@ -1,4 +1,4 @@
-"""Does a pretrained model help on my data?"""
+"""Does a pretrained model help on my data? Metrics, baselines and protocols, with intervals and a verdict."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from cellprior.evaluate._metrics import (
     macro_f1,
     silhouette,
 )
+from cellprior.evaluate._protocols import few_shot, linear_probe, zero_shot
+from cellprior.evaluate._report import Report, report
 from cellprior.evaluate._scgraph import scgraph
+from cellprior.evaluate._verdict import Verdict
 
 __all__ = [
+    "Report",
+    "Verdict",
     "accuracy",
     "balanced_accuracy",
     "batch_leak",
     "clisi",
     "clustering",
+    "few_shot",
     "ilisi",
     "knn_predict",
+    "linear_probe",
     "macro_f1",
+    "report",
     "scgraph",
     "silhouette",
+    "zero_shot",
 ]

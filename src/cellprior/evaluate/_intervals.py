@@ -61,7 +61,7 @@ class Resampling:
         )
 
     def classification(self, codes: np.ndarray, predicted: Sequence[np.ndarray]) -> dict[str, Draws]:
-        """Macro-F1, balanced accuracy and accuracy, over the labels that a draw of a split's cells holds.
+        """Macro-F1, balanced accuracy and accuracy, over the labels that a split's cells have.
 
         Parameters
         ----------
@@ -99,13 +99,15 @@ def _class_scores(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray)
         by_label(right | ~right, truth),
         by_label(right | ~right, predicted),
     )
-    seen = there > 0
-    n_seen = np.maximum(seen.sum(axis=0), 1)
-    total = there.sum(axis=0)
+
+    def mean(of_label: np.ndarray) -> np.ndarray:
+        """A label that a draw lacks has its score of all cells: left out, rare labels would pull the draws off."""
+        return np.where(there > 0, of_label, of_label[:, :1]).mean(axis=0)
+
     return {
-        "macro_f1": np.where(seen, 2 * hit / np.maximum(there + given, 1), 0).sum(axis=0) / n_seen,
-        "balanced_accuracy": np.where(seen, hit / np.maximum(there, 1), 0).sum(axis=0) / n_seen,
-        "accuracy": hit.sum(axis=0) / np.maximum(total, 1),
+        "macro_f1": mean(2 * hit / np.maximum(there + given, 1)),
+        "balanced_accuracy": mean(hit / np.maximum(there, 1)),
+        "accuracy": hit.sum(axis=0) / np.maximum(there.sum(axis=0), 1),
     }
 
 

@@ -66,8 +66,11 @@ def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Sp
     Raises
     ------
     ValueError
-        If one side would lack a label.
+        If there is no seed, or one side would lack a label.
     """
+    if seeds < 1 or not 0 < test_size < 1:
+        msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
+        raise ValueError(msg)
     rows = np.flatnonzero(codes >= 0)
     found = []
     for seed in range(seeds):

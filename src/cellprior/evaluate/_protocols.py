@@ -1,0 +1,213 @@
+"""How an embedding is put to the test: one function each, a tidy table out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import pandas as pd
+from anndata import AnnData
+
+from cellprior.evaluate._splits import HELD_OUT
+from cellprior.evaluate._structure import structure
+from cellprior.evaluate._task import PROBES, ZERO_SHOT, Embeddings, Task, ask, make_task, tabulate
+
+N_PER_CLASS = (5, 10, 20, 50)
+Protocol = TypeVar("Protocol", bound=Callable)
+
+PARAMETERS = """Parameters
+    ----------
+    adata
+        Annotated data ``(cells, genes)`` with raw counts, in memory or backed; left as it is.
+    embeddings
+        What is evaluated: keys of ``obsm``, names of weights, folders or official checkpoints, or arrays
+        ``(cells, dimensions)`` by name.
+    labels_key
+        Column of ``obs`` with cell types. Cells without one, and types of fewer than 5 cells, are not asked about.
+    batch_key
+        Column of ``obs`` with the batch or donor. Given, each is held out in turn, and that is the headline; random
+        splits come second. For CellPLM's weights it also says which cells see each other.
+    layer
+        Layer with raw counts; ``None`` for ``X``.
+    seeds
+        Random splits, of which each gives its own embedding to what is fitted.
+    test_size
+        Share of the cells that a random split asks about.
+    scvi_epochs
+        Train scVI on the training cells of each split, for as many epochs, as one more baseline; ``None`` does not,
+        as it takes far longer than all the others.
+    max_cells
+        Of more cells, as many are drawn at random.
+    progress
+        Show a bar."""
+COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated, a ``"baseline"``, or a ``"control"`` that
+    should know nothing; ``reader``, the classifier; ``metric``; ``split``, ``"held-out batches"`` or
+    ``"random cells"``, and ``n_splits``; ``value`` and its 95 % interval, ``low`` to ``high``; ``versus``, the best
+    baseline, and the paired ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; and
+    ``seconds`` that all splits took."""
+RAISES = """Raises
+    ------
+    KeyError
+        If a column, a layer or an embedding is missing.
+    ValueError
+        If an embedding does not fit the data, or labels or batches cannot be held out.
+    NotCountsError
+        If the data are not raw counts.
+    WeightsError
+        If weights are not found, damaged, or of no known model."""
+
+
+def with_shared_sections(function: Protocol) -> Protocol:
+    """Put the sections that the protocols share into a docstring."""
+    text = function.__doc__ or ""
+    for name, section in (("PARAMETERS", PARAMETERS), ("COLUMNS", COLUMNS), ("RAISES", RAISES)):
+        text = text.replace(f"<{name}>", section)
+    function.__doc__ = text
+    return function
+
+
+@with_shared_sections
+def zero_shot(
+    adata: AnnData,
+    embeddings: Embeddings,
+    *,
+    labels_key: str,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    seeds: int = 5,
+    test_size: float = 0.2,
+    scvi_epochs: int | None = None,
+    max_cells: int = 20_000,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What an embedding shows as it is, beside PCA, highly variable genes, scVI and the same network at random.
+
+    Held-out cells are named by the 15 nearest training cells. Without a split, on all cells: agreement of Leiden
+    clusters with the labels at resolution 1 (``ari``, ``nmi``), on average over a fixed grid (``ari_mean``,
+    ``nmi_mean``), and at the resolution that the labels pick (``ari_picked_by_labels``, an upper bound and no result);
+    ``silhouette``, ``clisi``; with batches ``ilisi``, ``batch_leak`` and ``scgraph``. Batch scores reward noise: read
+    them beside the others only. There is no total.
+
+    <PARAMETERS>
+
+    Returns
+    -------
+    A tidy table: <COLUMNS>
+    Rows of ``split`` ``"all cells"`` have no ``versus``; their interval is a jackknife of five times a fifth of the
+    cells left out [Shao and Wu, Ann. Stat. 17:1176, 1989], and ``reason`` says why a score is NaN.
+
+    <RAISES>
+    """
+    task = make_task(
+        adata,
+        embeddings,
+        labels_key=labels_key,
+        batch_key=batch_key,
+        layer=layer,
+        seeds=seeds,
+        test_size=test_size,
+        scvi_epochs=scvi_epochs,
+        max_cells=max_cells,
+    )
+    return pd.concat([_classified(task, ZERO_SHOT, progress=progress), structure(task)], ignore_index=True)
+
+
+@with_shared_sections
+def linear_probe(
+    adata: AnnData,
+    embeddings: Embeddings,
+    *,
+    labels_key: str,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    seeds: int = 5,
+    test_size: float = 0.2,
+    scvi_epochs: int | None = None,
+    max_cells: int = 20_000,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How well labels can be read off an embedding, beside logistic regression on genes.
+
+    A logistic regression on one global scale (its penalty chosen within the training cells) and the nearest mean of a
+    label. The bar is L1 logistic regression on log-normalised genes, as in Boiarsky et al., bioRxiv
+    2023.10.19.563100, where it equals fine-tuned scBERT.
+
+    <PARAMETERS>
+
+    Returns
+    -------
+    A tidy table: <COLUMNS>
+
+    <RAISES>
+    """
+    task = make_task(
+        adata,
+        embeddings,
+        labels_key=labels_key,
+        batch_key=batch_key,
+        layer=layer,
+        seeds=seeds,
+        test_size=test_size,
+        scvi_epochs=scvi_epochs,
+        max_cells=max_cells,
+    )
+    return _classified(task, PROBES, progress=progress)
+
+
+@with_shared_sections
+def few_shot(
+    adata: AnnData,
+    embeddings: Embeddings,
+    *,
+    labels_key: str,
+    n_per_class: Sequence[int] = N_PER_CLASS,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    seeds: int = 10,
+    test_size: float = 0.2,
+    scvi_epochs: int | None = None,
+    max_cells: int = 20_000,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How well labels can be read off an embedding when few cells of each are labelled.
+
+    <PARAMETERS>
+    n_per_class
+        Labelled cells of each type; a type with fewer training cells gives all it has. Each seed is a draw, for each
+        held-out batch if there are batches.
+
+    Returns
+    -------
+    A tidy table with ``n_per_class``, and otherwise: <COLUMNS>
+
+    <RAISES>
+    """
+    if not len(n_per_class) or min(n_per_class) < 1:
+        msg = f"n_per_class={list(n_per_class)}; numbers of cells from 1 up are needed."
+        raise ValueError(msg)
+    task = make_task(
+        adata,
+        embeddings,
+        labels_key=labels_key,
+        batch_key=batch_key,
+        layer=layer,
+        seeds=seeds,
+        test_size=test_size,
+        scvi_epochs=scvi_epochs,
+        max_cells=max_cells,
+    )
+    if HELD_OUT in task.splits:
+        once = task.splits[HELD_OUT]
+        task.splits[HELD_OUT] = [replace(split, seed=seed) for seed in range(seeds) for split in once]
+    return _classified(task, PROBES, n_per_class=n_per_class, progress=progress)
+
+
+def _classified(
+    task: Task, readers: Sequence[str], *, n_per_class: Sequence[int] = (), progress: bool
+) -> pd.DataFrame:
+    tables = []
+    for kind in task.splits:
+        answers = ask(task, kind, readers, n_per_class=n_per_class, whole=not n_per_class, progress=progress)
+        tables.append(tabulate(answers.scores(task.codes), answers, readers))
+    return pd.concat(tables, ignore_index=True)

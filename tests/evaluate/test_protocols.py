@@ -1,0 +1,263 @@
+from collections.abc import Callable
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from anndata import AnnData
+
+import cellprior as cp
+from cellprior.evaluate import _methods, _task
+from cellprior.evaluate._splits import HELD_OUT, RANDOM
+from cellprior.evaluate._task import ON_GENES
+from cellprior.model import NotCountsError
+
+QUIET = {"labels_key": "type", "seeds": 2, "progress": False}
+
+
+def told(adata: AnnData, noise: float = 0.3, key: str = "type") -> np.ndarray:
+    """An embedding that is a column of obs and noise."""
+    rng = np.random.default_rng(1)
+    return pd.get_dummies(adata.obs[key]).to_numpy(float) + noise * rng.standard_normal((adata.n_obs, 3))
+
+
+def value(table: pd.DataFrame, method: str, metric: str = "macro_f1", **where: object) -> float:
+    rows = table[(table["method"] == method) & (table["metric"] == metric)]
+    for column, wanted in where.items():
+        rows = rows[rows[column] == wanted]
+    return float(rows["value"].iloc[0])
+
+
+def test_every_table_has_its_baselines_and_controls(cells):
+    adata = cells()
+    adata.obsm["X_told"] = told(adata)
+    for table in (
+        cp.evaluate.zero_shot(adata, "X_told", **QUIET),
+        cp.evaluate.linear_probe(adata, "X_told", **QUIET),
+    ):
+        kinds = table.drop_duplicates("method").set_index("method")["kind"]
+        assert kinds.to_dict() == {
+            "X_told": "embedding",
+            "permuted labels, X_told": "control",
+            "PCA": "baseline",
+            "HVG": "baseline",
+            "random numbers": "control",
+            ON_GENES: "baseline",
+            "largest label": "baseline",
+        }
+        scored = table[table["split"] == RANDOM]
+        assert scored[["value", "low", "high"]].notna().all().all()
+        assert (scored["low"] <= scored["high"]).all()
+        assert scored["difference"].notna().sum() == (scored["versus"] != "").sum() > 0
+
+
+def test_labels_and_noise_are_read_off_and_controls_are_at_chance(cells):
+    adata = cells()
+    table = cp.evaluate.linear_probe(adata, {"told": told(adata)}, **QUIET)
+    assert value(table, "told") > 0.95
+    for control in ("random numbers", "permuted labels, told"):
+        assert value(table, control, "balanced_accuracy") == pytest.approx(1 / 3, abs=0.15)
+
+
+def test_held_out_donors_are_the_headline_and_their_cells_are_not_learned_from(cells, monkeypatch):
+    adata = cells()
+    seen = []
+    original = _task.ask
+
+    def spy(task, kind, *args, **kwargs):
+        seen.extend((kind, split) for split in task.splits[kind])
+        return original(task, kind, *args, **kwargs)
+
+    monkeypatch.setattr("cellprior.evaluate._protocols.ask", spy)
+    table = cp.evaluate.linear_probe(adata, {"told": told(adata)}, batch_key="donor", **QUIET)
+    assert table["split"].unique().tolist() == [HELD_OUT, RANDOM]
+    donor = adata.obs["donor"].to_numpy()
+    for kind, split in seen:
+        assert not set(split.train) & set(split.test)
+        if kind == HELD_OUT:
+            assert set(donor[split.test]) == {split.held_out}
+            assert split.held_out not in donor[split.train]
+
+
+def test_what_is_fitted_sees_training_cells_only(cells):
+    """Counts of the test cells may be anything: components and variable genes stay the same."""
+    adata = cells(n_genes=2500)
+    log = _methods.log_normalised(adata.X)
+    train = np.arange(200)
+    other = sp.csr_matrix(np.random.default_rng(5).poisson(3, (40, 2500)))
+    changed = _methods.log_normalised(sp.vstack([adata.X[:200], other], format="csr"))
+    for make in (lambda x: _methods.pca("PCA", x), _methods.variable_genes):
+        first, second = make(log).fit(train, 0), make(changed).fit(train, 0)
+        np.testing.assert_allclose(first[:200], second[:200], atol=1e-5)
+        assert np.abs(first[200:] - second[200:]).max() > 0.1
+
+
+def test_few_labels_know_less_than_many(cells):
+    adata = cells(signal=0.5)
+    table = cp.evaluate.few_shot(
+        adata,
+        {"told": told(adata, noise=0.6)},
+        n_per_class=(2, 40),
+        labels_key="type",
+        seeds=5,
+        progress=False,
+    )
+    for method in ("told", "PCA"):
+        few, many = (value(table, method, n_per_class=n, reader="linear probe") for n in (2, 40))
+        assert few + 0.05 < many
+    assert set(table["reader"]) == {"linear probe", "nearest centroid"}
+
+
+def test_a_type_with_fewer_cells_than_asked_for_gives_all_it_has(cells):
+    adata = cells()
+    adata.obs["type"] = np.where(np.arange(240) < 8, "rare", adata.obs["type"])
+    table = cp.evaluate.few_shot(adata, {"told": adata.X.toarray()}, n_per_class=[50], **QUIET)
+    assert table["value"].notna().all()
+
+
+def test_each_draw_of_a_held_out_donor_is_a_split_of_its_own(cells):
+    adata = cells()
+    table = cp.evaluate.few_shot(adata, {"told": told(adata)}, n_per_class=[5], batch_key="donor", **QUIET)
+    assert table.groupby("split")["n_splits"].first().to_dict() == {HELD_OUT: 6, RANDOM: 2}
+
+
+def test_all_cells_are_scored_for_structure_with_the_picked_resolution_named(cells):
+    adata = cells(n_types=7)
+    embeddings = {"batches": told(adata, 0.05, "donor"), "types": adata.X.toarray()}
+    table = cp.evaluate.zero_shot(adata, embeddings, batch_key="donor", **QUIET)
+    whole = table[table["split"] == "all cells"].set_index(["method", "metric"])
+    assert whole.loc[("batches", "batch_leak"), "value"] > 0.9
+    assert whole.loc[("batches", "ilisi"), "value"] < 0.1 < whole.loc[("types", "ilisi"), "value"]
+    assert whole.loc[("types", "ari"), "value"] > 0.8 > whole.loc[("batches", "ari"), "value"]
+    assert "ari_picked_by_labels" in whole.loc["types"].index
+    scgraph = whole.loc[("types", "scgraph")]
+    assert np.isnan(scgraph["value"]) == (scgraph["reason"] != "")
+
+
+def test_weights_bring_their_genes_and_their_network_at_random():
+    adata = blood()
+    table = cp.evaluate.linear_probe(adata, "cellplm-starter", labels_key="label", seeds=2, progress=False)
+    methods = set(table["method"])
+    assert {"PCA, genes of cellplm-starter", "random weights of cellplm-starter"} <= methods
+    assert value(table, "cellplm-starter") > value(table, "random weights of cellplm-starter")
+
+
+def test_an_embedding_of_tl_embed_brings_the_same_baselines_and_stays_as_it_is():
+    adata = blood()
+    cp.tl.embed(adata, "cellplm-starter")
+    before = adata.obsm["X_cellplm"].copy()
+    table = cp.evaluate.linear_probe(adata, "X_cellplm", labels_key="label", seeds=2, progress=False)
+    assert {"PCA, genes of X_cellplm", "random weights of X_cellplm"} <= set(table["method"])
+    np.testing.assert_array_equal(adata.obsm["X_cellplm"], before)
+
+
+def blood() -> AnnData:
+    from tests.contract.models import blood_cells
+
+    adata = blood_cells()[::3].copy()
+    adata.obs["label"] = adata.obs["bulk_labels"]
+    return adata
+
+
+def test_the_data_are_left_as_they_are(cells):
+    adata = cells()
+    adata.obsm["X_told"] = told(adata)
+    before = adata.copy()
+    cp.evaluate.zero_shot(adata, "X_told", batch_key="donor", **QUIET)
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+    assert adata.uns == {} and set(adata.obsm) == {"X_told"}
+    assert (adata.X != before.X).nnz == 0
+
+
+def test_backed_data_and_a_layer_give_the_same_table(cells, tmp_path):
+    adata = cells()
+    adata.obsm["X_told"] = told(adata)
+    expected = cp.evaluate.linear_probe(adata, "X_told", **QUIET)
+    adata.layers["counts"] = adata.X
+    adata.X = _methods.log_normalised(adata.X)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    found = cp.evaluate.linear_probe(backed, "X_told", layer="counts", **QUIET)
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+
+
+def test_of_many_cells_some_are_drawn(cells):
+    adata = cells()
+    task = make(adata, told(adata), max_cells=100)
+    assert task.n_obs == 100
+    assert "100 of 240 cells" in task.notes[0]
+
+
+def test_copies_of_cells_are_noticed(cells):
+    adata = cells()
+    again = adata[:7].copy()
+    again.obs_names = [f"copy {i}" for i in range(7)]
+    twice = ad.concat([adata, again])
+    assert any("7 cells have the same counts" in note for note in make(twice, told(twice)).notes)
+    assert not any("same counts" in note for note in make(adata, told(adata)).notes)
+
+
+def make(adata: AnnData, embedding: np.ndarray, **options: object) -> _task.Task:
+    arguments = {
+        "labels_key": "type",
+        "batch_key": None,
+        "layer": None,
+        "seeds": 2,
+        "test_size": 0.2,
+        "scvi_epochs": None,
+        "max_cells": 10_000,
+    }
+    return _task.make_task(adata, {"given": embedding}, **{**arguments, **options})
+
+
+BAD: dict[str, tuple[Callable[[AnnData], dict], type[Exception], str]] = {
+    "no such label": (lambda a: {"labels_key": "nope"}, KeyError, "nope"),
+    "no such batch": (lambda a: {"batch_key": "nope"}, KeyError, "nope"),
+    "no such layer": (lambda a: {"layer": "nope"}, KeyError, "nope"),
+    "no embedding": (lambda a: {"embeddings": {}}, ValueError, "No embedding"),
+    "a name that a baseline has": (
+        lambda a: {"embeddings": {"PCA": told(a)}},
+        ValueError,
+        "names of baselines",
+    ),
+    "other cells": (lambda a: {"embeddings": {"x": told(a)[:-1]}}, ValueError, "one row for each of the 240"),
+    "not a number": (lambda a: {"embeddings": {"x": np.full((240, 2), np.nan)}}, ValueError, "not finite"),
+    "neither key nor weights": (lambda a: {"embeddings": "X_nope"}, cp.weights.WeightsError, "X_nope"),
+    "one label": (lambda a: {"labels_key": "same"}, ValueError, "at least two"),
+    "one batch": (lambda a: {"batch_key": "same"}, ValueError, "Only the batch"),
+    "half counts": (lambda a: {"layer": "half"}, NotCountsError, "raw counts"),
+    "no cells asked for": (lambda a: {"n_per_class": [0]}, ValueError, "from 1 up"),
+    "no seeds": (lambda a: {"seeds": 0}, ValueError, "seeds=0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_says_what_is_wrong(cells, case):
+    adata = cells()
+    adata.obs["same"] = "same"
+    adata.layers["half"] = adata.X * 0.5
+    change, error, message = BAD[case]
+    arguments = {
+        "embeddings": {"told": told(adata)},
+        "labels_key": "type",
+        "progress": False,
+        **change(adata),
+    }
+    with pytest.raises(error, match=message):
+        cp.evaluate.few_shot(adata, **arguments)
+
+
+def test_scvi_is_a_baseline_where_asked_for(cells):
+    adata = cells()
+    table = cp.evaluate.linear_probe(
+        adata,
+        {"told": told(adata)},
+        labels_key="type",
+        batch_key="donor",
+        seeds=1,
+        scvi_epochs=2,
+        progress=False,
+    )
+    assert np.isfinite(value(table, "scVI"))
+    assert table.loc[table["method"] == "scVI", "seconds"].iloc[0] > 0

@@ -1,0 +1,171 @@
+import pickle
+from collections.abc import Iterator
+
+import anndata as ad
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from anndata import AnnData
+
+import cellprior as cp
+from cellprior.cli import main
+from cellprior.evaluate import _methods
+
+from .test_protocols import told
+
+QUICK = {"seeds": 3, "n_per_class": (5,), "progress": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_structure() -> Iterator[None]:
+    """Less of what takes longest and no verdict depends on; tests of the protocols do all of it."""
+    names = ("ari", "nmi", "silhouette")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cellprior.evaluate._structure.N_SUBSAMPLES", 2)
+        patch.setattr("cellprior.evaluate._structure._scores", lambda *_: dict.fromkeys(names, 0.5))
+        yield
+
+
+def spread(adata: AnnData, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((adata.n_obs, 5))
+
+
+def test_labels_plus_noise_win(cells):
+    adata = cells(signal=0.15)
+    report = cp.evaluate.report(adata, {"told": told(adata)}, "type", **QUICK)
+    verdict = report.verdicts[0]
+    assert (verdict.neighbours, verdict.naming) == ("helps", "helps")
+    assert "helps, better than" in report.verdict
+
+
+def test_an_embedding_of_nothing_loses(cells):
+    adata = cells()
+    report = cp.evaluate.report(adata, {"nothing": spread(adata)}, "type", **QUICK)
+    assert report.verdicts[0].neighbours == report.verdicts[0].naming == "worse"
+    assert "; use PCA" in report.verdict or "; use HVG" in report.verdict
+
+
+def test_shuffled_labels_are_no_signal_and_all_scores_at_chance(cells):
+    adata = cells()
+    adata.obs["shuffled"] = np.random.default_rng(0).permutation(adata.obs["type"])
+    report = cp.evaluate.report(adata, {"told": told(adata)}, "shuffled", **QUICK)
+    assert report.verdicts[0].neighbours == "no signal"
+    assert "no signal" in report.verdict
+    for table in (report.zero_shot, report.linear_probe):
+        scores = table.loc[table["metric"] == "balanced_accuracy", "value"]
+        assert ((scores - 1 / 3).abs() < 0.12).all()
+
+
+def test_a_control_that_beats_chance_ends_in_no_verdict(cells, monkeypatch):
+    adata = cells()
+    leak = told(adata)
+    monkeypatch.setattr(
+        _methods,
+        "random_numbers",
+        lambda n: _methods.Method("random numbers", "control", lambda rows, seed: leak),
+    )
+    report = cp.evaluate.report(adata, {"told": leak}, "type", **QUICK)
+    assert report.verdicts[0].neighbours == report.verdicts[0].naming == "no verdict"
+    assert "a control beats chance: random numbers" in report.verdict
+
+
+def test_equals_are_no_better_and_few_cells_cannot_tell(cells):
+    adata = cells(n_cells=900, signal=0.35)
+    log = _methods.log_normalised(adata.X)
+    same = _methods.pca("", log).fit(np.arange(900), 0)
+    outcomes = {}
+    for n in (60, 900):
+        report = cp.evaluate.report(adata[:n].copy(), {"same": same[:n]}, "type", **{**QUICK, "seeds": 5})
+        outcomes[n] = report.verdicts[0].neighbours
+    assert outcomes == {60: "cannot tell", 900: "no better"}
+
+
+def test_a_helper_is_told_from_its_best_baseline_by_the_paired_difference(cells):
+    """The words follow the table: the interval of the difference, and the best baseline."""
+    adata = cells(signal=0.15)
+    report = cp.evaluate.report(adata, {"told": told(adata, 0.5)}, "type", **QUICK)
+    table = report.zero_shot
+    row = table[(table["method"] == "told") & (table["metric"] == "macro_f1")].iloc[0]
+    assert (row["difference_low"] > 0) == (report.verdicts[0].neighbours == "helps")
+    assert f"{row['value']:.2f} ± " in report.verdict
+    assert f"[{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]" in report.verdict
+    assert row["versus"] in report.verdict
+
+
+@pytest.fixture(scope="module")
+def report(cells) -> cp.evaluate.Report:
+    adata = cells()
+    embeddings = {"told": told(adata), "nothing": spread(adata)}
+    return cp.evaluate.report(adata, embeddings, "type", "donor", **QUICK)
+
+
+def test_a_report_shows_itself(report):
+    markdown, page = report.to_markdown(), report._repr_html_()
+    assert [v.embedding for v in report.verdicts] == ["told", "nothing"]
+    for text in (markdown, page):
+        assert "3 batches held out in turn" in text
+        for title in report.tables():
+            assert title in text
+        assert "| nan" not in text and ">nan<" not in text.lower()
+    first = next(iter(report.tables().values())).iloc[0]
+    assert f"| {' | '.join(first)} |" in markdown
+    assert report.provenance["cells"] == 240
+    pickle.loads(pickle.dumps(report))
+
+
+def test_each_label_has_its_f1_the_largest_first(report):
+    assert report.per_label["cells"].is_monotonic_decreasing
+    assert report.per_label["told, 15-NN"].between(0.8, 1).all()
+    assert not any("permuted" in column for column in report.per_label)
+
+
+def test_the_figure_draws_every_table(report):
+    matplotlib.use("agg")
+    figure = cp.pl.report(report)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == [
+        "15-NN, held-out batches",
+        "linear probe, held-out batches",
+        "few labelled cells, linear probe",
+        "each label, 15-NN (cells)",
+        "clusters and neighbourhoods, all cells",
+    ]
+    assert "told" in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_the_few_shot_curve_can_be_left_out(cells):
+    adata = cells()
+    report = cp.evaluate.report(adata, {"told": told(adata)}, "type", seeds=2, n_per_class=(), progress=False)
+    assert report.few_shot.empty
+    assert "Few labelled cells" not in report.to_markdown()
+    plt.close(cp.pl.report(report))
+
+
+def test_the_command_line_writes_the_report(cells, tmp_path, capsys):
+    adata = cells()
+    adata.obsm["X_told"] = told(adata)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "report"
+    arguments = ["--labels", "type", "--batch-key", "donor", "--seeds", "2", "--out", str(out)]
+    assert main(["evaluate", str(tmp_path / "cells.h5ad"), "--embedding", "X_told", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "X_told: helps" in printed or "X_told: no better" in printed or "X_told: cannot tell" in printed
+    assert (out / "report.md").read_text() in printed
+    assert (out / "report.png").stat().st_size > 10_000
+
+
+def test_the_command_line_wants_something_to_evaluate(cells, tmp_path, capsys):
+    cells().write_h5ad(tmp_path / "cells.h5ad")
+    assert main(["evaluate", str(tmp_path / "cells.h5ad"), "--labels", "type"]) == 1
+    assert "--weights" in capsys.readouterr().err
+
+
+def test_the_report_of_backed_cells_is_that_of_cells_in_memory(cells, tmp_path):
+    adata = cells()
+    adata.obsm["X_told"] = told(adata)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    first, second = (cp.evaluate.report(data, "X_told", "type", **QUICK).verdict for data in (adata, backed))
+    assert first == second
