@@ -33,6 +33,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom():
     adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
     adata.layers["counts"] = cp.pp.recover_counts(adata)
     adata.obs["sample"] = np.where(np.arange(adata.n_obs) % 2, "odd", "even")
+    adata.obs["cell_type"] = adata.obs["bulk_labels"]
     names = {"adata": adata}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
@@ -54,7 +55,7 @@ def test_the_command_line_of_the_readme_names_only_commands_that_exist(capsys):
     listed = capsys.readouterr().out
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     verbs = {line.split()[1] for line in lines if line.startswith("cellprior ")}
-    assert verbs == {"list", "card", "embed"}
+    assert verbs == {"list", "card", "embed", "evaluate"}
     for verb in verbs:
         assert verb in listed
 
