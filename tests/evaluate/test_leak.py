@@ -62,6 +62,13 @@ def test_the_score_is_the_mean_over_labels_however_many_cells_they_have():
     assert batch_leak(embedding, labels, batches) == pytest.approx(0.5, abs=0.1)
 
 
+def test_a_small_batch_counts_as_much_as_a_large_one():
+    """Two normal distributions two deviations apart are told apart with a balanced accuracy of 0.84 at best."""
+    batches = np.repeat(["x", "y"], [900, 100])
+    embedding = noise(1000)[:, :1] + 2.0 * (batches == "y")[:, None]
+    assert batch_leak(embedding, np.zeros(1000), batches) == pytest.approx(2 * 0.84 - 1, abs=0.06)
+
+
 def test_a_batch_with_fewer_than_ten_cells_of_a_label_is_left_out():
     labels, batches = np.zeros(69), np.repeat(["x", "y", "z"], [30, 30, 9])
     embedding = noise(69)

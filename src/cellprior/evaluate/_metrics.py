@@ -157,7 +157,7 @@ def clustering(
     n_neighbors
         Of the graph, the cell among them.
     seed
-        Of Leiden, and of the order of equals.
+        Of Leiden.
 
     Returns
     -------
@@ -182,9 +182,7 @@ def clustering(
     if len(resolutions) == 0 or not all(resolution > 0 for resolution in resolutions):
         msg = f"resolutions={tuple(resolutions)}: Leiden needs at least one, and all above 0."
         raise ValueError(msg)
-    # Equally near cells come in the order of the rows, which is often that of the labels.
-    order = np.random.default_rng(seed).permutation(len(embedding))
-    codes, cells = codes[order], AnnData(embedding[order])
+    cells = AnnData(embedding)
     sc.pp.neighbors(cells, use_rep="X", transformer=_ExactNeighbors(n_neighbors))
     found = []
     for resolution in resolutions:
