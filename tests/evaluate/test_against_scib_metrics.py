@@ -19,9 +19,8 @@ def test_silhouette_lisi_and_clusters_agree_with_scib_metrics(make):
 
     simulated = cells()
     embedding = {"pca": simulated.pca, "corners": corners(simulated.types), "noise": noise(450)}[make]
-    distances, indices = (
-        NearestNeighbors(n_neighbors=90, algorithm="brute").fit(embedding).kneighbors(embedding)
-    )
+    search = NearestNeighbors(n_neighbors=90, algorithm="brute").fit(embedding)
+    distances, indices = search.kneighbors(embedding)
     neighbors = NeighborsResults(indices=indices, distances=distances)
     types, batches = simulated.types, simulated.batches
     assert clisi(embedding, types) == pytest.approx(float(scib.clisi_knn(neighbors, types)), abs=1e-3)
