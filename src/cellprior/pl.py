@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["report", "training"]
 
-COLOURS = {"embedding": "C1", "baseline": "C0", "control": "0.7"}
-MARKERS = {"embedding": "D", "baseline": "o", "control": "x"}
+# of what is evaluated, and of baselines and controls in the order in which they come
+EVALUATED = (("C1", "D"), ("C3", "D"), ("C2", "D"), ("C8", "D"))
+COMPARED = (("C0", "o"), ("C9", "s"), ("C4", "^"), ("C5", "v"), ("0.2", "P"), ("C6", "<"), ("C7", ">"))
 
 
 def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None = None) -> Axes:
@@ -84,6 +86,7 @@ def report(report: Report, *, figsize: tuple[float, float] = (15.0, 10.0)) -> Fi
     """
     import matplotlib.pyplot as plt
 
+    styles = _styles(report)
     figure = plt.figure(figsize=figsize, layout="constrained")
     axes = figure.subplot_mosaic("AABBCC;DDDEEE")
     headline = report.zero_shot["split"].iloc[0]
@@ -92,95 +95,86 @@ def report(report: Report, *, figsize: tuple[float, float] = (15.0, 10.0)) -> Fi
         ("B", report.linear_probe, "linear probe"),
     ):
         rows = table[(table["split"] == headline) & (table["metric"] == "macro_f1")]
-        _ranked(axes[name], rows[rows["reader"].isin([reader, ""])])
+        _ranked(axes[name], rows[rows["reader"].isin([reader, ""])], styles)
         axes[name].set(title=f"{reader}, {headline}", xlabel="macro-F1", xlim=(0, 1))
-    _few_labels(axes["C"], report.few_shot, headline)
-    _by_label(axes["D"], report.per_label, [verdict.embedding for verdict in report.verdicts])
-    _structure(axes["E"], report.zero_shot[report.zero_shot["split"] == "all cells"])
-    text = "\n".join(textwrap.fill(str(verdict), 175) for verdict in report.verdicts)
+    _few_labels(axes["C"], report.few_shot, headline, styles)
+    _by_label(axes["D"], report.per_label, styles)
+    _structure(axes["E"], report.zero_shot[report.zero_shot["split"] == "all cells"], styles)
+    found = [ax.get_legend_handles_labels() for ax in axes.values()]
+    handles = {label: line for pair in found for line, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    text = "\n".join(textwrap.fill(str(verdict), int(11 * figsize[0])) for verdict in report.verdicts)
     figure.suptitle(text, fontsize=11, x=0.01, ha="left")
     return figure
 
 
-def _ranked(ax: Axes, rows: pd.DataFrame) -> None:
+def _styles(report: Report) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, the same in all panels."""
+    kinds = report.linear_probe.drop_duplicates("method").set_index("method")["kind"]
+    evaluated, compared = cycle(EVALUATED), cycle(COMPARED)
+    styles = {}
+    for method, kind in kinds.items():
+        pairs = {"embedding": evaluated, "baseline": compared}
+        colour, marker = next(pairs[kind]) if kind in pairs else ("0.7", "x")
+        styles[method] = {"color": colour, "marker": marker}
+    return styles
+
+
+def _ranked(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, dict[str, Any]]) -> None:
     """Scores with intervals, the best on top."""
     rows = rows.sort_values("value")
     for place, row in enumerate(rows.itertuples()):
         ends = [[row.value - row.low], [row.high - row.value]]
-        ax.errorbar(row.value, place, xerr=ends, color=COLOURS[row.kind], marker=MARKERS[row.kind], capsize=3)
-    ax.set_yticks(range(len(rows)), rows["method"])
+        ax.errorbar(row.value, place, xerr=ends, capsize=3, **styles[row.method])
+    names = [textwrap.fill(method, 30, break_on_hyphens=False) for method in rows["method"]]
+    ax.set_yticks(range(len(rows)), names, fontsize=8)
     for label, kind in zip(ax.get_yticklabels(), rows["kind"], strict=True):
-        label.set(color=COLOURS[kind] if kind == "embedding" else "black", wrap=True)
-    best = rows.loc[rows["versus"] == "", "value"].max()
-    ax.axvline(best, color="C0", linestyle="--", linewidth=1)
+        label.set_fontweight("bold" if kind == "embedding" else "normal")
+    best = rows.loc[rows["versus"] != "", "versus"].iloc[0]
+    ax.axvline(rows.loc[rows["method"] == best, "value"].iloc[0], color="0.5", linestyle="--", linewidth=1)
     ax.grid(axis="x", alpha=0.3)
 
 
-def _few_labels(ax: Axes, table: pd.DataFrame, headline: str) -> None:
+def _few_labels(ax: Axes, table: pd.DataFrame, headline: str, styles: Mapping[str, dict[str, Any]]) -> None:
     ax.set(title="few labelled cells, linear probe", xlabel="labelled cells per label", ylabel="macro-F1")
     if table.empty:
         ax.text(0.5, 0.5, "not asked", ha="center", transform=ax.transAxes)
         return
     rows = table[(table["split"] == headline) & (table["metric"] == "macro_f1")]
     rows = rows[rows["reader"] == "linear probe"]
-    import numpy as np
-
-    styles = cycle(("-", "--", "-.", ":"))
-    for method, points in rows.groupby("method", sort=False):
-        kind = points["kind"].iloc[0]
-        ends = np.array([points["value"] - points["low"], points["high"] - points["value"]])
-        style: dict[str, Any] = {"color": COLOURS[kind], "linestyle": next(styles)}
-        ax.errorbar(
-            points["n_per_class"],
-            points["value"],
-            ends,
-            label=method,
-            marker=MARKERS[kind],
-            capsize=2,
-            **style,
-        )
+    methods = list(rows["method"].unique())
+    for i, (method, points) in enumerate(rows.groupby("method", sort=False)):
+        aside = 1.03 ** (i - len(methods) / 2)  # lest the intervals cover each other
+        ends = (points[["value", "high"]].to_numpy() - points[["low", "value"]].to_numpy()).T
+        ax.errorbar(points["n_per_class"] * aside, points["value"], ends, capsize=2, **styles[method])
     sizes = sorted(rows["n_per_class"].unique())
     ax.set(xscale="log", ylim=(0, 1))
     ax.set_xticks(sizes, [f"{n:g}" for n in sizes])
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8)
     ax.grid(alpha=0.3)
 
 
-def _by_label(ax: Axes, table: pd.DataFrame, evaluated: list[str]) -> None:
-    """F1 of each label: what is evaluated in colour, baselines in blue."""
+def _by_label(ax: Axes, table: pd.DataFrame, styles: Mapping[str, dict[str, Any]]) -> None:
+    """F1 of each label by its neighbours, and of the logistic regression on genes."""
     n_cells = [f"{label} ({n:,})" for label, n in zip(table["label"], table["cells"], strict=True)]
-    shown = [c for c in table.columns[2:] if c.endswith(", 15-NN") or ", " not in c]
-    colours = cycle(("C1", "C3", "C2", "C4"))
-    markers = cycle("os^v<>")
-    for column in shown:
+    for column in table.columns[2:]:
         method = column.removesuffix(", 15-NN")
-        is_evaluated = method in evaluated
-        style: dict[str, Any] = {"marker": "D" if is_evaluated else next(markers), "linestyle": ""}
-        style |= {"color": next(colours)} if is_evaluated else {"color": "C0", "markerfacecolor": "none"}
-        ax.plot(range(len(table)), table[column], label=method, **style)
+        if method in styles:
+            ax.plot(range(len(table)), table[column], linestyle="", label=method, **styles[method])
     ax.set_xticks(range(len(table)), n_cells, rotation=45, ha="right", fontsize=8)
     ax.set(title="each label, 15-NN (cells)", ylabel="F1", ylim=(-0.03, 1.03))
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
     ax.grid(axis="y", alpha=0.3)
 
 
-def _structure(ax: Axes, rows: pd.DataFrame) -> None:
+def _structure(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, dict[str, Any]]) -> None:
     """Scores of all cells; those that the labels have picked are left out."""
     rows = rows[~rows["metric"].str.endswith("picked_by_labels") & rows["value"].notna()]
     metrics = list(rows["metric"].unique())
-    markers = cycle("os^v<>")
     for method, points in rows.groupby("method", sort=False):
-        kind = points["kind"].iloc[0]
-        marker = next(markers) if kind == "baseline" else MARKERS[kind]
         place = [metrics.index(metric) for metric in points["metric"]]
-        face: dict[str, Any] = {"markerfacecolor": "none"} if kind == "baseline" else {}
-        ax.plot(place, points["value"], marker, color=COLOURS[kind], label=method, **face)
-    names = [
-        f"{m}\n(mixing)" if m in ("ilisi",) else f"{m}\n(0 is best)" if m == "batch_leak" else m
-        for m in metrics
-    ]
+        ax.plot(place, points["value"], linestyle="", label=method, **styles[method])
+    notes = {"batch_leak": "\n(0 is best)", "ilisi": "\n(mixing)"}
+    names = [metric + notes.get(metric, "") for metric in metrics]
     ax.set_xticks(range(len(metrics)), names, rotation=45, ha="right", fontsize=8)
     ax.set(title="clusters and neighbourhoods, all cells")
-    ax.legend(frameon=False, fontsize=8, ncols=2)
     ax.grid(axis="y", alpha=0.3)
