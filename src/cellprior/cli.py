@@ -6,6 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,13 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="+", help="registry name")
     command.set_defaults(run=_download)
 
-    command = commands.add_parser("embed", help="embed the cells of an h5ad file")
-    command.add_argument("input", type=Path, help="h5ad file with raw counts")
-    command.add_argument("output", type=Path, help="h5ad file to write")
+    command = commands.add_parser("embed", help="embed the cells of an h5ad or h5mu file")
+    command.add_argument("input", type=Path, help="h5ad file, or h5mu file with RNA and ATAC; raw counts")
+    command.add_argument("output", type=Path, help="file to write, of the same kind")
     command.add_argument(
         "--weights", required=True, help="registry name, bundle folder or official checkpoint file"
     )
-    command.add_argument("--layer", help="layer with raw counts (default: X)")
+    command.add_argument(
+        "--layer", help="layer with raw counts (default: X); of an h5mu file also rna=NAME,atac=NAME"
+    )
+    command.add_argument("--modalities", help="names of the modalities in an h5mu file: rna=NAME,atac=NAME")
     command.add_argument("--gene-key", help="column of var with gene names (default: found by itself)")
     command.add_argument("--batch-key", help="column of obs with the batch of each cell")
     command.add_argument("--key-added", help="key in obsm (default: the model's, such as X_cellplm)")
@@ -101,39 +109,79 @@ def _download(args: argparse.Namespace) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
-    import anndata as ad
-
     from cellprior import tl
 
+    is_mudata = args.input.suffix == ".h5mu"
+    if is_mudata != (args.output.suffix == ".h5mu"):
+        msg = f"{args.input.name} and {args.output.name} are of different kinds: both .h5mu, or neither, is needed."
+        raise ValueError(msg)
     if not args.output.parent.is_dir():
         msg = f"there is no folder {args.output.parent} to write {args.output.name} into."
         raise ValueError(msg)
-    try:
-        adata = ad.read_h5ad(args.input)
-    except OSError as error:
-        msg = f"{args.input} cannot be read as an h5ad file: {error}"  # HDF5 does not say which
-        raise ValueError(msg) from error
+    data = _read(args.input, is_mudata)
     tl.embed(
-        adata,
+        data,
         args.weights,
-        layer=args.layer,
+        layer=_by_modality(args.layer) if is_mudata else args.layer,
         gene_key=args.gene_key,
         batch_key=args.batch_key,
+        modalities=None if args.modalities is None else _by_modality(args.modalities),
         key_added=args.key_added,
         batch_size=args.batch_size,
         device=args.device,
     )
     partial = args.output.with_name(args.output.name + ".part")
     try:
-        adata.write_h5ad(partial)
+        _write(data, partial, is_mudata)
         partial.replace(args.output)
     finally:
         partial.unlink(missing_ok=True)
-    key, record = next(reversed(adata.uns["cellprior"].items()))
-    used = f", {record['counts_share']:.1%} of the counts used" if "counts_share" in record else ""
-    sys.stdout.write(
-        f"{args.output}: obsm[{key!r}], {adata.n_obs:,} cells x {adata.obsm[key].shape[1]}{used}\n"
+    key, record = next(reversed(data.uns["cellprior"].items()))
+    used = "".join(
+        f", {record[share]:.1%} of the counts{of} used"
+        for share, of in (
+            ("counts_share", ""),
+            ("rna_counts_share", " of RNA"),
+            ("atac_counts_share", " of ATAC"),
+        )
+        if share in record
     )
+    sys.stdout.write(
+        f"{args.output}: obsm[{key!r}], {data.n_obs:,} cells x {data.obsm[key].shape[1]}{used}\n"
+    )
+
+
+def _read(path: Path, is_mudata: bool) -> AnnData | MuData:
+    import anndata as ad
+    import mudata as md
+
+    from cellprior._compat import without_pulled_columns
+
+    try:
+        with without_pulled_columns():
+            return md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ) as error:  # HDF5 does not say which file, nor mudata what it lacks
+        msg = f"{path} cannot be read as an {'h5mu' if is_mudata else 'h5ad'} file: {error}"
+        raise ValueError(msg) from error
+
+
+def _write(data: AnnData | MuData, path: Path, is_mudata: bool) -> None:
+    from cellprior._compat import without_pulled_columns
+
+    if not is_mudata:
+        data.write_h5ad(path)
+        return
+    with without_pulled_columns():
+        data.write_h5mu(path)
+
+
+def _by_modality(text: str | None) -> Any:
+    """A name for all modalities as it is; ``rna=NAME,atac=NAME`` as a mapping."""
+    return dict(part.split("=", 1) for part in text.split(",")) if text and "=" in text else text
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
 import anndata as ad
+import numpy as np
 import torch
 from scvi.model.base import BaseModelClass
 from torch import Tensor
@@ -74,6 +76,45 @@ class LoadableModel(BaseModelClass):
         model.to_device(device)
         model.module.eval()
         return model
+
+    @classmethod
+    def embed_once(
+        cls,
+        weights: str | os.PathLike[str],
+        adata: ad.AnnData,
+        *,
+        layer: str | Mapping[str, str | None] | None = None,
+        gene_key: str | None = None,
+        batch_key: str | None = None,
+        modalities: Mapping[str, str] | None = None,
+        batch_size: int | None = None,
+        min_coverage: float = 0.25,
+        device: str | int | torch.device = "auto",
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Embed data with weights and let go of both; see :func:`cellprior.tl.embed`.
+
+        Returns
+        -------
+        Float32 array ``(n_cells, n_latent)``, and where it comes from, see :meth:`provenance`.
+
+        Raises
+        ------
+        ValueError
+            If the model does not read data of this kind.
+        """
+        if not isinstance(adata, ad.AnnData) or modalities is not None or isinstance(layer, Mapping):
+            msg = (
+                f"The weights {weights} are of a {cls.__name__}, which reads an AnnData with one matrix of counts. Of "
+                'a MuData give it the modality with the genes, such as mdata["rna"], and the name of one layer.'
+            )
+            raise ValueError(msg)
+        adata = without_view(adata)
+        cls.setup_anndata(adata, layer=layer, gene_key=gene_key, batch_key=batch_key)
+        model = cls.from_pretrained(weights, adata, min_coverage=min_coverage, device=device)
+        try:
+            return model.get_latent_representation(batch_size=batch_size), model.provenance()
+        finally:
+            model.release()
 
     @classmethod
     def _set_up(cls, adata: ad.AnnData) -> ad.AnnData:

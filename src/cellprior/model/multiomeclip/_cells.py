@@ -82,7 +82,7 @@ def cells_of(data: MuData | ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
     Raises
     ------
     ValueError
-        If no modality is found, the modalities are swapped, or a barcode stands for two cells.
+        If no modality or layer is found, the modalities are swapped, or a barcode stands for two cells.
     """
     keys = modality_keys(setup_args["modalities"])
     layers = {name: setup_args[f"{name}_layer"] for name in MODALITIES}
@@ -101,6 +101,13 @@ def cells_of(data: MuData | ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
         raise TypeError(msg)
     for name, adata in found.items():
         refuse_swapped(adata, name, keys[name])
+        if layers[name] is not None and layers[name] not in adata.layers:
+            there = [layer for layer in adata.layers if layer is not None]
+            msg = (
+                f"There is no layer {layers[name]!r} in {keys[name]!r}; its layers are {there}. The setup says raw "
+                "counts are there: a query holds them where the data of the setup did."
+            )
+            raise ValueError(msg)
         if not adata.obs_names.is_unique:
             barcode = adata.obs_names[adata.obs_names.duplicated()][0]
             msg = (
@@ -204,19 +211,8 @@ class CountsOf:
 
 
 def counts_matrix(adata: ad.AnnData, layer: str | None) -> Any:
-    """``X`` or a layer.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer.
-    """
-    if layer is None:
-        return adata.X
-    if layer not in adata.layers:
-        msg = f"There is no layer {layer!r}; the layers are {list(adata.layers)}."
-        raise ValueError(msg)
-    return adata.layers[layer]
+    """``X`` or a layer."""
+    return adata.X if layer is None else adata.layers[layer]
 
 
 def codes_of(obs: pd.DataFrame, key: str | None, *, unlabeled: str | None = None) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Self
 
 import anndata as ad
@@ -24,11 +25,9 @@ from cellprior.model.multiomeclip._cells import (
     ModalityField,
     cells_of,
     codes_of,
-    counts_matrix,
     genomic_order,
     modality_keys,
     peak_names,
-    refuse_swapped,
 )
 from cellprior.model.multiomeclip._module import (
     MODALITIES,
@@ -192,11 +191,7 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
                 'them: setup_mudata(mdata, modalities={"rna": ..., "atac": ...}).'
             )
             raise ValueError(msg)
-        args = setup_method_args["setup_args"]
-        for name in MODALITIES:
-            counts_matrix(mdata.mod[keys[name]], args[f"{name}_layer"])
-            refuse_swapped(mdata.mod[keys[name]], name, keys[name])
-        cells = cells_of(mdata, args)
+        cells = cells_of(mdata, setup_method_args["setup_args"])
         if not cells.complete.any():
             rna, atac = (mdata.mod[keys[name]].obs_names[:1].tolist() for name in MODALITIES)
             msg = (
@@ -236,6 +231,35 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
         return super().from_pretrained(
             weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
         )
+
+    @classmethod
+    def embed_once(
+        cls,
+        weights: str | os.PathLike[str],
+        adata: MuData | ad.AnnData,
+        *,
+        layer: str | Mapping[str, str | None] | None = None,
+        gene_key: str | None = None,
+        batch_key: str | None = None,
+        modalities: Mapping[str, str] | None = None,
+        batch_size: int | None = None,
+        min_coverage: float = 0.25,
+        device: str | int | torch.device = "auto",
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Embed data with weights and let go of both; see :func:`cellprior.tl.embed`."""
+        layers = layer if isinstance(layer, Mapping) else dict.fromkeys(MODALITIES, layer)
+        if unknown := layers.keys() - set(MODALITIES):
+            msg = f'layer has the keys {sorted(unknown)}; needed: "rna" and "atac", with the names of their layers.'
+            raise ValueError(msg)
+        model = cls.from_pretrained(weights, min_coverage=min_coverage, device=device)
+        model.registry["setup_args"] |= {
+            "modalities": modalities,
+            "gene_key": gene_key,
+            **{f"{name}_layer": layers.get(name) for name in MODALITIES},
+        }
+        model._attached_match = model.feature_match(adata)
+        codes_of(adata.obs, batch_key)
+        return model.get_latent_representation(adata, batch_size=batch_size), model.provenance()
 
     @classmethod
     def _set_up(cls, adata: MuData | None) -> MuData | None:
@@ -327,7 +351,7 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
         found: dict[str, Any] = {"model": type(self).__name__, **(self.pretrained_ or {})}
         for name, match in self._attached_match.items():
             found |= {f"{name}_coverage": match.coverage, f"{name}_counts_share": match.counts_share}
-        return found
+        return {**found, "cellprior_version": version("cellprior")}
 
 
 _genomic_order = genomic_order  # the name is an argument of the model

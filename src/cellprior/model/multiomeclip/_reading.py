@@ -51,7 +51,11 @@ class ReadingModel(BaseModelClass):
             totals = np.asarray(x.sum(axis=0), dtype=np.float64).ravel() if in_memory else None
             if name == "rna":
                 found[name] = matching.match(
-                    adata.var, self.genes, gene_counts=totals, min_coverage=self.min_coverage
+                    adata.var,
+                    self.genes,
+                    gene_key=self.registry["setup_args"].get("gene_key"),
+                    gene_counts=totals,
+                    min_coverage=self.min_coverage,
                 )
             else:
                 found[name] = matching.match_peaks(
