@@ -174,7 +174,7 @@ def test_a_truncated_tensor_file_is_named(tmp_path: Path, left: int):
         ("{", "is not JSON"),
         ("[]", "no `format_version`"),
         ('{"model": "CellPLM", "network": {}}', "no `format_version`"),
-        ('{"format_version": 2, "cellprior_version": "9.0"}', r"format 2, of cellprior 9\.0.*Upgrade"),
+        ('{"format_version": 3, "cellprior_version": "9.0"}', r"format 3, of cellprior 9\.0.*Upgrade"),
         ('{"format_version": 1, "model": "CellPLM"}', "`network`"),
         (
             '{"format_version": 1, "model": "CellPLM", "network": {"n_genes": 5}}',
@@ -212,3 +212,55 @@ def test_a_gene_list_that_cannot_be_used_is_an_error_that_names_it(
 def test_the_config_on_disk_is_plain_json(tmp_path: Path):
     config = json.loads((write(tmp_path) / "config.json").read_text())
     assert config["network"] == {"n_genes": 3, "n_hidden": 4}
+
+
+# peaks
+
+PEAKS = ["chr1:100-600", "NA", 'chr2_random:5-9 "odd"', "", "chrX:700-1200"]
+
+
+def test_peaks_are_in_a_file_of_their_own_and_come_back_as_they_are(tmp_path: Path):
+    folder = write(tmp_path / "tiny", peaks=PEAKS)
+    assert {path.name for path in folder.iterdir()} == FILES | {"peaks.tsv"}
+    assert (folder / "peaks.tsv").read_text().startswith("peak\nchr1:100-600\nNA\n")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["n_peaks"] == 5 and config["format_version"] == 2
+    bundle = weights.read_bundle(folder)
+    assert bundle.peaks == PEAKS
+    assert bundle.vocabulary == {"genes": bundle.genes, "peaks": PEAKS}
+    assert weights.read_bundle(write(tmp_path / "without")).peaks is None
+
+
+def test_a_bundle_that_replaces_one_with_peaks_has_none(tmp_path: Path):
+    write(tmp_path / "tiny", peaks=PEAKS)
+    with pytest.raises(FileExistsError, match=r"peaks\.tsv"):
+        write(tmp_path / "tiny")
+    write(tmp_path / "tiny", overwrite=True)
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("given", [None, ["chr1:1-2"]], ids=["no peaks", "one peak"])
+def test_peaks_that_the_config_contradicts_are_not_written(tmp_path: Path, given: list[str] | None):
+    with pytest.raises(ValueError, match="says 7 peaks"):
+        write(tmp_path / "tiny", peaks=given, config={**CONFIG, "n_peaks": 7})
+
+
+@pytest.mark.parametrize(
+    ("keep", "named"),
+    [
+        (None, r"lacks peaks\.tsv"),
+        (0, r"peaks\.tsv cannot be read as a table"),
+        (4, "says 5 peaks, peaks.tsv has 0|is truncated"),
+        (len("peak\nchr1:100-600\nNA\n"), "says 5 peaks, peaks.tsv has 2"),
+        (-2, r"peaks\.tsv is truncated"),
+    ],
+    ids=["no file", "empty", "the head only", "two lines", "all but two bytes"],
+)
+def test_peaks_that_are_missing_or_cut_short_are_refused(tmp_path: Path, keep: int | None, named: str):
+    path = write(tmp_path / "tiny", peaks=PEAKS) / "peaks.tsv"
+    content = path.read_bytes()
+    path.unlink()
+    if keep is not None:
+        path.write_bytes(content[:keep])
+    with pytest.raises(weights.WeightsError, match=named):
+        weights.read_bundle(tmp_path / "tiny")

@@ -65,7 +65,8 @@ class LoadableModel(BaseModelClass):
         bundle, hashed = cls._read_weights(path)
         adata = cls._set_up(adata)
         with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
-            model = cls(adata, genes=bundle.genes, min_coverage=min_coverage, **bundle.config["network"])
+            arguments = {**bundle.config["network"], **bundle.vocabulary}
+            model = cls(adata, min_coverage=min_coverage, **arguments)
             model.annotation_ = bundle.config.get("annotation", {})
         load_strictly(model.module, bundle.state_dict, str(weights))
         model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
@@ -168,7 +169,7 @@ class LoadableModel(BaseModelClass):
         Parameters
         ----------
         folder
-            Where to write ``model.safetensors``, ``config.json``, ``genes.tsv`` and ``README.md``.
+            Where to write ``model.safetensors``, ``config.json``, ``genes.tsv`` (``peaks.tsv``) and ``README.md``.
         card
             Markdown for ``README.md``: what the weights were trained on, how good they are, and their licence.
         overwrite
@@ -189,6 +190,7 @@ class LoadableModel(BaseModelClass):
                 "annotation": self.annotation_,
             },
             genes=self.genes,
+            peaks=getattr(self, "peaks", None),
             card=card,
             overwrite=overwrite,
         )

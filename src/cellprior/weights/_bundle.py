@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the first had no file of peaks, and bundles without peaks are still of it
 GENE_COLUMNS = ("ensembl_id", "symbol", "previous_symbols")
 # The config comes last: a folder without one is not a bundle, so a half-written bundle cannot be read.
 FILES = ("model.safetensors", "genes.tsv", "README.md", "config.json")
+PEAKS = "peaks.tsv"  # of models that read ATAC; the config then has their number, `n_peaks`
+PEAK_COLUMNS = ("peak",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,14 @@ class Bundle:
     card: str
     """Markdown."""
 
+    peaks: list[str] | None = None
+    """Names of peaks in order, if the model reads ATAC."""
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """Arguments of the model besides those of its network: `genes`, and `peaks` if there are any."""
+        return {"genes": self.genes} | ({} if self.peaks is None else {"peaks": self.peaks})
+
 
 def write_bundle(
     folder: str | os.PathLike[str],
@@ -54,6 +64,7 @@ def write_bundle(
     config: Mapping[str, Any],
     genes: pd.DataFrame,
     card: str,
+    peaks: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -72,6 +83,8 @@ def write_bundle(
         Vocabulary in order; `ensembl_id` or `symbol` is needed, `previous_symbols` is optional.
     card
         Markdown for `README.md`: licence, training data, evaluation.
+    peaks
+        Names of peaks in order, such as `chr1:100-600`, of a model that reads ATAC.
     dtype
         Floating point type on disk, such as `torch.float16`; by default each tensor keeps its own.
     overwrite
@@ -88,32 +101,39 @@ def write_bundle(
     ValueError
         If the config, the genes or a tensor cannot be stored faithfully.
     """
+    import pandas as pd
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    present = [name for name in FILES if (folder / name).exists()]
+    present = [name for name in (*FILES, PEAKS) if (folder / name).exists()]
     if present and not overwrite:
         msg = f"{folder} already holds {', '.join(present)}. Pass overwrite=True or choose another folder."
         raise FileExistsError(msg)
     table = _normalise_genes(genes)
-    if problem := _config_problem(config, len(table)):
+    n_peaks = None if peaks is None else len(peaks)
+    if problem := _config_problem(config, len(table), n_peaks):
         msg = f"The bundle cannot be written: {problem}."
         raise ValueError(msg)
     tensors = {name: _for_disk(name, tensor, dtype) for name, tensor in state_dict.items()}
-    stamp = {"format_version": FORMAT_VERSION, "cellprior_version": version("cellprior")}
+    stamp = {"format_version": 1 if peaks is None else 2, "cellprior_version": version("cellprior")}
+    if n_peaks is not None:
+        stamp["n_peaks"] = n_peaks
     text = json.dumps({**config, **stamp}, indent=2, allow_nan=False) + "\n"
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as path:
         stage = Path(path)
         save_file(tensors, stage / "model.safetensors")
-        table.to_csv(stage / "genes.tsv", sep="\t", index=False, lineterminator="\n", encoding="utf-8")
+        _write_table(table, stage / "genes.tsv")
+        if peaks is not None:
+            _write_table(pd.DataFrame({"peak": list(peaks)}), stage / PEAKS)
         (stage / "README.md").write_text(card, encoding="utf-8")
         (stage / "config.json").write_text(text, encoding="utf-8")
         # safetensors writes a file for its owner alone
         shutil.copymode(stage / "config.json", stage / "model.safetensors")
-        (folder / "config.json").unlink(missing_ok=True)
-        for name in FILES:
+        for name in ("config.json", PEAKS):
+            (folder / name).unlink(missing_ok=True)
+        for name in FILES if peaks is None else (PEAKS, *FILES):
             (stage / name).replace(folder / name)
     return folder
 
@@ -137,8 +157,9 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         msg = f"{folder} is not a bundle: it lacks {', '.join(missing)}. A bundle holds {', '.join(FILES)}."
         raise WeightsError(msg)
     config = _read_config(folder / "config.json")
-    genes = _read_genes(folder / "genes.tsv")
-    if problem := _config_problem(config, len(genes)):
+    genes = _read_table(folder / "genes.tsv", GENE_COLUMNS)
+    peaks = _read_peaks(folder / PEAKS) if "n_peaks" in config else None
+    if problem := _config_problem(config, len(genes), None if peaks is None else len(peaks)):
         msg = f"The bundle {folder} contradicts itself: {problem}."
         raise WeightsError(msg)
     try:
@@ -150,7 +171,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     state_dict = {
         name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()
     }
-    return Bundle(state_dict, config, genes, (folder / "README.md").read_text(encoding="utf-8"))
+    return Bundle(state_dict, config, genes, (folder / "README.md").read_text(encoding="utf-8"), peaks)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -225,13 +246,15 @@ def _for_disk(name: str, tensor: Any, dtype: torch.dtype | None) -> torch.Tensor
     return small
 
 
-def _config_problem(config: Mapping[str, Any], n_genes: int) -> str | None:
-    """What keeps a config from describing a bundle with this many genes."""
+def _config_problem(config: Mapping[str, Any], n_genes: int, n_peaks: int | None) -> str | None:
+    """What keeps a config from describing a bundle with this many genes, and peaks if it has any."""
     if not isinstance(config.get("model"), str) or not isinstance(config.get("network"), Mapping):
         return "the config needs `model`, a class name, and `network`, a mapping of its arguments"
     stated = config.get("n_genes", config["network"].get("n_genes", n_genes))
     if stated != n_genes:
         return f"the config says {stated} genes, the gene list has {n_genes}"
+    if config.get("n_peaks", n_peaks) != n_peaks:
+        return f"the config says {config['n_peaks']} peaks, {PEAKS} has {n_peaks}"
     return None
 
 
@@ -249,21 +272,38 @@ def _normalise_genes(genes: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _read_genes(path: Path) -> pd.DataFrame:
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, sep="\t", index=False, lineterminator="\n", encoding="utf-8")
+
+
+def _read_peaks(path: Path) -> list[str]:
+    if not path.is_file():
+        msg = (
+            f"{path.parent} lacks {PEAKS}: the config says that the model reads peaks. Get the bundle again."
+        )
+        raise WeightsError(msg)
+    peaks = _read_table(path, PEAK_COLUMNS)["peak"].tolist()
+    if not path.read_bytes().endswith(b"\n"):
+        msg = f"{path} is truncated: its last line has no end. Get the bundle again."
+        raise WeightsError(msg)
+    return peaks
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     try:
         # A gene may be called NA or NAN: nothing is a missing value.
-        genes = pd.read_csv(
+        table = pd.read_csv(
             path, sep="\t", dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8"
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         msg = f"{path} cannot be read as a table ({error})."
         raise WeightsError(msg) from error
-    if list(genes.columns) != list(GENE_COLUMNS):
-        msg = f"{path} has the columns {list(genes.columns)}; needed: {list(GENE_COLUMNS)}."
+    if list(table.columns) != list(columns):
+        msg = f"{path} has the columns {list(table.columns)}; needed: {list(columns)}."
         raise WeightsError(msg)
-    return genes
+    return table
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from cellprior._compat import without_pulled_columns
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.weights import WeightsError
 
-from .data import N_CELLS, QUIET, cells, multiome, part
+from .data import N_CELLS, QUIET, cells, multiome, part, peak_names
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+OLD_BUNDLE = Path(__file__).parent / "bundle_with_peaks_in_config"
 pytestmark = pytest.mark.filterwarnings("ignore:After training:UserWarning")
 
 IN_A_FRESH_PROCESS = """
@@ -75,7 +76,7 @@ def test_counts_in_a_layer_are_as_good_as_in_x(trained, latent, mdata):
     for adata in mdata.mod.values():
         adata.layers["counts"], adata.X = adata.X, adata.X.log1p()
     MultiomeCLIP.setup_mudata(mdata, rna_layer="counts", atac_layer="counts")
-    model = MultiomeCLIP(mdata, **trained._network() | {"peaks": None})
+    model = MultiomeCLIP(mdata, **trained._network())
     model.module.load_state_dict(trained.module.state_dict())
     model.is_trained_ = True
     np.testing.assert_allclose(model.get_latent_representation(), latent["joint"], **CLOSE)
@@ -127,6 +128,25 @@ def test_every_tensor_of_a_bundle_has_its_place_or_the_error_lists_it(trained, t
     save_file({**tensors, "extra": torch.zeros(1)}, path)
     with pytest.raises(WeightsError, match="atac.components is missing; extra has no place"):
         MultiomeCLIP.from_pretrained(tmp_path / "bundle")
+
+
+def test_the_bundle_of_an_older_version_with_its_peaks_in_the_config_is_read_for_ever(mdata, tmp_path):
+    with np.load(OLD_BUNDLE / "cells.npz") as file:
+        old = dict(file)
+    for name, adata in mdata.mod.items():
+        adata.X = np.vstack([old[name], np.zeros((N_CELLS - 10, adata.n_vars))]).astype(np.float32)
+    model = MultiomeCLIP.from_pretrained(OLD_BUNDLE)
+    np.testing.assert_allclose(
+        model.get_latent_representation(mdata, indices=range(10)), old["latent"], **CLOSE
+    )
+    model.save_pretrained(tmp_path / "new")
+    assert "chr1" in (tmp_path / "new" / "peaks.tsv").read_text()
+    assert "chr1" not in (tmp_path / "new" / "config.json").read_text()
+    again = MultiomeCLIP.from_pretrained(tmp_path / "new")
+    assert again.peaks == model.peaks == peak_names()
+    np.testing.assert_array_equal(
+        again.get_latent_representation(mdata), model.get_latent_representation(mdata)
+    )
 
 
 def test_gene_names_may_be_in_a_column(trained, latent, mdata):

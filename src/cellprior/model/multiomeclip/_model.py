@@ -116,7 +116,7 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
         self._attached_match = {}
         self.init_params_ = self._get_init_params({**locals(), "genes": self.genes, "peaks": self.peaks})
         network = self._network()
-        del network["peaks"], network["genomic_order"]
+        del network["genomic_order"]
         self._model_summary_string = (
             f"MultiomeCLIP: {len(self.genes):,} genes, {len(self.peaks):,} peaks, "
             + ", ".join(f"{name}={value!r}" for name, value in network.items())
@@ -127,9 +127,10 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
             self._attached_match = self.feature_match()
 
     def _network(self) -> dict[str, Any]:
-        """Arguments besides ``genes`` and ``min_coverage``."""
+        """Arguments besides the vocabularies and ``min_coverage``."""
         params = self.init_params_["non_kwargs"]
-        return {name: value for name, value in params.items() if name not in ("genes", "min_coverage")}
+        others = ("genes", "peaks", "min_coverage")
+        return {name: value for name, value in params.items() if name not in others}
 
     @classmethod
     def setup_anndata(cls, adata: ad.AnnData, *args: Any, **kwargs: Any) -> None:
