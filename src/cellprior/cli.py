@@ -1,4 +1,4 @@
-"""Command line: ``cellprior list | card | download | embed | evaluate | demo``."""
+"""Command line: ``cellprior list | card | download | embed | convert | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     command.set_defaults(run=_embed)
 
+    command = commands.add_parser(
+        "convert", help="make a bundle of an official checkpoint, without running it"
+    )
+    command.add_argument("input", type=Path, help="checkpoint of CellPLM, scBERT or scCLIP")
+    command.add_argument("output", type=Path, help="folder to write")
+    command.add_argument(
+        "--i-trust-this-file",
+        action="store_true",
+        help="you know who made it: needed for a pickle of objects, as scCLIP's are, which is a program",
+    )
+    command.add_argument(
+        "--reference",
+        type=Path,
+        help="h5mu or h5ad file with raw counts, for scCLIP: the cells whose largest expression RNA is scaled by",
+    )
+    command.add_argument(
+        "--layer", help="layer of the reference with raw counts (default: X), or rna=NAME,atac=NAME"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
+    command.set_defaults(run=_convert)
+
     command = commands.add_parser("evaluate", help="does a pretrained model help on your data? a report")
     command.add_argument("input", type=Path, help="h5ad file with raw counts and labels")
     command.add_argument("--labels", required=True, help="column of obs with cell types")
@@ -118,7 +139,7 @@ def _embed(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         msg = f"there is no folder {args.output.parent} to write {args.output.name} into."
         raise ValueError(msg)
-    data = _read(args.input, is_mudata)
+    data = _read(args.input)
     tl.embed(
         data,
         args.weights,
@@ -151,12 +172,13 @@ def _embed(args: argparse.Namespace) -> None:
     )
 
 
-def _read(path: Path, is_mudata: bool) -> AnnData | MuData:
+def _read(path: Path) -> AnnData | MuData:
     import anndata as ad
     import mudata as md
 
     from cellprior._compat import without_pulled_columns
 
+    is_mudata = path.suffix == ".h5mu"
     try:
         with without_pulled_columns():
             return md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
@@ -177,6 +199,20 @@ def _write(data: AnnData | MuData, path: Path, is_mudata: bool) -> None:
         return
     with without_pulled_columns():
         data.write_h5mu(path)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from cellprior.model import convert
+
+    folder = convert(
+        args.input,
+        args.output,
+        trust=args.i_trust_this_file,
+        reference=None if args.reference is None else _read(args.reference),
+        layer=_by_modality(args.layer),
+        overwrite=args.overwrite,
+    )
+    sys.stdout.write(f"{folder}: {(folder / 'README.md').read_text(encoding='utf-8')}")
 
 
 def _by_modality(text: str | None) -> Any:

@@ -17,7 +17,15 @@ from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from cellprior.model._data import without_view
-from cellprior.weights import Bundle, WeightsError, read_bundle, resolve, sha256, write_bundle
+from cellprior.weights import (
+    Bundle,
+    InertCheckpoint,
+    WeightsError,
+    read_bundle,
+    resolve,
+    sha256,
+    write_bundle,
+)
 
 
 class LoadableModel(BaseModelClass):
@@ -160,6 +168,21 @@ class LoadableModel(BaseModelClass):
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
         msg = f"{path} is not a {cls.__name__} bundle: a folder with config.json and model.safetensors is needed."
         raise WeightsError(msg)
+
+    @classmethod
+    def from_pickle(
+        cls,
+        checkpoint: InertCheckpoint,
+        content: Any,
+        *,
+        reference: Any,
+        layer: str | Mapping[str, str | None] | None,
+    ) -> tuple[Self, list[str]] | None:
+        """Model of an official checkpoint that is a pickle of objects, and notes for its card; None if not this one's.
+
+        See :func:`cellprior.model.convert`, which alone may call this.
+        """
+        return None
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False

@@ -5,11 +5,13 @@ from __future__ import annotations
 from cellprior.weights._bundle import Bundle, read_bundle, read_checkpoint, write_bundle
 from cellprior.weights._card import Card, card
 from cellprior.weights._fetch import fetch, resolve, sha256
+from cellprior.weights._inert import InertCheckpoint
 from cellprior.weights._registry import WeightsError, available
 
 __all__ = [
     "Bundle",
     "Card",
+    "InertCheckpoint",
     "WeightsError",
     "available",
     "card",

@@ -194,19 +194,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     import torch
 
     path = Path(path)
-    if not path.is_file():
-        msg = f"There is no checkpoint file {path}."
-        raise WeightsError(msg)
-    if is_web_page(path):
-        msg = (
-            f"{path} is a web page, not a checkpoint: the host probably asked for a login. Download it again."
-        )
-        raise WeightsError(msg)
-    zipped = zipfile.is_zipfile(path)
-    with path.open("rb") as file:
-        if not zipped and file.read(2) == b"PK":
-            msg = f"{path} is truncated: it ends before its table of contents. Get it again."
-            raise WeightsError(msg)
+    zipped = is_zipped(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
@@ -226,6 +214,30 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         msg = f"{path} holds a {type(content).__name__}; needed: a dictionary of tensors (a state_dict)."
         raise WeightsError(msg)
     return content
+
+
+def is_zipped(path: Path) -> bool:
+    """Whether a checkpoint has the zip format that torch.save writes since PyTorch 1.6.
+
+    Raises
+    ------
+    WeightsError
+        If there is no such file, or it is no checkpoint, or not all of one.
+    """
+    if not path.is_file():
+        msg = f"There is no checkpoint file {path}."
+        raise WeightsError(msg)
+    if is_web_page(path):
+        msg = (
+            f"{path} is a web page, not a checkpoint: the host probably asked for a login. Download it again."
+        )
+        raise WeightsError(msg)
+    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not zipped and file.read(2) == b"PK":
+            msg = f"{path} is truncated: it ends before its table of contents. Get it again."
+            raise WeightsError(msg)
+    return zipped
 
 
 def _for_disk(name: str, tensor: Any, dtype: torch.dtype | None) -> torch.Tensor:

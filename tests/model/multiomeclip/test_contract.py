@@ -23,7 +23,7 @@ from cellprior.weights import WeightsError
 from .data import N_CELLS, QUIET, cells, multiome, part, peak_names
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-OLD_BUNDLE = Path(__file__).parent / "bundle_with_peaks_in_config"
+OLD_BUNDLE = Path(__file__).parent / "stored" / "bundle_with_peaks_in_config"
 pytestmark = pytest.mark.filterwarnings("ignore:After training:UserWarning")
 
 IN_A_FRESH_PROCESS = """

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, Self
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
-import torch
 from mudata import MuData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManagerValidationCheck
 
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._data import CountsManager, row_numbers
-from cellprior.model._loading import LoadableModel
 from cellprior.model.multiomeclip._cells import (
     Cells,
     ModalityField,
@@ -36,11 +32,11 @@ from cellprior.model.multiomeclip._module import (
     Modality,
     MultiomeCLIPModule,
 )
+from cellprior.model.multiomeclip._opening import OpenedModel
 from cellprior.model.multiomeclip._retrieval import RetrievalModel
-from cellprior.model.multiomeclip._train import ContrastiveModel
 
 
-class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
+class MultiomeCLIP(RetrievalModel, OpenedModel):
     """MultiomeCLIP: RNA and ATAC of a cell in one space, learned from cells that have both.
 
     With ``encoder="mlp"``, components of the log-normalised RNA and of the TF-IDF of ATAC through wide layers; with
@@ -215,57 +211,6 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
         manager.register_fields(mdata, **kwargs)
         cls.register_manager(manager)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        weights: str | os.PathLike[str],
-        adata: MuData | None = None,
-        *,
-        min_coverage: float = 0.25,
-        device: str | int | torch.device = "auto",
-        known_hash: str | None = None,
-    ) -> Self:
-        """Load pretrained weights; data to attach are needed to train on only.
-
-        See :meth:`cellprior.model._loading.LoadableModel.from_pretrained`.
-        """
-        return super().from_pretrained(
-            weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
-        )
-
-    @classmethod
-    def embed_once(
-        cls,
-        weights: str | os.PathLike[str],
-        adata: MuData | ad.AnnData,
-        *,
-        layer: str | Mapping[str, str | None] | None = None,
-        gene_key: str | None = None,
-        batch_key: str | None = None,
-        modalities: Mapping[str, str] | None = None,
-        batch_size: int | None = None,
-        min_coverage: float = 0.25,
-        device: str | int | torch.device = "auto",
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Embed data with weights and let go of both; see :func:`cellprior.tl.embed`."""
-        layers = layer if isinstance(layer, Mapping) else dict.fromkeys(MODALITIES, layer)
-        if unknown := layers.keys() - set(MODALITIES):
-            msg = f'layer has the keys {sorted(unknown)}; needed: "rna" and "atac", with the names of their layers.'
-            raise ValueError(msg)
-        model = cls.from_pretrained(weights, min_coverage=min_coverage, device=device)
-        model.registry["setup_args"] |= {
-            "modalities": modalities,
-            "gene_key": gene_key,
-            **{f"{name}_layer": layers.get(name) for name in MODALITIES},
-        }
-        model._attached_match = model.feature_match(adata)
-        codes_of(adata.obs, batch_key)
-        return model.get_latent_representation(adata, batch_size=batch_size), model.provenance()
-
-    @classmethod
-    def _set_up(cls, adata: MuData | None) -> MuData | None:
-        return None if adata is None else super()._set_up(adata)
-
     def get_latent_representation(
         self,
         adata: MuData | ad.AnnData | None = None,
@@ -346,13 +291,6 @@ class MultiomeCLIP(RetrievalModel, ContrastiveModel, LoadableModel):
             msg = f"modality={modality!r} is asked for, and the data have {' and '.join(cells.data)} only."
             raise ValueError(msg)
         return [name for name in MODALITIES if name == modality]
-
-    def provenance(self) -> dict[str, Any]:
-        """Which weights the model has, and how much of the attached data it reads; for the record."""
-        found: dict[str, Any] = {"model": type(self).__name__, **(self.pretrained_ or {})}
-        for name, match in self._attached_match.items():
-            found |= {f"{name}_coverage": match.coverage, f"{name}_counts_share": match.counts_share}
-        return {**found, "cellprior_version": version("cellprior")}
 
 
 _genomic_order = genomic_order  # the name is an argument of the model
