@@ -23,7 +23,7 @@ from cellprior.model._annotation_training import (
     only_trainable,
     split_cells,
 )
-from cellprior.model._rejection import Limits, cells_needed, find_limits
+from cellprior.model._rejection import Limits, check_reject, find_limits
 from cellprior.model._training import run
 
 
@@ -345,20 +345,12 @@ class AnnotatingModel(BaseModelClass):
         return names
 
     def _limits(self, reject: float, soft: bool) -> Limits:
-        if not 0 < reject < 1:
-            msg = f"reject={reject}; a share between 0 and 1 is needed, such as 0.1."
-            raise ValueError(msg)
+        scores = {name: np.asarray(values) for name, values in self._annotation["calibration"].items()}
+        advice = "Fine-tune with more labelled cells or a larger calibration_size"
+        check_reject(reject, len(scores.get("novelty", ())), advice)
         if soft:
             msg = (
                 "soft=True gives the probabilities of all labels, reject= applies to names. Give one of them."
-            )
-            raise ValueError(msg)
-        scores = {name: np.asarray(values) for name, values in self._annotation["calibration"].items()}
-        n_cells, needed = len(scores.get("novelty", ())), cells_needed(reject)
-        if n_cells < needed:
-            msg = (
-                f"reject={reject} can be promised from {needed} calibration cells on; there are {n_cells}. "
-                "Fine-tune with more labelled cells or a larger calibration_size, or allow a larger reject."
             )
             raise ValueError(msg)
         return find_limits(**scores, reject=reject)

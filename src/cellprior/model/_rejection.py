@@ -29,6 +29,25 @@ def cells_needed(reject: float) -> int:
     return n
 
 
+def check_reject(reject: float, n_cells: int, advice: str) -> None:
+    """Refuse a share that is none, or that so few calibration cells cannot promise.
+
+    Raises
+    ------
+    ValueError
+        With the number of cells needed, and the advice.
+    """
+    if not 0 < reject < 1:
+        msg = f"reject={reject}; a share between 0 and 1 is needed, such as 0.1."
+        raise ValueError(msg)
+    if n_cells < (needed := cells_needed(reject)):
+        msg = (
+            f"reject={reject} can be promised from {needed} calibration cells on; there are {n_cells}. {advice}, or "
+            "allow a larger reject."
+        )
+        raise ValueError(msg)
+
+
 def _named_needed(reject: float) -> int:
     """Fewest cells that, all named rightly, show an error of at most ``reject``."""
     return math.ceil(math.log(1 - ERROR_CONFIDENCE) / math.log(1 - reject))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,11 +11,44 @@ import scipy.sparse as sp
 import torch
 
 from cellprior.model._data import csr_tensor, read_rows
+from cellprior.model._rejection import check_reject, find_limits
 from cellprior.model.multiomeclip._cells import Cells, codes_of, counts_matrix
 from cellprior.model.multiomeclip._inputs import log_share, open_peaks
 from cellprior.model.multiomeclip._matching import Method, nearest, pairs
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.model.multiomeclip._reading import Data, ReadingModel
+
+
+@dataclass(frozen=True, eq=False)
+class Voters:
+    """Cells that name others.
+
+    Attributes
+    ----------
+    latent
+        Unit vectors ``(cells, n_latent)``.
+    labels
+        Their names ``(cells,)``.
+    n_neighbors
+        How many of them vote on a cell.
+    """
+
+    latent: np.ndarray
+    labels: np.ndarray
+    n_neighbors: int
+
+    def name(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Name of each cell, its share of the votes, and how far the voters are: 1 - mean cosine ``(cells,)``."""
+        names, code = np.unique(self.labels, return_inverse=True)
+        index, cosine = nearest(points, self.latent, self.n_neighbors)
+        votes = np.zeros((len(points), len(names)))
+        np.add.at(votes, (np.arange(len(points))[:, None], code[index]), 1.0 / max(index.shape[1], 1))
+        return names[votes.argmax(axis=1)].astype(object), votes.max(axis=1), 1.0 - cosine.mean(axis=1)
+
+
+def _without_ties(share: np.ndarray, novelty: np.ndarray) -> np.ndarray:
+    """Share of the votes; where it is the same, nearer voters count more."""
+    return share - 1e-6 * novelty
 
 
 class RetrievalModel(ReadingModel):
@@ -67,8 +102,17 @@ class RetrievalModel(ReadingModel):
         source: Modality = "rna",
         target: Modality = "atac",
         n_neighbors: int = 30,
+        reject: float | None = None,
     ) -> pd.DataFrame:
         """Name cells after the most similar cells of a reference, across modalities.
+
+        ``reject`` lets a cell be called ``unlabeled_category``, as in ``predict`` of the other models: for lying far
+        from all cells of the reference with probability at most ``reject``; and so that of the cells that get a name,
+        at most a share ``reject`` has a wrong one, with 90 % confidence. Both hold on average over types, for cells
+        exchangeable with those that it is calibrated on: cells of the reference with a label and both modalities, which
+        are named by the others and no longer vote. Of attached data that the model was trained on, these are the cells
+        that the last :meth:`train` held out; of other data, a fifth. Training data that are given anew as
+        ``reference`` are not recognised: with them, nothing is promised.
 
         Parameters
         ----------
@@ -83,6 +127,8 @@ class RetrievalModel(ReadingModel):
             Modality in which the reference and the query are looked at.
         n_neighbors
             Cells of the reference that vote.
+        reject
+            Between 0 and 1, see above; ``None`` names every cell.
 
         Returns
         -------
@@ -91,7 +137,8 @@ class RetrievalModel(ReadingModel):
         Raises
         ------
         ValueError
-            If there is no ``labels_key``, or no labelled cell.
+            If there is no ``labels_key``, or no labelled cell; or if ``reject`` is not between 0 and 1, or cannot be
+            promised with so few calibration cells.
         KeyError
             If there is no such column.
         """
@@ -103,19 +150,34 @@ class RetrievalModel(ReadingModel):
         cells, latent, rows = self._latents(reference, source)
         code = codes_of(cells.obs, key, unlabeled=args["unlabeled_category"])
         assert code is not None  # a key was given
-        named = code[rows] >= 0
-        if not named.any():
+        held_out = np.empty(0, dtype=np.int64)
+        if reject is not None:
+            held_out = self._held_out(reference, cells.complete & (code >= 0))
+            advice = "These are held-out cells of the reference with a label and both modalities; give more"
+            check_reject(reject, len(held_out), advice)
+        votes = (code[rows] >= 0) & ~np.isin(rows, held_out)
+        if not votes.any():
             msg = f"No cell of the reference with {source.upper()} has a label in {key!r}."
             raise ValueError(msg)
-        names, voter = np.unique(cells.obs[key].astype(str).to_numpy()[rows[named]], return_inverse=True)
+        labels = cells.obs[key].astype(str).to_numpy()
+        voters = Voters(latent[votes], labels[rows[votes]], n_neighbors)
         asked, points, asked_rows = self._latents(query, target)
-        index, _ = nearest(points, latent[named], n_neighbors)
-        votes = np.zeros((len(points), len(names)))
-        np.add.at(votes, (np.arange(len(points))[:, None], voter[index]), 1.0 / max(index.shape[1], 1))
-        return pd.DataFrame(
-            {"label": names[votes.argmax(axis=1)], "score": votes.max(axis=1)},
-            index=asked.obs.index[asked_rows],
-        )
+        label, share, novelty = voters.name(points)
+        if reject is not None:
+            own = self._embed(self._counts(reference, cells)[target], target, held_out)
+            named, certain, far = voters.name(own)
+            correct = named == labels[held_out]
+            limits = find_limits(far, _without_ties(certain, far), correct, reject=reject)
+            unknown = (novelty >= limits.novelty) | (_without_ties(share, novelty) <= limits.confidence)
+            label[unknown] = args["unlabeled_category"]
+        return pd.DataFrame({"label": label, "score": share}, index=asked.obs.index[asked_rows])
+
+    def _held_out(self, reference: Data | None, candidates: np.ndarray) -> np.ndarray:
+        """Numbers of the cells to calibrate on, of those that can be ``(cells,)``."""
+        rows = np.flatnonzero(candidates)
+        if (reference is None or reference is self.adata) and self.validation_indices is not None:
+            return np.intersect1d(rows, self.validation_indices)
+        return np.sort(np.random.default_rng(0).permutation(rows)[: len(rows) // 5])
 
     def predict_modality(
         self,
