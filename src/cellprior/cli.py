@@ -221,18 +221,12 @@ def _by_modality(text: str | None) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    import anndata as ad
-
     from cellprior import evaluate
 
     if not args.weights + args.embedding:
         msg = "nothing to evaluate: give --weights (such as cellplm-starter) or --embedding (a key of obsm)."
         raise ValueError(msg)
-    try:
-        adata = ad.read_h5ad(args.input)
-    except OSError as error:
-        msg = f"{args.input} cannot be read as an h5ad file: {error}"
-        raise ValueError(msg) from error
+    adata: Any = _read(args.input, is_mudata=False)
     if missing := [key for key in args.embedding if key not in adata.obsm]:
         msg = f"{', '.join(missing)} not found in obsm; its keys are {list(adata.obsm)}."
         raise ValueError(msg)
