@@ -679,7 +679,7 @@ def test_the_weights_of_another_model_are_refused_by_name(entry, model, tmp_path
         tmp_path / "bundle", state_dict=model.module.state_dict(), config=config, genes=model.genes, card=""
     )
     with pytest.raises(
-        cp.weights.WeightsError, match=r"holds a Another: load it with cellprior\.model\.Another"
+        cp.weights.WeightsError, match="holds a Another: load it with Another.from_pretrained"
     ):
         entry.model.from_pretrained(tmp_path / "bundle", entry.make_data())
 

@@ -155,7 +155,8 @@ class LoadableModel(BaseModelClass):
             return cls._read_official(path)
         bundle = read_bundle(path)
         if bundle.config["model"] != cls.__name__:
-            msg = f"{path} holds a {bundle.config['model']}: load it with cellprior.model.{bundle.config['model']}."
+            name = bundle.config["model"]
+            msg = f"{path} holds a {name}: load it with {name}.from_pretrained, not with {cls.__name__}."
             raise WeightsError(msg)
         return bundle, path
 

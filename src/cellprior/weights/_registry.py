@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from cellprior._plugins import plugins, registry_file, warn_broken
 from cellprior.settings import settings
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Entry:
 
     trained_on: str | None = None
     packaged: str | None = None
-    """Folder inside this package, for entries that need no download."""
+    """Folder beside the registry file, for entries that need no download."""
 
     notes: str | None = None
 
@@ -103,7 +104,7 @@ class Entry:
     @property
     def folder(self) -> Path:
         """Folder that holds the files, or will once they are fetched."""
-        return HERE / self.packaged if self.packaged else settings.cache_dir / self.name
+        return Path(self.packaged) if self.packaged else settings.cache_dir / self.name
 
     @property
     def status(self) -> str:
@@ -136,6 +137,8 @@ def parse_registry(path: Path) -> dict[str, Entry]:
     for name, given in yaml.safe_load(path.read_text(encoding="utf-8"))["datasets"].items():
         where = f"Registry entry {name!r}"
         files = given.get("files", [])
+        if "packaged" in given:
+            given = {**given, "packaged": str(path.parent / given["packaged"])}
         typed = tuple(_typed(FileEntry, file, f"{where}, file {number}") for number, file in enumerate(files))
         entries[name] = _typed(Entry, {**given, "name": name, "files": typed}, where)
     return entries
@@ -158,8 +161,20 @@ def _typed(kind: type[T], given: dict[str, Any], where: str) -> T:
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All entries of the registry that comes with this version of cellprior, by name."""
-    return parse_registry(HERE / "registry.yaml")
+    """All entries by name: those of cellprior's own registry, then those of plug-ins."""
+    found = parse_registry(HERE / "registry.yaml")
+    for plugin in plugins():
+        try:
+            path = registry_file(plugin)
+            added = parse_registry(path) if path else {}
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others are usable
+            warn_broken(plugin, f"its registry.yaml cannot be read ({error!r}).")
+            continue
+        if taken := sorted(found.keys() & added.keys()):
+            warn_broken(plugin, f"weights called {', '.join(taken)} are there already.")
+        else:
+            found |= added
+    return found
 
 
 def get_entry(name: str) -> Entry:

@@ -1,0 +1,3 @@
+from reference_pca._model import ReferencePCA
+
+__all__ = ["ReferencePCA"]
