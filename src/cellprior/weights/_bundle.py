@@ -320,11 +320,12 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         msg = f"{path} is not JSON ({error})."
         raise WeightsError(msg) from error
-    found = config.get("format_version") if isinstance(config, dict) else None
+    config: dict[str, Any] = content if isinstance(content, dict) else {}
+    found = config.get("format_version")
     if not isinstance(found, int):
         msg = f"{path} has no `format_version`: it is not the config of a cellprior bundle."
         raise WeightsError(msg)
