@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
+from sphinx.application import Sphinx
 from sphinx.ext.napoleon import NumpyDocstring
 
 info = metadata("cellprior")
@@ -19,12 +23,15 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_autodoc_typehints",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinxcontrib.bibtex",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "_templates"]
+exclude_patterns = ["_build", "_templates", "meta.yaml"]
 default_role = "literal"
 nitpicky = True
 
@@ -37,6 +44,8 @@ autosummary_filename_map = {
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+typehints_defaults = "braces"
+always_use_bars_union = True
 napoleon_google_docstring = False
 
 
@@ -47,6 +56,10 @@ def returns_as_prose(docstring: NumpyDocstring, section: str) -> list[str]:
 
 NumpyDocstring._parse_returns_section = returns_as_prose
 
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 
@@ -61,6 +74,8 @@ intersphinx_mapping = {
 }
 if tags.has("offline"):  # noqa: F821 - Sphinx defines it: sphinx-build -t offline
     intersphinx_mapping = {}
+    if find_spec("sphinx-mathjax-offline"):  # else formulas are drawn by a script from the network
+        extensions.append("sphinx-mathjax-offline")
 # What other projects document is theirs to name, and a private name stays plain text; every public name must resolve.
 nitpick_ignore_regex = [("py:.*", r"(?!cellprior\.).*"), ("py:.*", r"cellprior\.(.*\.)?_.*")]
 
@@ -71,3 +86,15 @@ html_theme_options = {
     "use_repository_button": True,
     "path_to_docs": "docs/",
 }
+
+
+def copy_notebooks(app: Sphinx) -> None:
+    """The tutorials, whose one source is the folder notebooks/ beside this one."""
+    folder = Path(app.srcdir) / "notebooks"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(Path(app.srcdir).parent / "notebooks", folder, ignore=shutil.ignore_patterns(".*"))
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls it."""
+    app.connect("builder-inited", copy_notebooks)

@@ -24,28 +24,6 @@ def test_each_of_the_two_commands_is_a_block_of_its_own_and_ci_runs_it_word_for_
     assert f"run '{command}'\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_the_python_of_the_readme_runs_from_top_to_bottom():
-    import numpy as np
-    import scanpy as sc
-
-    import cellprior as cp
-
-    adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
-    adata.layers["counts"] = cp.pp.recover_counts(adata)
-    adata.obs["sample"] = np.where(np.arange(adata.n_obs) % 2, "odd", "even")
-    adata.obs["cell_type"] = adata.obs["bulk_labels"]
-    names = {"adata": adata}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
-
-    embedding = adata.obsm["X_cellplm"]
-    assert embedding.shape[0] == adata.n_obs
-    assert embedding.dtype == np.float32
-    assert np.isfinite(embedding).all()
-    assert adata.obsm["X_umap"].shape == (adata.n_obs, 2)
-    assert "cellprior" in adata.uns
-
-
 def test_the_command_line_of_the_readme_names_only_commands_that_exist(capsys):
     from cellprior.cli import main
 

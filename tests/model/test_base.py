@@ -13,7 +13,7 @@ import scvi
 import torch
 from anndata import AnnData
 
-from cellprior.model import CellPLM, NotCountsError
+from cellprior.model import CellPLM, MultiomeCLIP, NotCountsError, ScBERT
 from cellprior.model._loading import load_strictly
 from cellprior.weights import WeightsError, write_bundle
 
@@ -309,3 +309,16 @@ def test_the_share_of_counts_is_known_in_memory_and_not_asked_of_a_file(bundle, 
     assert CellPLM.from_pretrained(bundle, adata).gene_match.counts_share == pytest.approx(share)
     backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
     assert CellPLM.from_pretrained(bundle, backed).gene_match.counts_share is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"), [("x.best.ckpt", CellPLM), ("x.pth", ScBERT), ("x.bin", None), ("x.ckpt", None)]
+)
+def test_a_checkpoint_is_recognised_by_the_model_whose_layout_it_has_alone_or_in_a_folder(
+    tmp_path, name, reader
+):
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        assert [model for model in (CellPLM, ScBERT, MultiomeCLIP) if model.recognises(path)] == (
+            [reader] if reader else []
+        )

@@ -1,0 +1,65 @@
+"""Run the tutorials again, in place, and say how long each took.
+
+    python scripts/run_notebooks.py [NOTEBOOK ...]
+
+Needs `pip install ".[docs]"`. Notebooks that read files say where these come from; CELLPRIOR_TUTORIAL_DATA names the
+folder with them. Without it, such notebooks are left as they are. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+DATA = "CELLPRIOR_TUTORIAL_DATA"
+# What a machine leaves in an output that says nothing about the tutorial.
+NOISE = re.compile(r"GPU available|TPU available|LOCAL_RANK|Tip: For seamless|`Trainer.fit` stopped|it/s")
+
+
+def main() -> int:
+    """Run the notebooks that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("notebook", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
+    for path in parser.parse_args().notebook:
+        notebook = nbformat.read(path, as_version=4)
+        if DATA in "".join(cell.source for cell in notebook.cells) and DATA not in os.environ:
+            sys.stdout.write(f"{path.name}: left as it is, {DATA} is not set\n")
+            continue
+        start = time.perf_counter()
+        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(path.parent)}}).execute()
+        tidy(notebook)
+        nbformat.write(notebook, path)
+        sys.stdout.write(f"{path.name}: {time.perf_counter() - start:.0f} s\n")
+    return 0
+
+
+def tidy(notebook: nbformat.NotebookNode) -> None:
+    """Take out when and where it was run, and the lines that only a machine's owner wants to see."""
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+        cell.metadata.pop("execution", None)
+        kept = []
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = [line for line in output.text.splitlines(keepends=True) if not NOISE.search(line)]
+                output.text = "".join(lines)
+                if not output.text.strip():
+                    continue
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            kept.append(output)
+        if "outputs" in cell:
+            cell.outputs = kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Every public name is documented, with its parameters, and tested."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cellprior as cp
+
+ROOT = Path(__file__).parent.parent
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+SOURCES = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+TESTED = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)))
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Names by room, such as `genes.match`, and what they stand for."""
+    for room in cp.__all__:
+        if room != "settings":  # one object, whose class is documented
+            module = import_module(f"cellprior.{room}")
+            yield from ((f"{room}.{name}", getattr(module, name)) for name in module.__all__)
+
+
+PUBLIC = dict(public())
+
+
+def methods(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Public methods that a class of ours defines or takes from another class of ours, once each."""
+    for name, member in inspect.getmembers(thing):
+        function = inspect.unwrap(member) if callable(member) else None
+        if not name.startswith("_") and inspect.isroutine(function):
+            if (getattr(function, "__module__", None) or "").startswith("cellprior"):
+                yield name, member
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_on_the_page_of_the_api(name):
+    assert re.search(rf"^   {re.escape(name)}$", API, flags=re.MULTILINE), f"docs/api.md lacks {name}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_used_by_a_test_and_so_are_its_methods(name):
+    thing = PUBLIC[name]
+    names = [] if is_dataclass(thing) else [name.rpartition(".")[2]]  # functions make those
+    if inspect.isclass(thing):
+        names += [method for method, _ in methods(thing)]
+    assert set(names) <= TESTED, f"no test says {sorted(set(names) - TESTED)}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_says_what_it_is_and_what_each_parameter_means(name):
+    thing = PUBLIC[name]
+    described = {name: thing}
+    if inspect.isclass(thing):
+        described |= {f"{name}.{method}": member for method, member in methods(thing)}
+    for where, member in described.items():
+        text = inspect.getdoc(member) or ""
+        assert len(text) > 20, f"{where} has no docstring"
+        if "Parameters\n---" not in text:
+            continue  # one line says it all, or refers to where it is said
+        for parameter in inspect.signature(member).parameters:
+            if parameter not in {"self", "cls", "kwargs"}:  # the last of setup_anndata: for scvi-tools' own use
+                said = re.search(rf"^(\*\*)?(.*, )?{parameter}(,.*)?$", text, flags=re.MULTILINE)
+                assert said, f"{where} says nothing about {parameter}"
+
+
+def test_what_the_page_of_the_api_names_exists():
+    for name in re.findall(r"^   ((?:\w+\.)+\w+)$", API, flags=re.MULTILINE):
+        path, _, last = name.rpartition(".")
+        module = import_module(f"cellprior.{path}")
+        assert hasattr(module, last), name

@@ -1,0 +1,183 @@
+"""Every code block of the README and the documentation is run, page by page, from top to bottom.
+
+Python runs on a few blood cells that come with scanpy, or on a made-up multiome, with training cut to two epochs. Of
+shell blocks, the lines that call `cellprior` are run. Two comments tell this file more, and readers see neither:
+
+    <!-- not run: why -->   before a block that needs what a test cannot have
+    <!-- run: ... -->       code that makes what the next blocks take for granted
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scvi
+from anndata import AnnData
+
+import cellprior as cp
+from cellprior.cli import main
+from tests.contract.models import blood_cells
+from tests.model.multiomeclip.data import cells as multiome_cells
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in DOCS.rglob("*.md") if not {"_build", "generated"} & set(path.parts)),
+]
+LANGUAGES = {"python", "bash"}
+SHOWN_ONLY = {"text", "toml", "yaml", "console"}
+PIECE = re.compile(
+    r"^<!-- (?P<marker>run|not run):(?P<said>.*?)-->$|^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """A piece of a page: its language, its code, and why it is not run, if it is not."""
+
+    language: str
+    code: str
+    excuse: str | None = None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """Pieces of a page in order; hidden code is Python."""
+    excuse = None
+    for piece in PIECE.finditer(text):
+        if piece["marker"] == "run":
+            yield Block("python", piece["said"])
+        elif piece["marker"] == "not run":
+            excuse = piece["said"].strip()
+        else:
+            yield Block(piece["language"], piece["code"], excuse)
+            excuse = None
+
+
+def test_the_pieces_of_a_page_are_found_in_order_each_with_what_is_said_of_it():
+    page = (
+        "# Title\n\n<!-- run:\na = 1\n-->\n```python\nb = 2\n```\n\n<!-- not run: needs a moon -->\n"
+        "```bash\nls\n```\n<!-- a remark -->\n```{note}\nno code\n```\n```python\nc = 3\n```\n"
+    )
+    assert list(blocks(page)) == [
+        Block("python", "\na = 1\n"),
+        Block("python", "b = 2\n"),
+        Block("bash", "ls\n", "needs a moon"),
+        Block("python", "c = 3\n"),
+    ]
+
+
+@cache
+def _some_cells() -> AnnData:
+    adata = blood_cells()
+    rng = np.random.default_rng(0)
+    shown = ["CD3D", "LYZ", "NKG7", "IL7R"]  # genes that the pages name
+    others = rng.permutation(adata.var_names.difference(shown))[: 300 - len(shown)]
+    adata = adata[rng.permutation(adata.n_obs)[:240], [*others, *shown]].copy()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.layers.pop("log")
+    adata.obs["sample"] = np.where(np.arange(adata.n_obs) % 2, "spatial", "dissociated")
+    adata.obs["cell_type"] = adata.obs.pop("bulk_labels").astype(str).str.replace("CD[48].*", "T", regex=True)
+    return adata
+
+
+def made_up() -> dict[str, Any]:
+    """What pages take for granted: cells with counts, samples and types; a reference and a query; a multiome."""
+    adata, mdata = _some_cells().copy(), multiome_cells()
+    mdata.obs["sample"] = mdata.obs.pop("batch")
+    mdata.obs["cell_type"] = mdata.obs.pop("type")
+    for modality in mdata.mod.values():
+        modality.layers["counts"] = modality.X
+        modality.obs["cell_type"] = mdata.obs["cell_type"].loc[modality.obs_names]
+    half = np.arange(adata.n_obs) < 200
+    return {
+        "adata": adata,
+        "reference": adata[half].copy(),
+        "query": adata[~half].copy(),
+        "mdata": mdata,
+        "rna": mdata.mod["rna"].copy(),
+        "atac": mdata.mod["atac"].copy(),
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Two epochs of everything, in an empty folder, without the network."""
+    start = scvi.train.TrainRunner.__init__
+    signature = inspect.signature(start)
+
+    def cut_short(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.arguments["max_epochs"] = min(given.arguments["max_epochs"], 2)
+        start(*given.args, **given.kwargs)
+
+    monkeypatch.setattr(scvi.train.TrainRunner, "__init__", cut_short)
+    monkeypatch.setenv("CELLPRIOR_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    seed = scvi.settings.seed
+    yield
+    plt.close("all")
+    if seed is not None:
+        scvi.settings.seed = seed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
+    found = list(blocks(page.read_text(encoding="utf-8")))
+    names = made_up() if any(block.language == "python" and not block.excuse for block in found) else {}
+    if any(block.language == "bash" for block in found):
+        cells = AnnData(_some_cells().layers["counts"], obs=_some_cells().obs, var=_some_cells().var)
+        cells.write_h5ad("cells.h5ad")
+    for number, block in enumerate(found):
+        assert block.language in LANGUAGES | SHOWN_ONLY, f"{page}: a block of {block.language}"
+        if block.excuse is not None:
+            assert len(block.excuse) > 10, f"{page}: say why it is not run"
+        elif block.language == "python":
+            code = compile(block.code, f"{page.name}, block {number}", "exec")
+            with warnings.catch_warnings():
+                # two epochs are too few to be good, and the models say so
+                warnings.simplefilter("ignore", category=UserWarning)
+                exec(code, names)
+        elif block.language == "bash":
+            run_shell(block.code)
+
+
+def run_shell(code: str) -> None:
+    """Run the calls of `cellprior`, as in a shell; of a script, look whether it is there."""
+    for line in code.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["cellprior"]:
+            assert main(words[1:]) == 0, line
+        elif words[:1] == ["python"] and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), line
+
+
+def test_the_first_page_that_people_read_gives_an_embedding_a_map_and_a_record(quick):
+    names = made_up()
+    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+        if block.language == "python":
+            exec(compile(block.code, "README.md", "exec"), names)
+    adata = names["adata"]
+    embedding = adata.obsm["X_cellplm"]
+    assert embedding.shape[0] == adata.n_obs
+    assert embedding.dtype == np.float32
+    assert np.isfinite(embedding).all()
+    assert adata.obsm["X_umap"].shape == (adata.n_obs, 2)
+    assert "cellprior" in adata.uns
+
+
+def test_a_page_whose_code_fails_would_be_noticed(quick):
+    with pytest.raises(cp.model.NotCountsError):
+        exec("import cellprior as cp\ncp.tl.embed(adata, 'cellplm-starter')", made_up())
+
+
