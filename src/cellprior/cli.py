@@ -226,7 +226,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not args.weights + args.embedding:
         msg = "nothing to evaluate: give --weights (such as cellplm-starter) or --embedding (a key of obsm)."
         raise ValueError(msg)
-    adata: Any = _read(args.input, is_mudata=False)
+    adata: Any = _read(args.input)
     if missing := [key for key in args.embedding if key not in adata.obsm]:
         msg = f"{', '.join(missing)} not found in obsm; its keys are {list(adata.obsm)}."
         raise ValueError(msg)
