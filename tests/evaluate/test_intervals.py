@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from cellprior.evaluate._intervals import Resampling, compared, interval
+from cellprior.evaluate._intervals import Resampling, _take, compared, interval
 from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, batch_splits, label_codes, random_splits
 
 
@@ -133,3 +133,25 @@ def test_many_batches_are_held_out_several_at_a_time():
 def test_batches_that_cannot_be_held_out_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
         batch_splits(np.array([0, 0, 1, 1]), batches)
+
+
+def test_fits_of_the_same_held_out_batch_do_not_count_as_batches():
+    """Three batches fitted once, or twice with the same outcome, say the same."""
+    codes = np.zeros(300, dtype=int)
+    right = np.repeat([1.0, 0.5, 0.0], 100)
+    thirds = [np.arange(300)[i * 100 : (i + 1) * 100] for i in range(3)]
+    batches = [Split(HELD_OUT, 0, name, np.arange(0), rows) for name, rows in zip("abc", thirds, strict=True)]
+    once = Resampling(len(codes), batches).mean([right[rows] for rows in thirds])
+    twice = Resampling(len(codes), [s for s in batches for _ in range(2)]).mean(
+        [right[rows] for rows in thirds for _ in range(2)]
+    )
+    assert once[0] == twice[0] == pytest.approx(0.5)
+    assert once[1:].std() == pytest.approx(twice[1:].std(), rel=0.1)
+
+
+def test_every_draw_takes_as_many_splits_as_there_are():
+    rng = np.random.default_rng(0)
+    taken = _take(rng, ["a", "a", "b", "b"], 200)
+    assert (taken.sum(axis=1) == 4).all()
+    assert set(taken[:, :2].sum(axis=1)) == {0, 2, 4}  # whole batches
+    assert len(np.unique(taken[:, 0])) > 3  # and fits among them

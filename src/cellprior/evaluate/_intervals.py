@@ -23,8 +23,10 @@ class Resampling:
 
     A draw weighs each cell by a Poisson variable of mean 1, so that a cell which several splits ask about weighs the
     same in all of them, and takes as many of the splits (seeds, or held-out batches) as there are, with repeats
-    [Efron and Tibshirani, An Introduction to the Bootstrap, 1993; Oza and Russell, Online bagging, 2001]. The interval
-    is that of percentiles. With two or three held-out batches it is about as wide as they differ, and still rough.
+    [Efron and Tibshirani, An Introduction to the Bootstrap, 1993; Oza and Russell, Online bagging, 2001]. Splits that
+    hold out the same batch are taken together, and then drawn again among themselves: two fits are not two batches.
+    The interval is that of percentiles. With two or three held-out batches it is about as wide as they differ, and
+    still rough.
 
     Parameters
     ----------
@@ -46,7 +48,7 @@ class Resampling:
         self._place[tested] = np.arange(len(tested))
         drawn = rng.poisson(1.0, (len(tested), n_draws)).astype(np.uint8)
         self._weights = np.concatenate([np.ones((len(tested), 1), dtype=np.uint8), drawn], axis=1)
-        taken = rng.multinomial(len(splits), np.full(len(splits), 1 / len(splits)), size=n_draws)
+        taken = _take(rng, [split.held_out or i for i, split in enumerate(splits)], n_draws)
         self._taken = np.concatenate([np.ones((1, len(splits)), dtype=taken.dtype), taken])
 
     def mean(self, values: Sequence[np.ndarray]) -> Draws:
@@ -83,6 +85,29 @@ class Resampling:
     def _over_splits(self, scores: Sequence[np.ndarray]) -> Draws:
         """Mean over the splits that a draw takes."""
         return (np.stack(scores, axis=1) * self._taken).sum(axis=1) / len(self.splits)
+
+
+def _take(rng: np.random.Generator, units: Sequence[object], n_draws: int) -> np.ndarray:
+    """How often each split is taken ``(draws, splits)``: units with repeats, and of each unit its splits with repeats.
+
+    Parameters
+    ----------
+    rng
+        Draws.
+    units
+        Of each split; all have as many.
+    n_draws
+        How many.
+    """
+    number = pd.factorize(np.array([str(unit) for unit in units]))[0]
+    n_units = number.max() + 1
+    of_units = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_draws)
+    taken = np.empty((n_draws, len(units)), dtype=of_units.dtype)
+    for unit in range(n_units):
+        of_unit = np.flatnonzero(number == unit)
+        shares = np.full(len(of_unit), 1 / len(of_unit))
+        taken[:, of_unit] = rng.multinomial(of_units[:, unit] * len(of_unit), shares)
+    return taken
 
 
 def _class_scores(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

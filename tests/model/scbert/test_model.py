@@ -247,6 +247,24 @@ def test_the_head_learns_from_what_differs_between_cells(bundle, tmp_path):
     )
 
 
+def test_what_was_fine_tuned_approximately_names_cells_by_the_same_approximation(bundle, tmp_path):
+    model = ScBERT.from_pretrained(bundle, make_cells(100))
+    model.fine_tune("kind", trainable="all", max_epochs=3, lr=1e-2, n_zero_genes=3, batch_size=64, **QUIET)
+    query = make_cells(30, seed=3)
+    soft = model.predict(query, soft=True)
+    with torch.inference_mode():
+        hidden = model.module.pool(tokens_of(model, query), n_zero_genes=3)
+        expected = model.module.annotation(hidden).softmax(1)
+    np.testing.assert_allclose(soft, expected, rtol=1e-4)
+    model.save_pretrained(tmp_path / "tuned")
+    again = ScBERT.from_pretrained(tmp_path / "tuned", query)
+    np.testing.assert_allclose(again.predict(soft=True), soft, rtol=1e-4)
+    model.module.n_zero_genes = None
+    assert not np.allclose(model.predict(query, soft=True), soft, atol=1e-4)
+    with pytest.raises(ValueError, match="n_zero_genes=0; at least 1"):
+        model.fine_tune("kind", n_zero_genes=0, **QUIET)
+
+
 def test_a_foreign_file_is_not_taken_for_a_checkpoint(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"no")
     assert model_class(tmp_path / "x.pth") is ScBERT

@@ -146,14 +146,41 @@ class ScBERT(ContextMixin):
         """
         return self._embed(adata, indices, batch_size, precision, pooling=pooling, n_zero_genes=n_zero_genes)
 
+    def fine_tune(
+        self, labels_key: str | None = None, *, n_zero_genes: int | None = None, **options: Any
+    ) -> None:
+        """Learn the labels of the attached data, see :meth:`cellprior.model.CellPLM.fine_tune`.
+
+        Parameters
+        ----------
+        labels_key
+            Column of ``obs``; by default the one given to ``setup_anndata``.
+        n_zero_genes
+            Approximate, and much faster, see :meth:`get_latent_representation`; :meth:`predict` then approximates
+            too. ``None`` is exact.
+        **options
+            All other arguments of that method.
+
+        Raises
+        ------
+        ValueError
+            If ``n_zero_genes`` is below 1.
+        """
+        self.module.n_zero_genes = n_zero_genes
+        super().fine_tune(labels_key, **options)
+
     @property
     def training_state_(self) -> dict[str, Any]:
-        """Training steps since the random features were drawn."""
-        return {"steps_since_redraw": self.module.steps_since_redraw}
+        """Training steps since the random features were drawn, and how the annotation head reads a cell."""
+        return {
+            "steps_since_redraw": self.module.steps_since_redraw,
+            "n_zero_genes": self.module.n_zero_genes,
+        }
 
     @training_state_.setter
     def training_state_(self, state: dict[str, Any]) -> None:
         self.module.steps_since_redraw = state.get("steps_since_redraw", 0)
+        self.module.n_zero_genes = state.get("n_zero_genes")
 
     def _objective(self, name: str | None) -> dict[str, Any]:
         micro_batch_size = max(TRAINED_POSITIONS // len(self.genes), 1)

@@ -92,6 +92,7 @@ class ScBERTModule(BaseModuleClass):
         self.n_genes, self.n_hidden, self.n_latent, self.n_bins = n_genes, n_hidden, n_hidden, n_bins
         self.key_max = key_max
         self.steps_since_redraw = 0  # rises in training; saved beside the tensors
+        self.n_zero_genes: int | None = None  # of :meth:`hidden`, see :meth:`pool`; saved beside the tensors
         self.n_kernel_values = n_heads * n_features  # of one position
         self.embedder = Embedder(n_genes, n_hidden, n_bins + 2, gene_vectors)
         self.encoder = nn.ModuleList(
@@ -177,16 +178,21 @@ class ScBERTModule(BaseModuleClass):
         self._check(tokens)
         return torch.cat([self._pool(group, pooling, n_zero_genes) for group in self._groups(tokens)])
 
-    def hidden(
-        self, counts: Tensor, *, gene_index: Tensor | None = None, n_zero_genes: int | None = None
-    ) -> Tensor:
+    def hidden(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
         """Mean over the genes ``(cells, n_hidden)`` from raw counts, what the annotation head reads.
 
         Gradients are those of all cells, with the memory of a few.
         """
         tokens = self.tokens(counts, gene_index=gene_index)
-        size = max(TRAINED_POSITIONS // self.n_genes, 1) if torch.is_grad_enabled() else None
-        return in_micro_batches(lambda cells: self.pool(cells, n_zero_genes=n_zero_genes), tokens, size=size)
+        size = None
+        if torch.is_grad_enabled():
+            kept = self.n_genes
+            if self.n_zero_genes is not None:
+                kept = min(kept, int((tokens > 0).sum(1).max()) + self.n_zero_genes)
+            size = max(TRAINED_POSITIONS // kept, 1)
+        return in_micro_batches(
+            lambda cells: self.pool(cells, n_zero_genes=self.n_zero_genes), tokens, size=size
+        )
 
     @torch.no_grad()
     def attention(self, tokens: Tensor, *, genes: Tensor | None = None) -> Tensor:
