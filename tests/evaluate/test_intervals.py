@@ -155,3 +155,13 @@ def test_every_draw_takes_as_many_splits_as_there_are():
     assert (taken.sum(axis=1) == 4).all()
     assert set(taken[:, :2].sum(axis=1)) == {0, 2, 4}  # whole batches
     assert len(np.unique(taken[:, 0])) > 3  # and fits among them
+
+
+def test_quantiles_are_of_the_cells_and_spread_as_a_bootstrap_does():
+    values = np.random.default_rng(0).gamma(2.0, 1.0, size=400)
+    split = Split(RANDOM, 0, "", np.arange(0), np.arange(400))
+    draws = Resampling(400, [split]).quantile([values], 0.9)
+    assert draws[0] == np.quantile(values, 0.9, method="inverted_cdf")
+    rng = np.random.default_rng(1)
+    again = [np.quantile(rng.choice(values, 400), 0.9) for _ in range(1000)]
+    assert draws[1:].std() == pytest.approx(np.std(again), rel=0.15)

@@ -6,8 +6,9 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import anndata as ad
@@ -276,12 +277,12 @@ def _note(arm: str, fits: Sequence[Fit]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning has to say at each fit: of devices, and of its own use of torch."""
+    """Without what Lightning and scvi-tools have to say at each fit: of devices, of torch, of early stopping."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.filterwarnings("ignore", message=r".isinstance\(treespec", category=FutureWarning)
             yield
     finally:

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 
 from cellprior.evaluate import _probes as probes
+from cellprior.evaluate._expression import log_normalised, raw_counts
 from cellprior.evaluate._splits import Split
 from cellprior.evaluate._twin import random_twin, same_weights
 from cellprior.model._base import PretrainedModel
-from cellprior.model._data import read_rows, without_view
+from cellprior.model._data import without_view
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
 LEARNED = 0.2  # of the training cells that the largest class gets wrong, at least, for an arm to have learned
@@ -92,7 +92,7 @@ class Cells:
             return self._named(probes.largest(self.codes, self.train.n_obs + self.test.n_obs))
         if arm == GENES:
             layer = self.model.registry["setup_args"]["layer"]
-            x, y = (log_normalised(cells, layer) for cells in (self.train, self.test))
+            x, y = (log_normalised(raw_counts(cells, layer)) for cells in (self.train, self.test))
             return self._named(probes.sparse_on_genes(x, self.codes, sp.vstack([x, y], format="csr")))
         if NETWORKS[arm].trainable is None:
             return self._probed(NETWORKS[arm], embed_options)
@@ -155,10 +155,3 @@ def is_rising(macro_f1: Sequence[float], max_epochs: int) -> bool:
     """Whether training ended before a plateau: not stopped early, and still better in the last fifth of the epochs."""
     n_before = max_epochs - max(max_epochs // 5, 1)
     return max(macro_f1[n_before:], default=0.0) > max(macro_f1[:n_before], default=0.0) + RISING
-
-
-def log_normalised(adata: ad.AnnData, layer: str | None) -> sp.csr_matrix:
-    """log1p of counts per 10,000, ``(cells, genes)``."""
-    x = read_rows(adata.X if layer is None else adata.layers[layer], np.arange(adata.n_obs))
-    depth = np.maximum(np.asarray(x.sum(axis=1)).ravel(), 1)
-    return sp.csr_matrix(sp.diags_array(1e4 / depth) @ x).log1p()

@@ -62,6 +62,15 @@ class Resampling:
             ]
         )
 
+    def quantile(self, values: Sequence[np.ndarray], q: float) -> Draws:
+        """The smallest number of a cell that a share ``q`` of the cells does not exceed; values as of :meth:`mean`."""
+        of_splits = []
+        for of_cells, weights in zip(values, self._by_split(), strict=True):
+            order = np.argsort(of_cells)
+            up_to = weights[order].cumsum(axis=0, dtype=np.int64)  # (cells, 1 + draws)
+            of_splits.append(np.asarray(of_cells)[order][(up_to >= q * up_to[-1]).argmax(axis=0)])
+        return self._over_splits(of_splits)
+
     def classification(self, codes: np.ndarray, predicted: Sequence[np.ndarray]) -> dict[str, Draws]:
         """Macro-F1, balanced accuracy and accuracy, over the labels that a split's cells have.
 

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRSc
 
 from cellprior.model._data import VocabularySplitter
 from cellprior.model._genes import measured_genes, refuse_unmeasured
+from cellprior.model._masked import MaskedScores
 
 
 class TrainingPlan(pl.LightningModule):
@@ -272,6 +274,26 @@ class TrainableModel(BaseModelClass):
 
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> torch.nn.Module:
         """Predictors that know no biology, from the minibatches of the training cells; see :class:`TrainingPlan`."""
+        raise NotImplementedError
+
+    def _masked_scores(
+        self, counts: Tensor, floor: Any, *, share: float, rng: np.random.Generator, measured: Tensor
+    ) -> MaskedScores:
+        """How well genes that are hidden from the network are predicted, by it and by the ``floor``'s predictors.
+
+        Parameters
+        ----------
+        counts
+            Raw counts over the vocabulary ``(cells, n_genes)``, of one sentence.
+        floor
+            From :meth:`_fit_floor`.
+        share
+            Of the genes that is hidden.
+        rng
+            Draws them.
+        measured
+            Which genes were measured ``(n_genes,)``.
+        """
         raise NotImplementedError
 
     @property

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from cellprior.model._base import Precision
 from cellprior.model._data import CountsManager
+from cellprior.model._masked import MaskedScores
 from cellprior.model.cellplm._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
 from cellprior.model.cellplm._expression import ExpressionMixin
 from cellprior.model.cellplm._inputs import sentences
 from cellprior.model.cellplm._loss import GeneMeans
+from cellprior.model.cellplm._masked import masked_scores
 from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
 from cellprior.weights import Bundle
 
@@ -170,6 +172,11 @@ class CellPLM(ExpressionMixin):
 
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> GeneMeans:
         return GeneMeans.fit(batches, measured)
+
+    def _masked_scores(
+        self, counts: Tensor, floor: Any, *, share: float, rng: np.random.Generator, measured: Tensor
+    ) -> MaskedScores:
+        return masked_scores(self.module, counts, floor, share=share, rng=rng, measured=measured)
 
     def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
         if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:

@@ -223,9 +223,14 @@ def masked_floors(
 
 
 def accuracy(log_probability: Tensor, rank: Tensor) -> Tensor:
-    """How often the most likely bin is right, equals sharing; arguments as in :func:`cross_entropy`."""
+    """How often the most likely bin is right; arguments as in :func:`cross_entropy`."""
+    return hits(log_probability, rank).mean()
+
+
+def hits(log_probability: Tensor, rank: Tensor) -> Tensor:
+    """Whether the most likely bin is right, equals sharing ``(places,)``; arguments as in :func:`cross_entropy`."""
     best = log_probability == log_probability.amax(1, keepdim=True)  # (places, K)
-    return (best.gather(1, rank[:, None])[:, 0] / best.sum(1)).mean()
+    return best.gather(1, rank[:, None])[:, 0] / best.sum(1)
 
 
 def gene_subsets(measured: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from cellprior.model._base import Precision
 from cellprior.model._data import VocabularyLoader
+from cellprior.model._masked import MaskedScores
 from cellprior.model.scbert._attention import KeyMax
 from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
 from cellprior.model.scbert._context import ContextMixin, Indices
 from cellprior.model.scbert._floors import BinFloors
 from cellprior.model.scbert._inputs import cell_depth, loses_single_counts
+from cellprior.model.scbert._masked import masked_scores
 from cellprior.model.scbert._module import TRAINED_POSITIONS, GeneVectors, Pooling, ScBERTModule
 from cellprior.weights import Bundle
 
@@ -188,6 +190,11 @@ class ScBERT(ContextMixin):
 
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> BinFloors:
         return BinFloors.fit(batches, measured, self.module.n_bins)
+
+    def _masked_scores(
+        self, counts: Tensor, floor: Any, *, share: float, rng: np.random.Generator, measured: Tensor
+    ) -> MaskedScores:
+        return masked_scores(self.module, counts, floor, share=share, rng=rng)
 
     def _encode(
         self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any

@@ -1,0 +1,201 @@
+"""What pretraining asks for, hidden genes, against predictors that know no biology of the cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from scvi import REGISTRY_KEYS
+from tqdm.auto import tqdm
+
+from cellprior.evaluate._intervals import Draws, Resampling, compared
+from cellprior.evaluate._splits import Split, random_splits
+from cellprior.model._base import PretrainedModel
+from cellprior.model._data import CountsManager, VocabularyLoader
+from cellprior.model._genes import measured_genes
+from cellprior.model._masked import MODEL
+
+HIGHER_IS_BETTER = ("accuracy",)
+SENTENCE = 512  # cells at most
+PER_CELL = tuple[np.ndarray, dict[tuple[str, str], np.ndarray]]
+"""Hidden genes of each cell, and their sum of each (measure, predictor)."""
+
+
+def masked_prediction(
+    model: PretrainedModel,
+    adata: ad.AnnData | None = None,
+    *,
+    mask_shares: Sequence[float] = (0.15, 0.3),
+    seeds: int = 3,
+    test_size: float = 0.2,
+    max_cells: int = 500,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Compare the model's prediction of hidden genes with predictors that know no biology of the cell.
+
+    These are fitted to the training cells of each split, and asked about the same hidden genes of the same test cells.
+    All hidden genes are hidden from the network, none is predicted in plain sight. The model was pretrained on other
+    cells, or on these, test cells among them; the predictors know the rates of these genes in these data. A model that
+    is no better than they are has learned how deep cells are and how common genes are, which is a few numbers.
+
+    Of ScBERT, the bins of expressed genes; measures are ``accuracy`` and ``cross_entropy`` (nats per gene):
+
+    ``uniform``, ``all_genes``
+        All bins, and the most frequent one of all genes.
+    ``per_gene``, ``per_cell``
+        The most frequent one of the gene, and of the genes in sight of the cell [Boiarsky et al., bioRxiv
+        2023.10.19.563100].
+    ``gene_mean_and_cell``
+        The bin nearest to the gene's mean plus how far the cell's genes in sight are above theirs; no probabilities.
+    ``rate_and_depth``
+        A Poisson count of the gene's rate at the cell's depth that is not in bin 0.
+
+    Of CellPLM, the counts of genes, expressed or not; ``negative_binomial`` and ``poisson`` loss (nats per gene):
+
+    ``gene_means``
+        Each gene's share of all counts, at the depth of what is in sight of the cell.
+    ``equal_shares``
+        The same share for all genes.
+
+    Parameters
+    ----------
+    model
+        With pretrained weights.
+    adata
+        Data, by default the attached. Its genes are matched by name.
+    mask_shares
+        Of a cell's genes that are hidden: of the expressed ones (ScBERT), of all (CellPLM, where it is the most
+        frequent share, and a quarter of the cells hides none).
+    seeds
+        Splits into training and test cells, each with masks of its own.
+    test_size
+        Share of the cells that the predictors are not fitted to.
+    max_cells
+        Of the test cells of a split, at most; drawn at random.
+    progress
+        Draw a bar.
+
+    Returns
+    -------
+    A row per ``mask_share``, measure (``metric``) and predictor (``method``, the network is ``model``): ``split``
+    (kind), ``value`` per hidden gene with its 95 % interval ``low`` to ``high``; ``versus``, the best predictor that is
+    not the model, and the paired ``difference`` to it with ``difference_low`` and ``difference_high``; ``better``,
+    whether the ``"higher"`` or the ``"lower"`` value is; ``seeds``, ``n_hidden`` genes in all, and ``seconds``, of all
+    predictors together. The interval is of cells, and of splits, drawn again.
+
+    Raises
+    ------
+    RuntimeError
+        If the model has neither been trained nor loaded from weights.
+    ValueError
+        If a share is not between 0 and 1, or there are too few cells.
+    NotCountsError, GeneMatchError
+        If the data are not raw counts, or too few of their genes are known.
+    """
+    model._check_if_trained(warn=False)
+    if wrong := [share for share in (*mask_shares, test_size) if not 0 < share < 1]:
+        msg = f"{wrong[0]} is no share of genes or cells: a number between 0 and 1 is needed, such as 0.15."
+        raise ValueError(msg)
+    tables = []
+    with model._attached(adata) as manager:
+        splits = _splits(manager.adata.n_obs, seeds=seeds, test_size=test_size, max_cells=max_cells)
+        draws = Resampling(manager.adata.n_obs, splits)
+        with tqdm(total=len(mask_shares) * seeds, desc="masked prediction", disable=not progress) as bar:
+            for share in mask_shares:
+                start = time.perf_counter()
+                scores = []
+                for split in splits:
+                    scores.append(_scores(model, manager, split, share))
+                    bar.update()
+                table = _table(scores, draws)
+                table.insert(0, "mask_share", share)
+                tables.append(table.assign(seconds=time.perf_counter() - start))
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(3, "split", splits[0].kind)
+    table.insert(table.columns.get_loc("n_hidden"), "seeds", seeds)
+    return table
+
+
+def _splits(n_obs: int, *, seeds: int, test_size: float, max_cells: int) -> list[Split]:
+    """Random splits, with no more than ``max_cells`` test cells each."""
+    if n_obs < 10 or seeds < 1 or max_cells < 1:
+        msg = f"{n_obs} cells, seeds={seeds}, max_cells={max_cells}; at least 10, 1 and 1 are needed."
+        raise ValueError(msg)
+    found = random_splits(np.zeros(n_obs, dtype=np.int64), seeds=seeds, test_size=test_size)
+    return [
+        replace(split, test=np.sort(np.random.default_rng(split.seed).permutation(split.test)[:max_cells]))
+        for split in found
+    ]
+
+
+@torch.inference_mode()
+def _scores(model: PretrainedModel, manager: CountsManager, split: Split, share: float) -> PER_CELL:
+    """Sums of each measure and predictor over the hidden genes of each test cell."""
+    model.module.eval()
+    match = model._match_of(manager)
+    measured = torch.from_numpy(measured_genes(None, manager, model.genes, match))
+    floor = model._fit_floor(_batches(model, manager, split.train), measured).to(model.device)
+    rng = np.random.default_rng(split.seed)
+    n_hidden = np.zeros(len(split.test))
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    codes = np.zeros(len(split.test), dtype=np.int64)
+    if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
+        codes = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[split.test]
+    for code in np.unique(codes):  # a sentence is of one batch
+        of_batch = np.flatnonzero(codes == code)
+        start = 0
+        for batch in _batches(model, manager, split.test[of_batch]):
+            counts = batch[REGISTRY_KEYS.X_KEY].to(model.device)
+            rows = of_batch[start : start + len(counts)]
+            start += len(counts)
+            found = model._masked_scores(
+                counts, floor, share=share, rng=rng, measured=measured[0].to(model.device)
+            )
+            n_hidden[rows] = found.n_hidden.cpu().numpy()
+            for measure, by_predictor in found.sums.items():
+                for name, values in by_predictor.items():
+                    sums.setdefault((measure, name), np.zeros(len(n_hidden)))[rows] = values.cpu().numpy()
+    return n_hidden, sums
+
+
+def _batches(model: PretrainedModel, manager: CountsManager, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Minibatches of raw counts over the vocabulary, in the order of ``rows`` where these are of one batch."""
+    return iter(
+        VocabularyLoader(
+            manager,
+            column=model._match_of(manager).index,
+            n_columns=len(model.genes),
+            indices=rows,
+            batch_size=SENTENCE,
+            by_batch=True,
+            dense=True,
+        )
+    )
+
+
+def _table(scores: Sequence[PER_CELL], draws: Resampling) -> pd.DataFrame:
+    """Rows of one share, as :func:`masked_prediction` gives them."""
+    n_hidden = draws.mean([n for n, _ in scores])
+    tables = []
+    for measure in dict.fromkeys(measure for measure, _ in scores[0][1]):
+        # per hidden gene, as sums over cells: a cell weighs as much as it has hidden genes
+        of_measure: dict[str, Draws] = {
+            name: draws.mean([sums[which] for _, sums in scores]) / n_hidden
+            for which in scores[0][1]
+            for name in [which[1]]
+            if which[0] == measure
+        }
+        higher = measure in HIGHER_IS_BETTER
+        others = {name: value[0] for name, value in of_measure.items() if name != MODEL}
+        best = max(others, key=others.__getitem__) if higher else min(others, key=others.__getitem__)
+        table = compared(of_measure, versus=best)
+        table.insert(1, "metric", measure)
+        tables.append(table.assign(better="higher" if higher else "lower"))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(n_hidden=int(sum(n.sum() for n, _ in scores)))

@@ -1,0 +1,16 @@
+"""How well hidden genes are predicted, cell by cell; what the models give and :mod:`cellprior.evaluate` compares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MODEL = "model"  # beside predictors that know no biology
+
+
+class MaskedScores(NamedTuple):
+    """Of some cells: how many genes were hidden, and sums over these of each measure, by predictor."""
+
+    n_hidden: Tensor  # (cells,)
+    sums: dict[str, dict[str, Tensor]]  # by measure and predictor (cells,)

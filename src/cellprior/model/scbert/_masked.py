@@ -1,0 +1,88 @@
+"""How well ScBERT predicts the bins of hidden genes, beside predictors that know no biology."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellprior.model._masked import MODEL, MaskedScores
+from cellprior.model.scbert._floors import PRIOR, BinFloors
+from cellprior.model.scbert._inputs import sample_mask
+from cellprior.model.scbert._loss import hits
+
+if TYPE_CHECKING:
+    from cellprior.model.scbert._module import ScBERTModule
+
+
+@torch.no_grad()
+def masked_scores(
+    module: ScBERTModule, counts: Tensor, floor: BinFloors, *, share: float, rng: np.random.Generator
+) -> MaskedScores:
+    """Accuracy and cross-entropy (nats) of the bins of hidden genes.
+
+    Only expressed genes are hidden, as in pretraining, and all of them are. That they are expressed is known to all
+    predictors: the network's probabilities are those of the bins 1 and above, together 1.
+
+    Parameters
+    ----------
+    module
+        In eval mode.
+    counts
+        Raw counts over the vocabulary ``(cells, n_genes)``.
+    floor
+        Fitted to other cells. See :class:`~cellprior.model.scbert._floors.BinFloors`; there is one more predictor
+        here, see :func:`gene_mean_and_cell`, which has an accuracy only.
+    share
+        Of the expressed genes of a cell that is hidden.
+    rng
+        Draws them.
+    """
+    tokens = module.tokens(counts)
+    drawn = sample_mask(tokens.cpu().numpy(), rng, rate=share, replace=1.0, n_bins=module.n_bins)
+    selected = torch.from_numpy(drawn.selected).to(tokens.device)
+    shown = tokens.masked_fill(selected, module.n_bins + 1)
+    rank = tokens[selected].long() - 1
+    logits = [
+        module.predict_bins(module.encode(cell[None])[0, :-1][of_cell]).float()
+        for cell, of_cell in zip(shown, selected, strict=True)
+    ]
+    predictions = {MODEL: torch.cat(logits)[:, 1:-1].log_softmax(1)}
+    predictions |= floor.predict(counts, tokens, selected)
+    correct = {name: hits(log_probability, rank) for name, log_probability in predictions.items()}
+    correct["gene_mean_and_cell"] = (gene_mean_and_cell(floor, tokens, selected) == rank + 1).float()
+    surprise = {name: -p.gather(1, rank[:, None])[:, 0] for name, p in predictions.items()}
+    cell = selected.nonzero()[:, 0].cpu()
+
+    def by_cell(values: Tensor) -> Tensor:
+        return torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, cell, values.cpu().double())
+
+    return MaskedScores(
+        selected.sum(1),
+        {
+            measure: {name: by_cell(values) for name, values in of_measure.items()}
+            for measure, of_measure in (("accuracy", correct), ("cross_entropy", surprise))
+        },
+    )
+
+
+def gene_mean_and_cell(floor: BinFloors, bins: Tensor, selected: Tensor) -> Tensor:
+    """The bin nearest to the gene's mean plus what the cell's genes in sight are above theirs ``(selected genes,)``.
+
+    Parameters
+    ----------
+    floor
+        With how often each gene was in each bin.
+    bins, selected
+        See :meth:`~cellprior.model.scbert._floors.BinFloors.predict`.
+    """
+    of_gene = floor.bin_counts.sum(0)  # (n_genes, n_bins)
+    value = torch.arange(1, of_gene.shape[1] + 1, device=of_gene.device, dtype=of_gene.dtype)
+    overall = (of_gene @ value).sum() / of_gene.sum().clamp(min=1.0)
+    mean = (of_gene @ value + PRIOR * overall) / (of_gene.sum(1) + PRIOR)
+    in_sight = (bins > 0) & ~selected
+    above = ((bins - mean) * in_sight).sum(1) / in_sight.sum(1).clamp(min=1)
+    cell, gene = selected.nonzero(as_tuple=True)
+    return (mean[gene] + above[cell]).round().clamp(1, len(value)).long()
