@@ -42,6 +42,17 @@ def test_contigs_with_underscores_and_the_mitochondrion_are_read():
     assert found.end.tolist() == [200, 9, 2, 2, 8]
 
 
+def test_places_in_columns_may_be_decimal_numbers_and_some_may_be_missing():
+    var = pd.DataFrame(
+        {"chrom": ["chr1", "chr2", None, "chr4"], "start": [100.0, np.nan, 5, 7], "end": [200.0, 9, 9, 9]},
+        index=["a", "b", "c", "d"],
+    )
+    found = read_peaks(var)
+    assert found.known.tolist() == [True, False, False, True]
+    assert found.start.tolist() == [100, -1, -1, 7] and found.end.tolist() == [200, -1, -1, 9]
+    assert found.chromosome.tolist() == ["1", "", "", "4"]
+
+
 def best_by_comparing_all(query: list[Interval], reference: list[Interval]) -> list[int]:
     """Row of the reference peak with most shared base pairs; the shorter, then the first, of equals."""
     found = []

@@ -198,8 +198,9 @@ def test_a_config_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Path, 
             "cannot be read as a table|gene list has",
         ),
         (b"symbol\nA\nB\nC\n", "has the columns"),
+        (b"ensembl_id\tsymbol\tprevious_symbols\n\tA\t\n\tB\t\n\tC\t", "is truncated"),
     ],
-    ids=["empty", "not text", "ragged", "other columns"],
+    ids=["empty", "not text", "ragged", "other columns", "last line without end"],
 )
 def test_a_gene_list_that_cannot_be_used_is_an_error_that_names_it(
     tmp_path: Path, content: bytes, named: str

@@ -62,7 +62,7 @@ def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
     ----------
     peaks
         Names, or a frame (`AnnData.var`) with the names as index. Columns with chromosome, start and end are read
-        if the names say nothing.
+        if the names say nothing; a row without a number there is no interval.
 
     Raises
     ------
@@ -74,8 +74,12 @@ def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
     if isinstance(peaks, pd.DataFrame) and parts[0].isna().mean() > 0.5:
         columns = next((c for c in _COLUMNS if set(c) <= set(peaks.columns)), None)
         if columns is not None:
-            parts = peaks[list(columns)].astype(str).reset_index(drop=True).set_axis([0, 1, 2], axis=1)
-    known = parts[0].notna().to_numpy()
+            parts = peaks[list(columns)].astype(object).reset_index(drop=True).set_axis([0, 1, 2], axis=1)
+    numbers = [
+        pd.to_numeric(parts[i].astype(str).str.replace(",", ""), errors="coerce").to_numpy(np.float64)
+        for i in (1, 2)
+    ]
+    known = parts[0].notna().to_numpy() & np.isfinite(numbers).all(axis=0)
     # a few dozen chromosomes: their names are worked on once each
     codes, found = pd.factorize(parts[0][known])
     bare = [str(name)[3:] if str(name).lower().startswith("chr") else str(name) for name in found]
@@ -84,8 +88,8 @@ def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
     chromosome = np.full(len(names), "", dtype=object)
     chromosome[known] = np.asarray(bare, dtype=object)[codes]
     bounds = np.full((2, len(names)), -1, dtype=np.int64)
-    for row, part in zip(bounds, (1, 2), strict=True):
-        row[known] = parts[part][known].str.replace(",", "").astype(np.int64)
+    for row, number in zip(bounds, numbers, strict=True):
+        row[known] = number[known]
     if (bounds[1] < bounds[0]).any():
         name = names.iloc[int(np.argmax(bounds[1] < bounds[0]))]
         msg = f"The peak {name!r} ends before it starts; chromosome, start and end are needed, in this order."

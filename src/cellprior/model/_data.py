@@ -36,10 +36,12 @@ class NotCountsError(ValueError):
 
 
 class CountsField(LayerField):
-    """Raw counts in ``X`` or a layer, of whatever genes; ``argument`` of the setup names the layer."""
+    """Raw counts in ``X`` or a layer, of whatever genes or peaks; ``argument`` of the setup names the layer."""
 
-    def __init__(self, registry_key: str, layer: str | None, *, argument: str = "layer") -> None:
-        self.argument = argument
+    def __init__(
+        self, registry_key: str, layer: str | None, *, argument: str = "layer", feature: str = "gene"
+    ) -> None:
+        self.argument, self.feature = argument, feature
         # scvi's own count check draws from the global random state, and its format correction replaces the user's X
         super().__init__(registry_key, layer, is_count_data=False, correct_data_format=False)
 
@@ -51,7 +53,7 @@ class CountsField(LayerField):
             raise ValueError(msg)
         rows = np.arange(min(N_CHECKED, adata.n_obs))
         counts = read_rows(self.get_field_data(adata), rows)
-        check_counts(counts, rows, adata, self.attr_key, argument=self.argument)
+        check_counts(counts, rows, adata, self.attr_key, argument=self.argument, feature=self.feature)
 
     def transfer_field(self, state_registry: dict, adata_target: ad.AnnData, **kwargs: Any) -> dict:
         """Register the target by itself: its genes are matched by name, their number need not agree."""
@@ -142,6 +144,7 @@ def check_counts(
     layer: str | None,
     *,
     argument: str = "layer",
+    feature: str = "gene",
 ) -> None:
     """Refuse values that are not raw counts and name the first cell and gene, and the argument that names a layer.
 
@@ -156,14 +159,14 @@ def check_counts(
     at = int(np.argmax(bad))
     value = counts.data[at]
     cell = adata.obs_names[rows[np.searchsorted(counts.indptr, at, side="right") - 1]]
-    gene = adata.var_names[counts.indices[at]]
+    name = adata.var_names[counts.indices[at]]
     kind = "not finite" if not np.isfinite(value) else "negative" if value < 0 else "not an integer"
     where = "X" if layer is None else f"layers[{layer!r}]"
     others = [name for name in adata.layers if name is not None and name != layer]
     named = f"{argument}={others[0]!r}" if others else f"{argument}=..."
     advice = f"name it: {named}" if others else f"put them in a layer and name it: {named}"
     msg = (
-        f"{where} does not hold raw counts: cell {cell!r}, gene {gene!r} is {value:g}, which is {kind}. "
+        f"{where} does not hold raw counts: cell {cell!r}, {feature} {name!r} is {value:g}, which is {kind}. "
         f"Raw counts are needed. If another layer has them, {advice} (layers here: {others or 'none'}). "
         "If only log-normalised values are left, cellprior.pp.recover_counts(adata) gives the counts back where "
         "that is possible exactly; it takes adata.raw too. Estimated counts, such as those of Salmon or RSEM, may "

@@ -294,11 +294,7 @@ def _read_peaks(path: Path) -> list[str]:
             f"{path.parent} lacks {PEAKS}: the config says that the model reads peaks. Get the bundle again."
         )
         raise WeightsError(msg)
-    peaks = _read_table(path, PEAK_COLUMNS)["peak"].tolist()
-    if not path.read_bytes().endswith(b"\n"):
-        msg = f"{path} is truncated: its last line has no end. Get the bundle again."
-        raise WeightsError(msg)
-    return peaks
+    return _read_table(path, PEAK_COLUMNS)["peak"].tolist()
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -314,6 +310,9 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise WeightsError(msg) from error
     if list(table.columns) != list(columns):
         msg = f"{path} has the columns {list(table.columns)}; needed: {list(columns)}."
+        raise WeightsError(msg)
+    if not path.read_bytes().endswith(b"\n"):
+        msg = f"{path} is truncated: its last line has no end. Get the bundle again."
         raise WeightsError(msg)
     return table
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -30,3 +32,11 @@ def mdata() -> MuData:
 def latent(trained: MultiomeCLIP) -> dict[str, np.ndarray]:
     """Embedding of the attached data by modality."""
     return {name: trained.get_latent_representation(modality=name) for name in ("rna", "atac", "joint")}
+
+
+@pytest.fixture(scope="session")
+def bundle(trained: MultiomeCLIP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of that model; tests leave them as they are."""
+    folder = tmp_path_factory.mktemp("weights") / "bundle"
+    trained.save_pretrained(folder)
+    return folder

@@ -1,57 +1,82 @@
-"""What every model promises, for the one that reads a MuData."""
+"""What every model promises, point by point, for the one that reads a MuData."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
+from anndata import AnnData
 from mudata import MuData
 from safetensors.torch import load_file, save_file
 
 from cellprior._compat import without_pulled_columns
+from cellprior.genes import GeneMatchError, PeakMatchError
+from cellprior.model import NotCountsError
 from cellprior.model.multiomeclip import MultiomeCLIP
-from cellprior.weights import WeightsError
+from cellprior.weights import WeightsError, read_bundle, write_bundle
+from tests.contract.shared import (
+    FORMATS,
+    NOT_COUNTS,
+    Bomb,
+    fingerprint,
+    in_memory,
+    no_network,  # noqa: F401  a fixture for every test
+    zarr_backed,
+)
 
 from .data import N_CELLS, QUIET, cells, multiome, part, peak_names
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+SOME = np.array([5, 3, 3, N_CELLS - 1, 0, 100, 101, 102, 5])  # unsorted and repeated
 OLD_BUNDLE = Path(__file__).parent / "stored" / "bundle_with_peaks_in_config"
 pytestmark = pytest.mark.filterwarnings("ignore:After training:UserWarning")
 
-IN_A_FRESH_PROCESS = """
-import sys, warnings
-import numpy as np
-from anndata import read_h5ad
-from cellprior.model.multiomeclip import MultiomeCLIP
-model = getattr(MultiomeCLIP, sys.argv[1])(sys.argv[2], *([False] if sys.argv[1] == "load" else []))
-np.save(sys.argv[4], model.get_latent_representation(read_h5ad(sys.argv[3])))
-"""
+both = pytest.mark.parametrize("modality", ["rna", "atac"])
 
 
-@pytest.mark.parametrize("how", ["load", "from_pretrained"])
-def test_a_saved_model_gives_the_same_embedding_in_a_fresh_process(trained, latent, mdata, tmp_path, how):
-    if how == "load":
-        trained.save(str(tmp_path / "model"))
-    else:
-        trained.save_pretrained(tmp_path / "model")
-    mdata.mod["rna"].write_h5ad(tmp_path / "rna.h5ad")
-    arguments = [how, tmp_path / "model", tmp_path / "rna.h5ad", tmp_path / "z.npy"]
-    subprocess.run(
-        [sys.executable, "-c", IN_A_FRESH_PROCESS, *map(str, arguments)],
-        check=True,
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, "CELLPRIOR_OFFLINE": "1"},
-    )
-    np.testing.assert_allclose(np.load(tmp_path / "z.npy"), latent["rna"], **CLOSE)
+def attach(bundle: Path, mdata: MuData, **setup: Any) -> MultiomeCLIP:
+    MultiomeCLIP.setup_mudata(mdata, **setup)
+    return MultiomeCLIP.from_pretrained(bundle, mdata)
+
+
+# 1. formats
+
+
+@both
+@pytest.mark.parametrize("how", FORMATS)
+def test_any_format_of_a_modality_gives_the_same_embedding(trained, latent, mdata, tmp_path, how, modality):
+    place, convert = FORMATS[how]
+    adata = mdata.mod[modality]
+    query = place(adata, tmp_path, convert(adata.X))
+    np.testing.assert_allclose(trained.get_latent_representation(query), latent[modality], **CLOSE)
+    some = trained.get_latent_representation(query, indices=SOME, batch_size=4)
+    np.testing.assert_allclose(some, latent[modality][SOME], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "how", [how for how, (place, _) in FORMATS.items() if place in (in_memory, zarr_backed)]
+)
+def test_any_format_can_be_in_the_mudata_that_is_set_up(bundle, latent, mdata, tmp_path, how):
+    place, convert = FORMATS[how]
+    formatted = {}
+    for name, adata in mdata.mod.items():
+        (tmp_path / name).mkdir()
+        formatted[name] = place(adata, tmp_path / name, convert(adata.X))
+    model = attach(bundle, multiome(formatted))
+    np.testing.assert_allclose(model.get_latent_representation(batch_size=50), latent["joint"], **CLOSE)
+    model.release()
 
 
 def backed(mdata: MuData, path: Path) -> MuData:
@@ -72,6 +97,14 @@ def test_data_in_a_file_are_read_a_few_cells_at_a_time(trained, latent, mdata, t
     np.testing.assert_allclose(found, latent["joint"][some], **CLOSE)
 
 
+def test_views_of_a_mudata_can_be_queries(trained, latent, mdata, tmp_path):
+    rows = np.arange(1, N_CELLS, 3)
+    for data in (mdata, backed(mdata, tmp_path / "cells.h5mu")):
+        np.testing.assert_allclose(
+            trained.get_latent_representation(data[rows]), latent["joint"][rows], **CLOSE
+        )
+
+
 def test_counts_in_a_layer_are_as_good_as_in_x(trained, latent, mdata):
     for adata in mdata.mod.values():
         adata.layers["counts"], adata.X = adata.X, adata.X.log1p()
@@ -80,6 +113,272 @@ def test_counts_in_a_layer_are_as_good_as_in_x(trained, latent, mdata):
     model.module.load_state_dict(trained.module.state_dict())
     model.is_trained_ = True
     np.testing.assert_allclose(model.get_latent_representation(), latent["joint"], **CLOSE)
+
+
+# 2. batch size and order
+
+
+@pytest.mark.parametrize("setup", [{}, {"batch_key": "batch"}], ids=["one group", "two batches"])
+def test_the_embedding_does_not_depend_on_the_batch_size(bundle, latent, mdata, setup):
+    model = attach(bundle, mdata, **setup)
+    for batch_size in (1, 7, 1000):
+        found = model.get_latent_representation(batch_size=batch_size)
+        np.testing.assert_allclose(found, latent["joint"], **CLOSE)
+    model.release()
+
+
+def test_cells_in_another_order_have_the_same_embedding(bundle, latent, mdata):
+    order = np.random.default_rng(0).permutation(N_CELLS)
+    shuffled = multiome({name: part(mdata, name, order) for name in mdata.mod}, mdata.obs)
+    model = attach(bundle, shuffled, batch_key="batch")
+    place = mdata.obs_names.get_indexer(shuffled.obs_names)
+    np.testing.assert_allclose(
+        model.get_latent_representation(batch_size=64), latent["joint"][place], **CLOSE
+    )
+    model.release()
+
+
+# 3. genes and peaks
+
+
+def with_names(adata: AnnData, names: Any, x: Any = None) -> AnnData:
+    return AnnData(adata.X if x is None else x, obs=adata.obs.copy(), var=pd.DataFrame(index=pd.Index(names)))
+
+
+def shuffled(adata: AnnData) -> AnnData:
+    return adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
+
+
+def others(adata: AnnData, n: int) -> list[str]:
+    """Names of as many features that the vocabulary lacks."""
+    return [f"chr17:{i}000-{i}100" if ":" in adata.var_names[0] else f"OTHER{i}" for i in range(n)]
+
+
+def with_unknown_features(adata: AnnData) -> AnnData:
+    unknown = sp.random(adata.n_obs, 50, 0.3, "csr", random_state=np.random.default_rng(0)).ceil() * 5
+    return with_names(adata, [*adata.var_names, *others(adata, 50)], sp.hstack([adata.X, unknown], "csr"))
+
+
+def with_repeated_names(adata: AnnData) -> AnnData:
+    """Every count above one is divided between two columns of the same name."""
+    half = adata.X.copy()
+    half.data = np.floor(half.data / 2)
+    return with_names(adata, [*adata.var_names] * 2, sp.hstack([half, adata.X - half], "csr"))
+
+
+@both
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+@pytest.mark.parametrize("change", [shuffled, with_unknown_features, with_repeated_names])
+def test_features_are_found_wherever_they_are(trained, latent, mdata, change, modality):
+    changed = change(mdata.mod[modality])
+    np.testing.assert_allclose(trained.get_latent_representation(changed), latent[modality], **CLOSE)
+
+
+@both
+def test_a_feature_that_is_missing_counts_as_zero(trained, mdata, modality):
+    adata = mdata.mod[modality]
+    missing = np.arange(adata.n_vars) % 4 == 0
+    zeroed = with_names(adata, adata.var_names, sp.csr_matrix(adata.X.multiply(~missing)))
+    np.testing.assert_allclose(
+        trained.get_latent_representation(adata[:, ~missing].copy()),
+        trained.get_latent_representation(zeroed),
+        **CLOSE,
+    )
+
+
+NAMES: dict[str, tuple[str, Callable[[int], str]]] = {
+    "symbols": ("symbol", lambda i: f"GENE{i}"),
+    "ids": ("ensembl_id", lambda i: f"ENSG{i:011}"),
+    "ids with version": ("ensembl_id", lambda i: f"ENSG{i:011}.7"),
+    "retired symbols": ("retired_symbol", lambda i: f"FORMER{i}"),
+}
+
+
+@pytest.mark.parametrize("column", [None, "names"], ids=["in the index", "in a column"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_genes_may_go_by_any_of_their_names(bundle, latent, mdata, tmp_path, kind, column):
+    stored = read_bundle(bundle)
+    genes = pd.DataFrame(
+        {
+            "ensembl_id": [f"ENSG{i:011}" for i in range(60)],
+            "symbol": stored.genes["symbol"],
+            "previous_symbols": [f"FORMER{i}|OLDER{i}" for i in range(60)],
+        }
+    )
+    parts = {"state_dict": stored.state_dict, "config": stored.config, "card": "", "peaks": stored.peaks}
+    model = MultiomeCLIP.from_pretrained(write_bundle(tmp_path / "named", genes=genes, **parts))
+    route, name = NAMES[kind]
+    names = [name(i) for i in range(60)]
+    rna = with_names(mdata.mod["rna"], [f"row{i}" for i in range(60)] if column else names)
+    if column is not None:
+        rna.var[column] = names
+    query = multiome({"rna": rna, "atac": mdata.mod["atac"]})
+    assert model.feature_match(query)["rna"].routes == {route: 60}
+    np.testing.assert_allclose(model.get_latent_representation(query), latent["joint"], **CLOSE)
+
+
+def test_gene_names_may_be_in_a_column(trained, latent, mdata):
+    query = mdata.mod["rna"].copy()
+    query.var["symbol"] = query.var_names
+    query.var_names = [f"feature {i}" for i in range(query.n_vars)]
+    assert trained.feature_match(query)["rna"].source == "symbol"
+    np.testing.assert_allclose(trained.get_latent_representation(query), latent["rna"], **CLOSE)
+
+
+def test_genes_whose_places_are_known_are_no_peaks(trained, latent, mdata):
+    rna = mdata.mod["rna"].copy()
+    rna.var["chrom"] = "chr1"
+    rna.var["start"] = np.where(
+        np.arange(60) % 7 == 0, np.nan, np.arange(60) * 1000.0
+    )  # a gene without a place
+    rna.var["end"] = rna.var["start"] + 500
+    np.testing.assert_allclose(trained.get_latent_representation(rna), latent["rna"], **CLOSE)
+
+
+@both
+@pytest.mark.parametrize("n", [0, 1, 10])
+def test_too_few_features_are_an_error_that_says_what_was_found_and_needed(
+    bundle, trained, mdata, n, modality
+):
+    adata = mdata.mod[modality]
+    names = [*adata.var_names[:n], *others(adata, adata.n_vars - n)]
+    mdata = multiome({**mdata.mod, modality: with_names(adata, names)})
+    what, where = ("genes", "vocabulary") if modality == "rna" else ("peaks", "reference")
+    for attempt in (lambda: attach(bundle, mdata), lambda: trained.get_latent_representation(mdata)):
+        with pytest.raises((GeneMatchError, PeakMatchError)) as error:
+            attempt()
+        assert str(error.value).startswith(f"{n} of {adata.n_vars} {what} match the {where}")
+        assert f"needed: 20 {what} and a coverage of 0.25" in str(error.value)
+
+
+def test_the_least_coverage_can_be_set(bundle, mdata):
+    rna = mdata.mod["rna"]
+    few = multiome({"rna": with_names(rna, [*rna.var_names[:30], *(f"OTHER{i}" for i in range(30))])})
+    strict, lenient = (MultiomeCLIP.from_pretrained(bundle, min_coverage=share) for share in (0.6, 0.4))
+    with pytest.raises(GeneMatchError, match="a coverage of 0.6"):
+        strict.get_latent_representation(few)
+    assert np.isfinite(lenient.get_latent_representation(few)).all()
+
+
+# 4. raw counts
+
+
+@both
+@pytest.mark.parametrize("place", ["X", "a layer", "a sparse query", "a dense query"])
+@pytest.mark.parametrize("kind", NOT_COUNTS)
+def test_what_is_not_raw_counts_is_refused_with_the_cell_the_feature_and_the_way_out(
+    bundle, trained, kind, place, modality
+):
+    mdata = cells(410)
+    adata = mdata.mod[modality]
+    x = NOT_COUNTS[kind][0](adata.X.toarray())
+    with np.errstate(invalid="ignore"):
+        cell, feature = np.argwhere(~((x >= 0) & (x == np.rint(x)) & np.isfinite(x)))[0]
+    if place == "a layer":
+        adata.layers["other"] = sp.csr_matrix(x)
+    else:
+        adata.X = x if place == "a dense query" else sp.csr_matrix(x)
+    with pytest.raises(NotCountsError) as error:
+        if "query" in place:
+            trained.get_latent_representation(mdata, batch_size=150)
+        else:
+            setup = {f"{modality}_layer": "other"} if place == "a layer" else {}
+            attach(bundle, mdata, **setup).get_latent_representation()
+    message = str(error.value)
+    assert ("layers['other']" if place == "a layer" else "X") in message.split()[0]
+    value = x[cell, feature]
+    place = f"{'gene' if modality == 'rna' else 'peak'} {adata.var_names[feature]!r} is {value:g}"
+    assert f"cell {adata.obs_names[cell]!r}, {place}" in message
+    assert (
+        "not finite" if not np.isfinite(value) else "negative" if value < 0 else "not an integer"
+    ) in message
+    assert f"{modality}_layer=" in message and "recover_counts" in message
+
+
+def test_a_cell_without_counts_has_a_finite_row(bundle, mdata):
+    empty = np.isin(np.arange(N_CELLS), [0, 50, 159])
+    for adata in mdata.mod.values():
+        adata.X = sp.csr_matrix(adata.X.multiply(~empty[:, None]))
+    model = attach(bundle, mdata)
+    for modality in ("rna", "atac", "joint"):
+        found = model.get_latent_representation(modality=modality)
+        assert np.isfinite(found).all()
+        np.testing.assert_allclose(found[empty], np.broadcast_to(found[0], (3, found.shape[1])), **CLOSE)
+    model.release()
+
+
+@both
+@pytest.mark.parametrize("shape", [(0, None), (None, 0)], ids=["no cells", "no features"])
+def test_data_without_cells_or_features_are_refused(bundle, trained, mdata, modality, shape):
+    adata = mdata.mod[modality][: shape[0], : shape[1]].copy()
+    needed = f"has {adata.n_obs} cells and {adata.n_vars} (genes|peaks); at least one of each is needed"
+    with pytest.raises(ValueError, match=needed):
+        trained.get_latent_representation(adata)
+    if shape[0] is None:
+        with pytest.raises(ValueError, match=needed):
+            attach(bundle, multiome({**mdata.mod, modality: adata}))
+
+
+def test_data_without_a_matrix_are_refused_with_the_layers_that_there_are(trained, mdata):
+    rna = mdata.mod["rna"]
+    empty = AnnData(obs=rna.obs.copy(), var=rna.var.copy(), layers={"counts": rna.X})
+    message = r"'rna' has no X; its layers are \['counts'\].*rna_layer="
+    with pytest.raises(ValueError, match=message):
+        trained.get_latent_representation(empty)
+    with pytest.raises(ValueError, match=message):
+        MultiomeCLIP.setup_mudata(multiome({"rna": empty, "atac": mdata.mod["atac"]}))
+
+
+# 5. the user's objects
+
+
+def everything_in(mdata: MuData) -> dict[str, Any]:
+    """Everything in a MuData but scvi-tools' own keys."""
+    return {
+        "obs": mdata.obs.to_dict("list"),
+        "names": list(mdata.obs_names),
+        "view": mdata.is_view,
+        "keys": {name: list(getattr(mdata, name)) for name in ("obsm", "varm", "obsp", "varp")},
+        "uns": {name: value for name, value in mdata.uns.items() if not name.startswith("_scvi_")},
+        **{name: fingerprint(adata) for name, adata in mdata.mod.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["csc", "csr of int64", "csr with repeated and unsorted indices", "dense F float32", "a file", "a view"],
+)
+def test_the_users_data_are_left_as_they_were(bundle, trained, mdata, tmp_path, how):
+    if how == "a file":
+        mdata = backed(mdata, tmp_path / "cells.h5mu")
+    elif how != "a view":
+        _, convert = FORMATS[how]
+        formatted = {name: in_memory(adata, tmp_path, convert(adata.X)) for name, adata in mdata.mod.items()}
+        mdata = multiome(formatted, mdata.obs)
+    data = mdata[::2] if how == "a view" else mdata
+    before = everything_in(mdata), everything_in(data)
+    trained.get_latent_representation(data)
+    trained.match(data)
+    trained.transfer_labels(data, data, labels_key="type")
+    trained.predict_modality(data)
+    if how != "a view":
+        model = attach(bundle, data, batch_key="batch", labels_key="type")
+        model.get_latent_representation()
+        if how != "a file":
+            model.train(max_epochs=1, batch_size=64, **QUIET)
+        model.release()
+    assert (everything_in(mdata), everything_in(data)) == before
+
+
+def test_setup_changes_nothing_but_the_keys_of_scvi_tools():
+    mdata = cells()
+    MultiomeCLIP.setup_mudata(mdata, batch_key="batch", labels_key="type")
+    assert set(mdata.uns) == {"_scvi_uuid", "_scvi_manager_uuid"}
+    reference = cells()
+    pd.testing.assert_frame_equal(mdata.obs, reference.obs)
+    for name, adata in mdata.mod.items():
+        assert not adata.uns and list(adata.obs) == []
+        assert (adata.X != reference.mod[name].X).nnz == 0
 
 
 def test_global_random_states_are_left_as_they_were(trained, mdata):
@@ -92,17 +391,6 @@ def test_global_random_states_are_left_as_they_were(trained, mdata):
     trained.transfer_labels(query=mdata)
     np.testing.assert_array_equal(np.random.get_state()[1], before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
-
-
-def test_setup_changes_nothing_but_the_keys_of_scvi_tools():
-    mdata = cells()
-    MultiomeCLIP.setup_mudata(mdata, batch_key="batch", labels_key="type")
-    assert set(mdata.uns) == {"_scvi_uuid", "_scvi_manager_uuid"}
-    reference = cells()
-    pd.testing.assert_frame_equal(mdata.obs, reference.obs)
-    for name, adata in mdata.mod.items():
-        assert not adata.uns and list(adata.obs) == []
-        assert (adata.X != reference.mod[name].X).nnz == 0
 
 
 def test_a_copy_or_a_part_of_data_that_are_set_up_is_set_up_alike(trained, latent, tmp_path):
@@ -120,14 +408,57 @@ def test_a_copy_or_a_part_of_data_that_are_set_up_is_set_up_alike(trained, laten
     assert not MultiomeCLIP._per_instance_manager_store.get(model.id)
 
 
-def test_every_tensor_of_a_bundle_has_its_place_or_the_error_lists_it(trained, tmp_path):
+# 6. saving
+
+
+FRESH_PROCESS = """
+import sys
+import mudata as md
+import numpy as np
+from cellprior._compat import without_pulled_columns
+from cellprior.model import MultiomeCLIP
+folder = sys.argv[1]
+with without_pulled_columns():
+    read = lambda: md.read_h5mu(f"{folder}/cells.h5mu")
+    models = {
+        "without_data": MultiomeCLIP.load(f"{folder}/saved", False),
+        "attached": MultiomeCLIP.load(f"{folder}/saved", read()),
+        "bundle": MultiomeCLIP.from_pretrained(f"{folder}/bundle"),
+        "bundle_attached": MultiomeCLIP.from_pretrained(f"{folder}/bundle", read()),
+    }
+    np.savez(
+        f"{folder}/latents.npz",
+        **{name: m.get_latent_representation(None if "attached" in name else read()) for name, m in models.items()},
+        rna=models["bundle"].get_latent_representation(read()["rna"]),
+    )
+"""
+
+
+def test_a_saved_model_gives_the_same_embedding_in_a_fresh_process(trained, latent, mdata, tmp_path):
+    trained.save(str(tmp_path / "saved"))
     trained.save_pretrained(tmp_path / "bundle")
-    path = tmp_path / "bundle" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["atac.components"]
-    save_file({**tensors, "extra": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match="atac.components is missing; extra has no place"):
-        MultiomeCLIP.from_pretrained(tmp_path / "bundle")
+    with without_pulled_columns():
+        mdata.write(tmp_path / "cells.h5mu")
+    command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)]
+    environment = {**os.environ, "CELLPRIOR_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    with np.load(tmp_path / "latents.npz") as latents:
+        assert len(latents) == 5
+        for name, found in latents.items():
+            np.testing.assert_allclose(
+                found, latent["rna" if name == "rna" else "joint"], **CLOSE, err_msg=name
+            )
+
+
+def test_a_model_saved_with_its_data_finds_them_again(bundle, latent, mdata, tmp_path):
+    model = attach(bundle, mdata)
+    with without_pulled_columns():
+        model.save(str(tmp_path / "model"), save_anndata=True)
+        again = MultiomeCLIP.load(str(tmp_path / "model"))
+    np.testing.assert_allclose(again.get_latent_representation(), latent["joint"], **CLOSE)
+    assert again.pretrained_ == model.pretrained_
+    model.release()
 
 
 def test_the_bundle_of_an_older_version_with_its_peaks_in_the_config_is_read_for_ever(mdata, tmp_path):
@@ -149,12 +480,78 @@ def test_the_bundle_of_an_older_version_with_its_peaks_in_the_config_is_read_for
     )
 
 
-def test_gene_names_may_be_in_a_column(trained, latent, mdata):
-    query = mdata.mod["rna"].copy()
-    query.var["symbol"] = query.var_names
-    query.var_names = [f"feature {i}" for i in range(query.n_vars)]
-    assert trained.feature_match(query)["rna"].source == "symbol"
-    np.testing.assert_allclose(trained.get_latent_representation(query), latent["rna"], **CLOSE)
+# 7. offline, and damaged
+
+
+def test_weights_with_another_hash_than_the_known_one_are_refused(bundle, latent, mdata):
+    digest = hashlib.sha256((bundle / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(WeightsError, match=f"it has sha256 {digest}, needed is {'0' * 64}"):
+        MultiomeCLIP.from_pretrained(bundle, known_hash="0" * 64)
+    right = MultiomeCLIP.from_pretrained(bundle, known_hash=digest)
+    np.testing.assert_allclose(right.get_latent_representation(mdata), latent["joint"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "peaks.tsv", "genes.tsv", "config.json"])
+def test_a_bundle_of_which_a_file_is_cut_short_is_refused(trained, tmp_path, name):
+    trained.save_pretrained(tmp_path / "bundle")
+    path = tmp_path / "bundle" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(WeightsError, match="truncated|contradicts itself|not JSON"):
+        MultiomeCLIP.from_pretrained(tmp_path / "bundle")
+
+
+# 8. strict loading, no pickle
+
+
+def test_every_tensor_of_a_bundle_has_its_place_or_the_error_lists_it(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["atac.components"]
+    save_file({**tensors, "extra": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match="atac.components is missing; extra has no place"):
+        MultiomeCLIP.from_pretrained(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("name", ["scclip.ckpt", "bundle/model.safetensors"])
+def test_nothing_in_a_file_of_weights_is_executed(trained, tmp_path, name):
+    trained.save_pretrained(tmp_path / "bundle")
+    path = tmp_path / name
+    torch.save({"state_dict": Bomb(tmp_path / "exploded")}, path)
+    with pytest.raises(WeightsError):
+        MultiomeCLIP.from_pretrained(path.parent if name.startswith("bundle") else path)
+    assert not (tmp_path / "exploded").exists()
+    with path.open("rb") as file:
+        torch.load(file, weights_only=False)  # the bomb is live
+    assert (tmp_path / "exploded").exists()
+
+
+# 9. training
+
+
+def test_training_changes_the_layers_and_the_alignment_and_no_fitted_inputs(bundle, mdata):
+    def tensors() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = attach(bundle, mdata)
+        before = {name: x.clone() for name, x in model.module.state_dict().items()}
+        model.train(max_epochs=2, batch_size=64, **QUIET)
+        after = model.module.state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        learned = {name for name, _ in model.module.named_parameters()}
+        assert changed == learned | {
+            f"alignment.{m}.{part}" for m in ("rna", "atac") for part in ("mean", "axes")
+        }
+        model.release()
+        return after
+
+    first, second = tensors(), tensors()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# 10. "unknown" is in test_rejection.py
+
+
+# what it is for
 
 
 def test_real_cells_are_matched_beyond_depth_and_lie_with_their_type_whatever_the_modality(shared_data):
@@ -184,3 +581,23 @@ def test_real_cells_are_matched_beyond_depth_and_lie_with_their_type_whatever_th
     found = model.get_latent_representation(query)
     full = model.get_latent_representation(mdata.mod["rna"][held_out])
     assert np.median((found * full).sum(axis=1)) > 0.8
+
+    atac = mdata.mod["atac"][held_out].copy()
+    parts = [name.replace(":", "-").split("-") for name in atac.var_names]
+    moved = [
+        f"{c}_{int(s) + by}_{int(e) + by}"
+        for (c, s, e), by in zip(parts, rng.integers(-90, 90, len(parts)), strict=True)
+    ]
+    atac = AnnData(atac.X, obs=atac.obs, var=pd.DataFrame(index=moved))[:, rng.permutation(15_000)].copy()
+    assert model.feature_match(atac)["atac"].counts_share > 0.9
+    assert np.isfinite(model.get_latent_representation(atac)).all()
+
+    order = rng.permutation(mdata.n_obs)
+    some = {"rna": np.sort(order[300:]), "atac": np.sort(np.r_[order[:300], order[600:]])}  # 30 % lack one
+    ragged = multiome({name: part(mdata, name, rows) for name, rows in some.items()})
+    found, joint = (model.get_latent_representation(data) for data in (ragged, mdata))
+    assert np.isfinite(found).all() and len(found) == mdata.n_obs
+    complete = ragged.obs_names.isin(mdata.obs_names[order[600:]])
+    place = mdata.obs_names.get_indexer(ragged.obs_names[complete])
+    np.testing.assert_allclose(found[complete], joint[place], **CLOSE)
+    np.testing.assert_allclose(model.get_latent_representation(batch_size=7), joint, **CLOSE)

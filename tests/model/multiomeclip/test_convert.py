@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from cellprior._compat import without_pulled_columns
 from cellprior.cli import main
 from cellprior.model import MultiomeCLIP, convert
 from cellprior.weights import WeightsError
+from tests.contract.shared import Bomb
 from tests.parity.scclip_file import write_scclip
 from tests.parity.scclip_golden import DATA, Golden
 
@@ -185,16 +185,6 @@ def test_a_pickle_is_refused_without_the_flag_with_what_can_be_said_of_it(checkp
     ):
         assert f"  {name}\n" in message
     assert not (tmp_path / "bundle").exists()
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("trust", [False, True])

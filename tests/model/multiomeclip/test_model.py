@@ -296,6 +296,25 @@ def test_a_missing_modality_is_named_with_those_that_there_are(trained, mdata):
         trained.get_latent_representation(multiome({"prot": mdata.mod["rna"]}))
 
 
+def test_what_is_no_mudata_of_its_own_or_not_set_up_is_refused_with_what_to_do(mdata):
+    with pytest.raises(
+        TypeError, match=r"A MuData with RNA and ATAC is needed, found a AnnData.*mudata\.MuData\("
+    ):
+        MultiomeCLIP.setup_mudata(mdata.mod["rna"])
+    with pytest.raises(ValueError, match="is a view of another.*mdata.copy"):
+        MultiomeCLIP.setup_mudata(mdata[:50])
+    for data in (mdata, mdata.mod["rna"]):
+        with pytest.raises(ValueError, match=f"The {type(data).__name__} is not set up: call .*setup_mudata"):
+            MultiomeCLIP(data)
+
+
+def test_a_part_in_which_no_cell_has_a_modality_is_embedded_by_the_other(trained, latent, mdata):
+    ragged = multiome({"rna": mdata.mod["rna"], "atac": part(mdata, "atac", np.arange(50, N_CELLS))})
+    rows = ragged.obs_names.get_indexer(mdata.obs_names[:50])
+    assert ragged[rows].mod["atac"].n_obs == 0
+    np.testing.assert_allclose(trained.get_latent_representation(ragged[rows]), latent["rna"][:50], **CLOSE)
+
+
 def test_swapped_modalities_are_refused(trained, mdata):
     swapped = multiome({"rna": mdata.mod["atac"], "atac": mdata.mod["rna"]})
     with pytest.raises(ValueError, match="should hold genes and holds peaks.*swapped"):

@@ -23,13 +23,6 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 KEY = "X_multiomeclip"
 
 
-@pytest.fixture(scope="session")
-def bundle(trained, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("weights") / "bundle"
-    trained.save_pretrained(folder)
-    return folder
-
-
 def written(mdata: MuData, path: Path) -> Path:
     with without_pulled_columns():
         mdata.write(path)

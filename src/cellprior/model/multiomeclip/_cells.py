@@ -15,11 +15,12 @@ from scvi.data.fields import BaseMuDataWrapperClass
 
 from cellprior.genes import GeneMatch, PeakMatch
 from cellprior.genes._intervals import are_peaks, read_peaks
+from cellprior.genes._table import ensembl_id
 from cellprior.model._data import CountsField, check_counts, read_rows, select_columns
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.pp import presence_column
 
-WHAT = {"rna": "genes", "atac": "peaks"}
+FEATURE = {"rna": "gene", "atac": "peak"}
 
 
 class ModalityField(BaseMuDataWrapperClass):
@@ -27,7 +28,9 @@ class ModalityField(BaseMuDataWrapperClass):
 
     def __init__(self, registry_key: str, layer: str | None, key: str, modality: Modality) -> None:
         super().__init__(mod_key=key, mod_required=True)
-        self._adata_field = CountsField(registry_key, layer, argument=f"{modality}_layer")
+        self._adata_field = CountsField(
+            registry_key, layer, argument=f"{modality}_layer", feature=FEATURE[modality]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,9 @@ class Cells:
         return self.has("rna") & self.has("atac")
 
 
-def cells_of(data: MuData | ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
+def cells_of(
+    data: MuData | ad.AnnData, setup_args: Mapping[str, Any], *, genes: pd.DataFrame | None = None
+) -> Cells:
     """Find the modalities of some data.
 
     A barcode is the same cell wherever it stands in a modality. A cell has a modality if its barcode is in it, unless
@@ -78,11 +83,13 @@ def cells_of(data: MuData | ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
         MuData with one or both modalities, or AnnData with genes or with peaks.
     setup_args
         ``modalities``, ``rna_layer``, ``atac_layer`` of the setup.
+    genes
+        Vocabulary that tells an AnnData with genes, of which the places are known as well, from one with peaks.
 
     Raises
     ------
     ValueError
-        If no modality or layer is found, the modalities are swapped, or a barcode stands for two cells.
+        If no modality or no counts are found, the modalities are swapped, or a barcode stands for two cells.
     """
     keys = modality_keys(setup_args["modalities"])
     layers = {name: setup_args[f"{name}_layer"] for name in MODALITIES}
@@ -95,17 +102,32 @@ def cells_of(data: MuData | ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
             )
             raise ValueError(msg)
     elif isinstance(data, ad.AnnData):
-        found = {"atac" if are_peaks(data.var_names) or _has_intervals(data.var) else "rna": data}
+        found = {_modality_of(data.var, genes): data}
     else:
         msg = f"A MuData or an AnnData is needed, found a {type(data).__name__}."
         raise TypeError(msg)
+    found = {
+        name: adata for name, adata in found.items() if adata.n_obs
+    } or found  # of a part, one may be empty
     for name, adata in found.items():
         refuse_swapped(adata, name, keys[name])
+        if adata.n_obs == 0 or adata.n_vars == 0:
+            msg = (
+                f"{keys[name]!r} has {adata.n_obs} cells and {adata.n_vars} {FEATURE[name]}s; at least one of each is "
+                "needed. A modality that is not there can be left out."
+            )
+            raise ValueError(msg)
         if layers[name] is not None and layers[name] not in adata.layers:
             there = [layer for layer in adata.layers if layer is not None]
             msg = (
                 f"There is no layer {layers[name]!r} in {keys[name]!r}; its layers are {there}. The setup says raw "
                 "counts are there: a query holds them where the data of the setup did."
+            )
+            raise ValueError(msg)
+        if counts_matrix(adata, layers[name]) is None:
+            msg = (
+                f"{keys[name]!r} has no X; its layers are {[layer for layer in adata.layers if layer is not None]}. "
+                f"Name the one with raw counts in the setup: {name}_layer=..., or put them into X."
             )
             raise ValueError(msg)
         if not adata.obs_names.is_unique:
@@ -167,6 +189,16 @@ def genomic_order(names: list[str]) -> np.ndarray:
     return np.lexsort((peaks.start, peaks.chromosome.astype(str), number))
 
 
+def _modality_of(var: pd.DataFrame, genes: pd.DataFrame | None) -> Modality:
+    """Whether features are genes or peaks, by their names, or else by columns with intervals."""
+    if are_peaks(var.index):
+        return "atac"
+    known = set() if genes is None else {*genes["symbol"], *genes["ensembl_id"]} - {""}
+    if any(name in known or ensembl_id(name) for name in var.index.astype(str)):
+        return "rna"
+    return "atac" if _has_intervals(var) else "rna"
+
+
 def _has_intervals(var: pd.DataFrame) -> bool:
     return bool(read_peaks(var.iloc[:100]).known.mean() > 0.5) if len(var) else False
 
@@ -191,7 +223,7 @@ class CountsOf:
     ) -> None:
         self.adata, self.layer = cells.data[modality], cells.layers[modality]
         self.row, self.column, self.n_features = cells.rows[modality], match.index, n_features
-        self.argument = f"{modality}_layer"
+        self.argument, self.feature = f"{modality}_layer", FEATURE[modality]
         x = counts_matrix(self.adata, self.layer)
         # once, as rows of CSC cost a pass over the matrix each
         self.x = x.tocsr() if isinstance(x, sp.csc_matrix | sp.csc_array) else x
@@ -206,7 +238,7 @@ class CountsOf:
         """
         rows = self.row[cells]
         counts = read_rows(self.x, rows)
-        check_counts(counts, rows, self.adata, self.layer, argument=self.argument)
+        check_counts(counts, rows, self.adata, self.layer, argument=self.argument, feature=self.feature)
         return select_columns(counts, self.column, self.n_features)
 
 

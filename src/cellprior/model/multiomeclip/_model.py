@@ -102,6 +102,9 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         if adata is None and (genes is None or peaks is None):
             msg = "A model without data needs its vocabularies: pass genes= and peaks=."
             raise ValueError(msg)
+        if adata is not None and self._get_most_recent_anndata_manager(adata) is None:
+            msg = f"The {type(adata).__name__} is not set up: call MultiomeCLIP.setup_mudata(mdata) first."
+            raise ValueError(msg)
         super().__init__(adata, registry or (_registry_of(genes) if adata is None else None))
         if adata is not None:
             cells = cells_of(adata, self.registry["setup_args"])
@@ -182,6 +185,15 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         keys = modality_keys(modalities)
+        if not isinstance(mdata, MuData):
+            msg = (
+                f"A MuData with RNA and ATAC is needed, found a {type(mdata).__name__}. Of two AnnDatas whose cells "
+                'have the same barcodes: mudata.MuData({"rna": rna, "atac": atac}).'
+            )
+            raise TypeError(msg)
+        if mdata.is_view:
+            msg = "The MuData is a view of another: make it one of its own first, mdata = mdata.copy()."
+            raise ValueError(msg)
         if missing := [key for key in keys.values() if key not in mdata.mod]:
             msg = (
                 f"The MuData has no modality {' and no '.join(map(repr, missing))}; it has {list(mdata.mod)}. Name "

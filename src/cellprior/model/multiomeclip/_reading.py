@@ -67,7 +67,8 @@ class ReadingModel(BaseModelClass):
         if adata is None and self.adata is None:
             msg = "The model was loaded without data: pass adata=."
             raise ValueError(msg)
-        return cells_of(self.adata if adata is None else adata, self.registry["setup_args"])
+        data = self.adata if adata is None else adata
+        return cells_of(data, self.registry["setup_args"], genes=self.genes)
 
     def _counts(self, adata: Data | None, cells: Cells) -> dict[Modality, CountsOf]:
         attached = adata is None or adata is self.adata
