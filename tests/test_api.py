@@ -66,7 +66,11 @@ def test_a_public_name_says_what_it_is_and_what_each_parameter_means(name):
         if "Parameters\n---" not in text:
             continue  # one line says it all, or refers to where it is said
         for parameter in inspect.signature(member).parameters:
-            if parameter not in {"self", "cls", "kwargs"}:  # the last of setup_anndata: for scvi-tools' own use
+            if parameter not in {
+                "self",
+                "cls",
+                "kwargs",
+            }:  # the last of setup_anndata: for scvi-tools' own use
                 said = re.search(rf"^(\*\*)?(.*, )?{parameter}(,.*)?$", text, flags=re.MULTILINE)
                 assert said, f"{where} says nothing about {parameter}"
 

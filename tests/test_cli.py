@@ -78,6 +78,30 @@ def test_embed_writes_what_tl_embed_gives(counts, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.h5ad", "out.h5ad"]
 
 
+def test_embed_streams_to_a_zarr_folder_and_goes_on_where_it_was_cut_short(
+    counts, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "out.zarr"
+    arguments = ["embed", str(counts), str(output), "--weights", STARTER, "--batch-key", "batch"]
+    arguments += ["--hidden", str(tmp_path / "hidden")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cp.model._streaming.LatentStore, "close", lambda self: sys.exit("cut short"))
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert not output.exists()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{output}: complete\n"
+    assert "150 of 150 cells" in shown.err
+    expected = embedded(counts, batch_key="batch").obsm["X_cellplm"]
+    np.testing.assert_allclose(ad.read_zarr(output).obsm["X_cellplm"], expected, rtol=1e-5, atol=1e-5)
+    assert main([*arguments, "--key-added", "X_mine"]) == 1
+    assert "differs in parameters" in capsys.readouterr().err
+    assert main([*arguments, "--key-added", "X_mine", "--overwrite"]) == 0
+    assert list(ad.read_zarr(output).obsm) == ["X_mine"]
+
+
 def test_embed_takes_a_layer_and_a_column_of_names_and_may_write_over_its_input(counts):
     adata = ad.read_h5ad(counts)
     adata.layers["counts"], adata.X = adata.X, adata.layers["log"]
@@ -114,6 +138,8 @@ def test_cells_without_any_count_can_be_embedded(counts, capsys):
         (["download", "cellplm-20231027"], "CELLPRIOR_OFFLINE"),
         (["embed", "nope.h5ad", "out.h5ad", "--weights", STARTER], "nope.h5ad"),
         (["embed", "text.h5ad", "out.h5ad", "--weights", STARTER], "text.h5ad"),
+        (["embed", "nope.h5ad", "out.zarr", "--weights", STARTER], "nope.h5ad"),
+        (["embed", "text.h5ad", "out.zarr", "--weights", STARTER], "text.h5ad"),
         (["embed", "counts.h5ad", "nope/out.h5ad", "--weights", STARTER], "there is no folder nope"),
         (["embed", "counts.h5ad", "out.h5ad", "--weights", "nope"], "'nope' is neither a registry name nor"),
         (["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--layer", "log"], "recover_counts"),

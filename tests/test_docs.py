@@ -179,5 +179,3 @@ def test_the_first_page_that_people_read_gives_an_embedding_a_map_and_a_record(q
 def test_a_page_whose_code_fails_would_be_noticed(quick):
     with pytest.raises(cp.model.NotCountsError):
         exec("import cellprior as cp\ncp.tl.embed(adata, 'cellplm-starter')", made_up())
-
-

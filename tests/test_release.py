@@ -26,7 +26,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     built = os.environ.get("CELLPRIOR_WHEEL")
     if not built:
-        builder = pytest.importorskip("hatchling.builders.wheel", reason="no CELLPRIOR_WHEEL and no hatchling")
+        builder = pytest.importorskip(
+            "hatchling.builders.wheel", reason="no CELLPRIOR_WHEEL and no hatchling"
+        )
         folder = tmp_path_factory.mktemp("dist")
         built = next(builder.WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"]))
     return ZipFile(built)

@@ -164,14 +164,15 @@ def test_the_data_are_let_go_also_after_an_error():
     assert all(ref() is None for ref in kept)
 
 
-def test_embed_once_gives_what_embed_writes(adata):
-    latent, origin = cp.model.CellPLM.embed_once("cellplm-starter", adata)
-    cp.tl.embed(adata, "cellplm-starter")
+def test_a_model_is_opened_on_some_data_and_lets_go_of_them(adata):
+    with CellPLM.opened(STARTER, adata) as model:
+        latent = model.get_latent_representation()
+    cp.tl.embed(adata, STARTER)
     np.testing.assert_allclose(adata.obsm["X_cellplm"], latent, rtol=1e-5, atol=1e-5)
-    record = adata.uns["cellprior"]["X_cellplm"]
-    assert {name: record[name] for name in origin if origin[name] is not None} == {
-        name: value for name, value in origin.items() if value is not None
-    }
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_models_whose_authors_pickle_no_objects_take_no_pickle():

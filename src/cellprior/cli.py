@@ -45,9 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="+", help="registry name")
     command.set_defaults(run=_download)
 
-    command = commands.add_parser("embed", help="embed the cells of an h5ad or h5mu file")
-    command.add_argument("input", type=Path, help="h5ad file, or h5mu file with RNA and ATAC; raw counts")
-    command.add_argument("output", type=Path, help="file to write, of the same kind")
+    command = commands.add_parser("embed", help="embed the cells of an h5ad or h5mu file, or a zarr folder")
+    command.add_argument(
+        "input",
+        type=Path,
+        help="h5ad file, or h5mu file with RNA and ATAC; or zarr folder, to stream; raw counts",
+    )
+    command.add_argument(
+        "output",
+        type=Path,
+        help="file to write, of the same kind; or <name>.zarr, to stream, and to go on if cut short",
+    )
     command.add_argument(
         "--weights", required=True, help="registry name, bundle folder or official checkpoint file"
     )
@@ -60,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--key-added", help="key in obsm (default: the model's, such as X_cellplm)")
     command.add_argument("--batch-size", type=int, help="cells in memory at a time; never changes the result")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    command.add_argument("--overwrite", action="store_true", help="replace another embedding in <name>.zarr")
+    command.add_argument(
+        "--hidden", default="memory", help="to stream CellPLM: folder for hidden states (default: memory)"
+    )
     command.set_defaults(run=_embed)
 
     command = commands.add_parser(
@@ -132,25 +144,25 @@ def _download(args: argparse.Namespace) -> None:
 def _embed(args: argparse.Namespace) -> None:
     from cellprior import tl
 
-    is_mudata = args.input.suffix == ".h5mu"
-    if is_mudata != (args.output.suffix == ".h5mu"):
+    is_mudata, streams = args.input.suffix == ".h5mu", args.output.suffix == ".zarr"
+    if not streams and is_mudata != (args.output.suffix == ".h5mu"):
         msg = f"{args.input.name} and {args.output.name} are of different kinds: both .h5mu, or neither, is needed."
         raise ValueError(msg)
     if not args.output.parent.is_dir():
         msg = f"there is no folder {args.output.parent} to write {args.output.name} into."
         raise ValueError(msg)
+    names = ("gene_key", "batch_key", "key_added", "batch_size", "device")
+    options = {name: getattr(args, name) for name in names}
+    options["layer"] = _by_modality(args.layer) if is_mudata else args.layer
+    options["modalities"] = None if args.modalities is None else _by_modality(args.modalities)
+    if streams:
+        data = _read(args.input) if is_mudata else args.input
+        options |= {"overwrite": args.overwrite, "hidden": args.hidden}
+        tl.embed(data, args.weights, out=args.output, **options)
+        sys.stdout.write(f"{args.output}: complete\n")
+        return
     data = _read(args.input)
-    tl.embed(
-        data,
-        args.weights,
-        layer=_by_modality(args.layer) if is_mudata else args.layer,
-        gene_key=args.gene_key,
-        batch_key=args.batch_key,
-        modalities=None if args.modalities is None else _by_modality(args.modalities),
-        key_added=args.key_added,
-        batch_size=args.batch_size,
-        device=args.device,
-    )
+    tl.embed(data, args.weights, **options)
     partial = args.output.with_name(args.output.name + ".part")
     try:
         _write(data, partial, is_mudata)

@@ -14,7 +14,7 @@ __all__ = ["embed"]
 
 
 def embed(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | str | os.PathLike[str],
     weights: str | os.PathLike[str],
     *,
     layer: str | Mapping[str, str | None] | None = None,
@@ -26,6 +26,11 @@ def embed(
     min_coverage: float = 0.25,
     device: str | int = "auto",
     copy: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    hidden: str | os.PathLike[str] = "memory",
+    progress: bool = True,
+    client: Any = None,
 ) -> AnnData | MuData | None:
     """Embed cells with pretrained weights.
 
@@ -33,7 +38,8 @@ def embed(
     ----------
     adata
         Annotated data ``(cells, genes)`` with raw counts. For weights of MultiomeCLIP a MuData with RNA, ATAC or both,
-        of which each cell is embedded by what it has, or an AnnData with genes or with peaks.
+        of which each cell is embedded by what it has, or an AnnData with genes or with peaks. With ``out``, also the
+        path of an h5ad file or zarr folder, whose counts stay on disk.
     weights
         Registry name (see :func:`cellprior.weights.available`), folder written by ``save_pretrained``, or official
         checkpoint file.
@@ -49,7 +55,7 @@ def embed(
     key_added
         Key in ``obsm``; by default the model's own, such as ``X_cellplm``.
     batch_size
-        Cells in memory at a time; never changes the result.
+        Cells in memory at a time, by default what fits; never changes the result.
     min_coverage
         Least share of genes, and of peaks, that must match, see :func:`cellprior.genes.match` and
         :func:`cellprior.genes.match_peaks`.
@@ -57,6 +63,18 @@ def embed(
         ``"auto"`` is the first GPU if there is one, else the CPU.
     copy
         Return a copy with the embedding instead of writing into ``adata``.
+    out
+        Zarr folder to write to as the cells are embedded, and nothing into ``adata``; see :doc:`/user_guide/scale`.
+        Until it is complete it is called ``<out>.part``; the same call then goes on where it was cut short.
+    overwrite
+        Replace what is at ``out``, or its beginning, of other data, weights or parameters.
+    hidden
+        With ``out``, for CellPLM: ``"memory"``, or a folder for the hidden states of the cells of a sentence.
+    progress
+        With ``out``: draw a bar.
+    client
+        ``distributed.Client`` of a Dask cluster that embeds with CellPLM or ScBERT; the counts are then a dask array,
+        or a path that the workers can read.
 
     Returns
     -------
@@ -72,6 +90,10 @@ def embed(
         If the data are not raw counts, or too few of their genes or peaks are known.
     ValueError
         If the weights are of a model that reads other data: an AnnData, or RNA and ATAC.
+    FileExistsError
+        If ``out`` or its beginning is of something else.
+    OSError
+        If ``out`` cannot be written, or the counts cannot be read any more.
 
     Examples
     --------
@@ -80,24 +102,48 @@ def embed(
 
     >>> cp.tl.embed(mdata, "folder/of/a/multiomeclip", layer={"rna": "counts", "atac": None})
     >>> sc.pp.neighbors(mdata, use_rep="X_multiomeclip")
+
+    >>> cp.tl.embed("atlas.h5ad", "cellplm-starter", batch_key="donor", out="latent.zarr")
+    >>> anndata.read_zarr("latent.zarr").obsm["X_cellplm"]
     """
     from cellprior.model import model_class
+    from cellprior.model._embedding import in_memory
+    from cellprior.model._on_disk import open_counts
+    from cellprior.model._streaming import stream
 
+    if isinstance(adata, str | os.PathLike):
+        if out is None:
+            msg = f"{os.fspath(adata)!r} is a path: name a folder to write to, out=, or read the data first."
+            raise ValueError(msg)
+        if isinstance(layer, Mapping):
+            msg = "layer= by modality is for a MuData in memory; of an AnnData in a file, name one layer."
+            raise ValueError(msg)
+        adata = open_counts(adata, layer, as_dask=client is not None)
+    if out is not None and copy:
+        msg = "out= writes to a folder, and copy= returns a copy: choose one of them."
+        raise ValueError(msg)
     if copy:
         adata = _copy(adata)
     cls = model_class(weights)
+    key = key_added or cls.obsm_key
     setup: dict[str, Any] = {
         "layer": layer,
         "gene_key": gene_key,
         "batch_key": batch_key,
         "modalities": modalities,
     }
-    latent, origin = cls.embed_once(
-        weights, adata, **setup, batch_size=batch_size, min_coverage=min_coverage, device=device
-    )
-    key = key_added or cls.obsm_key
+    params = _stated(**setup, min_coverage=min_coverage)
+    with cls.opened(weights, adata, **setup, min_coverage=min_coverage, device=device) as model:
+        if out is not None:
+            options: dict[str, Any] = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
+            stream(model, out, key=key, params=params, batch_size=batch_size, client=client, **options)
+            return None
+        if client is None:
+            latent = model.get_latent_representation(batch_size=batch_size)
+        else:
+            latent = in_memory(model._embedding(batch_size=batch_size, client=client))
+        record = {**model.provenance(), "params": params}
     adata.obsm[key] = latent
-    record = {**origin, "params": _stated(**setup, min_coverage=min_coverage)}
     others = {name: other for name, other in adata.uns.get("cellprior", {}).items() if name != key}
     adata.uns["cellprior"] = {**others, key: _stated(**record)}  # the latest comes last
     return adata if copy else None

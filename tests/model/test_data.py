@@ -246,3 +246,17 @@ def test_a_csc_matrix_is_turned_once_and_not_for_every_minibatch(counts, monkeyp
     loader = loader_of(adata, indices=np.arange(N_CELLS), batch_size=2)
     monkeypatch.setattr(sp.csc_matrix, "tocsr", lambda *args, **kwargs: pytest.fail("turned again"))
     assert len(list(loader)) == 12
+
+
+def test_a_file_that_cannot_be_read_any_more_is_an_error_that_names_the_cells():
+    class Broken:
+        shape = (9, 3)
+
+        def __getitem__(self, rows: slice) -> None:
+            msg = "Can't synchronously read data (wrong checksum)"
+            raise OSError(msg)
+
+    with pytest.raises(
+        OSError, match="counts of cells 4 to 6 cannot be read from the file: .*wrong checksum"
+    ):
+        read_rows(Broken(), np.array([5, 4, 6]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from uuid import uuid4
@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
 import scipy.sparse as sp
-import torch
 from scvi import REGISTRY_KEYS
 from scvi.data.fields import CategoricalObsField
 from torch import Tensor
@@ -20,13 +19,14 @@ from torch import Tensor
 from cellprior import genes as gene_matching
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._annotation import AnnotatingModel
+from cellprior.model._cluster import Blocks, embed_unit
 from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, row_numbers, without_view
+from cellprior.model._embedding import Embedding, in_memory
 from cellprior.model._loading import LoadableModel
+from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
 from cellprior.model._training import TrainableModel
 
 Precision = Literal["float32", "bfloat16"]
-# products of one to three rows go through other kernels, which round differently in the fifth digit
-MIN_CHUNK = 16
 
 
 class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
@@ -34,11 +34,15 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
 
     A subclass gives ``_module_cls``, ``obsm_key``, an ``__init__`` that ends in :meth:`_finish_init`, and, for
     checkpoints in its authors' layout, :meth:`_read_official`. A model whose cells see each other also gives
-    :meth:`_groups` and :meth:`_encode`.
+    ``_sentences``, ``_n_stages``, :meth:`_units` and :meth:`_encode`.
     """
 
     _data_loader_cls = VocabularyLoader
+    _sentences = False  # whether cells see each other
     default_batch_size = 1024
+    _unit_size = (
+        1024  # cells after which a stream to disk can be cut short, where cells do not see each other
+    )
 
     def __init__(
         self,
@@ -148,7 +152,8 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         indices
             Cells to embed, as numbers or a mask; the result is in this order.
         batch_size
-            Cells in memory at a time, at least 16. Bounds the memory and never changes the result.
+            Cells in memory at a time, at least 16; by default what fits a quarter of a GPU's free memory, and 1,024 on
+            a CPU. Bounds the memory and never changes the result.
         precision
             ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
 
@@ -165,51 +170,40 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         """
         return self._embed(adata, indices, batch_size, precision)
 
-    @torch.inference_mode()
     def _embed(
         self,
         adata: ad.AnnData | None,
         indices: Sequence[int] | Sequence[bool] | np.ndarray | None,
         batch_size: int | None,
         precision: Precision,
-        *,
-        encode: Callable[..., Iterable[Tensor]] | None = None,
-        width: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Embedding loop; ``options`` go to :meth:`_encode`, or to what gives ``width`` columns instead."""
+        """Embed cells into memory; ``options`` as of :class:`~cellprior.model._embedding.Embedding`."""
         self._check_if_trained(warn=False)
-        if precision not in ("float32", "bfloat16"):
-            msg = f'precision={precision!r} is not known; choose "float32" or "bfloat16".'
-            raise ValueError(msg)
-        batch_size = self.default_batch_size if batch_size is None else batch_size
-        if batch_size < 1:
-            msg = f"batch_size={batch_size}; at least one cell at a time is needed."
-            raise ValueError(msg)
-        batch_size = max(batch_size, MIN_CHUNK)
-        self.module.eval()
         with self._attached(adata) as manager:
             rows = row_numbers(indices, manager.adata.n_obs)
-            match = self._match_of(manager)
-            used, column = self._columns(match)
-            whole = len(used) == len(self.genes)  # then the columns are the vocabulary, in order
-            gene_index = None if whole else torch.as_tensor(used, device=self.module.device)
-            latent = np.empty((len(rows), width or self.module.n_latent), dtype=np.float32)
-            for group in self._groups(manager, rows):
-                loader = self._data_loader_cls(
-                    manager,
-                    indices=rows[group],
-                    batch_size=batch_size,
-                    data_and_attributes=[REGISTRY_KEYS.X_KEY],
-                    column=column,
-                    n_columns=len(used),
-                )
-                with torch.autocast(self.module.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    start = 0
-                    for z in (encode or self._encode)(self._counts(loader), gene_index, **options):
-                        latent[group[start : start + len(z)]] = z.float().cpu().numpy()
-                        start += len(z)
-        return latent
+            sizes: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+            return in_memory(Embedding(self, manager, rows, **sizes, **options))
+
+    def _embedding(self, **options: Any) -> Embedding:
+        """All attached cells, to be embedded."""
+        self._check_if_trained(warn=False)
+        with self._attached(None) as manager:
+            return Embedding(self, manager, np.arange(manager.adata.n_obs), **options)
+
+    def _fingerprint(self) -> dict[str, str]:
+        """What the attached data are known again by; refuses what cannot be read cell by cell."""
+        with self._attached(None) as manager:
+            match, x = self._match_of(manager), manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+            refuse_by_gene(x)
+            found = {
+                "counts": digest_of_counts(x),
+                "cells": digest(manager.adata.obs_names),
+                "genes": digest(match.var_names, match.index),
+            }
+            if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
+                found["batches"] = digest(manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY))
+            return found
 
     @staticmethod
     def _columns(match: gene_matching.GeneMatch) -> tuple[np.ndarray, np.ndarray]:
@@ -219,21 +213,33 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         column[match.index >= 0] = position
         return used, column
 
-    def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
-        """Positions in ``rows`` of the cells that are encoded together: all, where cells do not see each other."""
-        return [np.arange(len(rows))]
+    def _units(self, manager: CountsManager, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        """Positions in ``rows`` of cells that are encoded together: ``size``, where cells do not see each other."""
+        n_units = -(-len(rows) // size)
+        return np.array_split(np.arange(len(rows)), n_units) if n_units else []
+
+    def _submit(
+        self, client: Any, worker: Any, blocks: Blocks, cells: np.ndarray
+    ) -> list[tuple[Any, np.ndarray]]:
+        """Futures of the latents of one unit on a cluster, and the cells of each."""
+        return [(blocks.submit(client, embed_unit, worker, cells), cells)]
+
+    @property
+    def _n_stages(self) -> int:
+        """Times that a cell is worked on; for the bar of progress."""
+        return 1
 
     def _encode(
         self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
     ) -> Iterator[Tensor]:
-        """Latents ``(cells, n_latent)`` of each chunk of one group."""
+        """Latents ``(cells, n_latent)`` of each chunk of one unit."""
         return (self.module.encode(counts, gene_index=gene_index, **options) for counts in chunks)
 
     def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterable[Tensor]:
-        """Hidden states ``(cells, n_hidden)`` of each chunk of one group, what the annotation head reads."""
+        """Hidden states ``(cells, n_hidden)`` of each chunk of one unit, what the annotation head reads."""
         return (self.module.hidden(counts, gene_index=gene_index) for counts in chunks)
 
-    def _counts(self, loader: VocabularyLoader) -> Iterator[Tensor]:
+    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
         device = self.module.device
         for batch in loader:
             counts = batch[REGISTRY_KEYS.X_KEY]

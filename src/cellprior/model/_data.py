@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -25,6 +24,8 @@ from scvi.data.fields import LayerField
 from scvi.dataloaders import DataSplitter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from cellprior.model._on_disk import refuse_vanished
 
 N_CHECKED = (
     256  # cells whose counts are looked at before anything long begins; the others follow as they are read
@@ -112,17 +113,27 @@ def read_rows(x: Any, rows: np.ndarray) -> sp.csr_matrix:
         Dense or sparse, in memory, backed by a file, or a dask array, ``(cells, genes)``.
     rows
         Row numbers in any order.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read, or has gone.
     """
     contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
-    if contiguous:
-        block = x[int(rows[0]) : int(rows[-1]) + 1]
-    elif isinstance(x, h5py.Dataset) or not (isinstance(x, np.ndarray) or sp.issparse(x)):
-        # files want increasing rows; anndata gives them back sorted and says nothing
-        ordered, position = np.unique(rows, return_inverse=True)
-        return read_rows_of_block(x[ordered])[position]
-    else:
-        block = x[rows]
-    return read_rows_of_block(block)
+    if isinstance(x, np.ndarray) or sp.issparse(x):
+        return read_rows_of_block(x[int(rows[0]) : int(rows[-1]) + 1] if contiguous else x[rows])
+    try:
+        if contiguous:
+            found = read_rows_of_block(x[int(rows[0]) : int(rows[-1]) + 1])
+        else:
+            # files want increasing rows; anndata gives them back sorted and says nothing
+            ordered, position = np.unique(rows, return_inverse=True)
+            found = read_rows_of_block(x[ordered])[position]
+        refuse_vanished(x)
+    except OSError as error:
+        msg = f"The counts of cells {rows.min()} to {rows.max()} cannot be read from the file: {error}"
+        raise OSError(error.errno, msg) from error
+    return found
 
 
 def read_rows_of_block(block: Any) -> sp.csr_matrix:
@@ -307,6 +318,22 @@ class VocabularyLoader(DataLoader):
             num_workers=scvi_settings.dl_num_workers,
             persistent_workers=scvi_settings.dl_persistent_workers,
         )
+
+
+def minibatches(
+    dataset: Dataset, rows: Sequence[np.ndarray], column: np.ndarray, n_columns: int, dense: bool = False
+) -> DataLoader:
+    """Given minibatches, rows of a :class:`CountsDataset` each, with counts in vocabulary order."""
+    to_vocabulary: Callable[[Any], dict[str, Tensor]] = ToVocabulary(column, n_columns, dense)
+    return DataLoader(
+        dataset,
+        sampler=rows,
+        batch_size=None,  # one read of the matrix each
+        collate_fn=to_vocabulary,
+        generator=torch.Generator(),  # of seeds for workers; the global state is left alone
+        num_workers=scvi_settings.dl_num_workers,
+        persistent_workers=scvi_settings.dl_persistent_workers,
+    )
 
 
 class VocabularySplitter(DataSplitter):

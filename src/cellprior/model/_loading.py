@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
 import anndata as ad
-import numpy as np
 import torch
 from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from cellprior.model._data import without_view
+from cellprior.model._on_disk import with_frames
 from cellprior.weights import (
     Bundle,
     InertCheckpoint,
@@ -87,7 +88,8 @@ class LoadableModel(BaseModelClass):
         return model
 
     @classmethod
-    def embed_once(
+    @contextmanager
+    def opened(
         cls,
         weights: str | os.PathLike[str],
         adata: ad.AnnData,
@@ -96,15 +98,10 @@ class LoadableModel(BaseModelClass):
         gene_key: str | None = None,
         batch_key: str | None = None,
         modalities: Mapping[str, str] | None = None,
-        batch_size: int | None = None,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Embed data with weights and let go of both; see :func:`cellprior.tl.embed`.
-
-        Returns
-        -------
-        Float32 array ``(n_cells, n_latent)``, and where it comes from, see :meth:`provenance`.
+    ) -> Iterator[Self]:
+        """A model that embeds some data, for a while; then both are let go. See :func:`cellprior.tl.embed`.
 
         Raises
         ------
@@ -117,11 +114,11 @@ class LoadableModel(BaseModelClass):
                 'a MuData give it the modality with the genes, such as mdata["rna"], and the name of one layer.'
             )
             raise ValueError(msg)
-        adata = without_view(adata)
+        adata = with_frames(without_view(adata))
         cls.setup_anndata(adata, layer=layer, gene_key=gene_key, batch_key=batch_key)
         model = cls.from_pretrained(weights, adata, min_coverage=min_coverage, device=device)
         try:
-            return model.get_latent_representation(batch_size=batch_size), model.provenance()
+            yield model
         finally:
             model.release()
 

@@ -294,7 +294,7 @@ def _read_peaks(path: Path) -> list[str]:
             f"{path.parent} lacks {PEAKS}: the config says that the model reads peaks. Get the bundle again."
         )
         raise WeightsError(msg)
-    return _read_table(path, PEAK_COLUMNS)["peak"].tolist()
+    return list(_read_table(path, PEAK_COLUMNS)["peak"])
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:

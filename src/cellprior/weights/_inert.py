@@ -38,7 +38,7 @@ _HARMLESS = {
         for name in "bool bytearray bytes complex dict float frozenset getattr int list object set slice str".split()
     ),
 }
-_BROKEN = (  # what a damaged or made-up pickle raises
+_BROKEN: tuple[type[Exception], ...] = (  # what a damaged or made-up pickle raises
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     zlib.error,
@@ -60,7 +60,7 @@ class Inert:
     """In the place of an object: what it is called, what it was made with, and its state."""
 
     name = ""
-    args: tuple
+    args: tuple[Any, ...]
     state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior.model._base import Precision
+from cellprior.model._cluster import Blocks
 from cellprior.model._data import CountsManager
+from cellprior.model._embedding import Chunks
 from cellprior.model._masked import MaskedScores
 from cellprior.model.cellplm._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
+from cellprior.model.cellplm._cluster import submit_sentence
 from cellprior.model.cellplm._expression import ExpressionMixin
+from cellprior.model.cellplm._hidden import HiddenStates, StoredStates
 from cellprior.model.cellplm._inputs import sentences
 from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.cellplm._masked import masked_scores
@@ -58,6 +62,7 @@ class CellPLM(ExpressionMixin):
 
     _module_cls = CellPLMModule
     obsm_key = "X_cellplm"
+    _sentences = True
     # imputation: rates of the original's fine-tuning pipeline
     objectives = {
         "masked": {},
@@ -119,8 +124,8 @@ class CellPLM(ExpressionMixin):
         indices
             Cells to embed, as numbers or a mask; the result is in this order. Other cells are not in their sentences.
         batch_size
-            Cells in memory at a time, at least 16, apart from ``4 * n_hidden`` bytes for each cell of a sentence.
-            Never changes the result.
+            Cells in memory at a time, at least 16, apart from ``4 * n_hidden`` bytes for each cell of a sentence; by
+            default what fits a quarter of a GPU's free memory, and 1,024 on a CPU. Never changes the result.
         mixture
             For ``latent="gmvae"``: ``"expected"`` averages the components' means over the cell's probabilities,
             ``"argmax"`` takes the most likely component, ``"sampled"`` draws one, as the original does (seed torch).
@@ -178,15 +183,37 @@ class CellPLM(ExpressionMixin):
     ) -> MaskedScores:
         return masked_scores(self.module, counts, floor, share=share, rng=rng, measured=measured)
 
-    def _groups(self, manager: CountsManager, rows: np.ndarray) -> Iterable[np.ndarray]:
+    @property
+    def _n_stages(self) -> int:
+        return len(self.module.encoder) + 3  # embedder, layers, norm and latent
+
+    def _units(self, manager: CountsManager, rows: np.ndarray, size: int) -> list[np.ndarray]:
         if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
-            return sentences(rows, None)
-        return sentences(rows, manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows])
+            return list(sentences(rows, None))
+        return list(sentences(rows, manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]))
 
     def _encode(
-        self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
+        self,
+        chunks: Iterable[Tensor],
+        gene_index: Tensor | None,
+        *,
+        scratch: Path | None = None,
+        step: Callable[[int], None] = lambda n_cells: None,
+        **options: Any,
     ) -> Iterator[Tensor]:
-        return self.module.encode_chunks(chunks, gene_index=gene_index, **options)
+        if scratch is None:
+            states = HiddenStates(step=step)
+            return self.module.encode_chunks(chunks, gene_index=gene_index, states=states, **options)
+        assert isinstance(chunks, Chunks)  # for the type checker
+        width, device = self.module.n_hidden, self.module.device
+        stored = StoredStates(scratch, chunks.sizes, width, device=device, step=step)
+        missing = chunks.read(stored.n_filled)
+        return self.module.encode_chunks(missing, gene_index=gene_index, states=stored, **options)
+
+    def _submit(
+        self, client: Any, worker: Any, blocks: Blocks, cells: np.ndarray
+    ) -> list[tuple[Any, np.ndarray]]:
+        return submit_sentence(client, worker, blocks, cells, len(self.module.encoder))
 
     def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterable[Tensor]:
         return self.module.hidden_chunks(chunks, gene_index=gene_index)

@@ -12,25 +12,27 @@ Wu et al., Flowformer: Linearizing Transformers with Conservation Flows, ICML 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
 
 FLOW_EPS = 1e-6
+N_STREAMS = 3  # times that attention reads a sentence to find what its cells know of each other
 DECODER_RANK = 128  # width of the layer in front of the gene means
 GMVAE_HIDDEN = 512
-BLOCK_BYTES = 64 * 2**20  # of hidden states in one piece of memory
 KEEP_BYTES = 128 * 2**20  # queries, keys and values of a sentence are kept up to this size, else recomputed
 
 Latent = Literal["vae", "gmvae"]
 Mixture = Literal["expected", "argmax", "sampled"]
+Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 class CellPLMModule(BaseModuleClass):
@@ -113,36 +115,58 @@ class CellPLMModule(BaseModuleClass):
         return latent
 
     def encode_chunks(
-        self, chunks: Iterable[Tensor], *, gene_index: Tensor | None = None, mixture: Mixture = "expected"
+        self,
+        chunks: Iterable[Tensor],
+        *,
+        gene_index: Tensor | None = None,
+        mixture: Mixture = "expected",
+        states: HiddenStates | None = None,
     ) -> Iterator[Tensor]:
         """Embed one sentence given in chunks of cells; the result does not depend on where the chunks are cut.
 
         Holds the hidden states of the whole sentence, ``4 * n_hidden`` bytes per cell, and releases them chunk
-        by chunk as the latents are read. ``mixture`` is read by a GMVAE only, see :class:`GMVAELatent`.
+        by chunk as the latents are read. ``mixture`` is read by a GMVAE only, see :class:`GMVAELatent`; for ``states``
+        see :meth:`hidden_chunks`.
 
         Yields
         ------
         Latent means of each chunk ``(cells, n_latent)``, float32.
         """
-        hidden: list[Tensor | None] = list(self.hidden_chunks(chunks, gene_index=gene_index))
-        n_cells = sum(len(h) for h in hidden if h is not None)
-        noise = self.latent.draw_noise(n_cells) if mixture == "sampled" else None
+        hidden = self.hidden_chunks(chunks, gene_index=gene_index, states=states)
+        noise = self.latent.draw_noise(sum(hidden.sizes)) if mixture == "sampled" else None
         start = 0
-        for i, h in enumerate(hidden):
-            hidden[i] = None
-            assert h is not None  # each chunk is read once
+        for h in hidden.release():
             rows = None if noise is None else noise[start : start + len(h)]
             start += len(h)
             yield self.latent.mean(h, mixture=mixture, noise=rows).float()
 
-    def hidden_chunks(self, chunks: Iterable[Tensor], *, gene_index: Tensor | None = None) -> list[Tensor]:
-        """Hidden states in front of the latent layer, ``(cells, n_hidden)`` per chunk of one sentence."""
-        table = self.embedder.table(gene_index)
-        hidden = _keep(self.embedder(counts, table) for counts in chunks)
-        for layer in self.encoder:
-            layer(hidden)
-        for i, h in enumerate(hidden):
-            _replace(hidden, i, self.pre_latent_norm(h))
+    def hidden_chunks(
+        self,
+        chunks: Iterable[Tensor],
+        *,
+        gene_index: Tensor | None = None,
+        states: HiddenStates | None = None,
+    ) -> HiddenStates:
+        """Hidden states in front of the latent layer, ``(cells, n_hidden)`` per chunk of one sentence.
+
+        Parameters
+        ----------
+        chunks
+            Raw counts; with ``states``, of those chunks that these lack.
+        gene_index
+            Vocabulary row of each column of the counts; ``None`` if the columns are the vocabulary.
+        states
+            What holds the hidden states, new or half done; memory by default.
+        """
+        hidden = HiddenStates() if states is None else states
+        if hidden.stage < 0:
+            table = self.embedder.table(gene_index)
+            hidden.fill(self.embedder(counts, table) for counts in chunks)
+        for number, layer in enumerate(self.encoder):
+            if hidden.stage == number:
+                layer(hidden)
+        if hidden.stage == len(self.encoder):
+            hidden.replace(lambda i, h: self.pre_latent_norm(h))
         return hidden
 
     def hidden(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
@@ -222,33 +246,6 @@ class CellPLMModule(BaseModuleClass):
         return sentence_losses(self, batch, **objective)
 
 
-def _keep(chunks: Iterable[Tensor]) -> list[Tensor]:
-    """Hold chunks of hidden states; where there are no gradients, as parts of large blocks that can be overwritten.
-
-    The system gets large blocks back as soon as they are free, where small ones leave holes.
-    """
-    if torch.is_grad_enabled():
-        return list(chunks)
-    kept: list[Tensor] = []
-    block, used = torch.empty(0, 0), 0
-    for chunk in chunks:
-        if used + len(chunk) > len(block):
-            block, used = (
-                chunk.new_empty(max(BLOCK_BYTES // (4 * chunk.shape[1]), len(chunk)), chunk.shape[1]),
-                0,
-            )
-        kept.append(block[used : used + len(chunk)].copy_(chunk))
-        used += len(chunk)
-    return kept
-
-
-def _replace(hidden: list[Tensor], i: int, chunk: Tensor) -> None:
-    if torch.is_grad_enabled():
-        hidden[i] = chunk
-    else:
-        hidden[i].copy_(chunk)
-
-
 class Embedder(nn.Module):
     """Cells as weighted sums of gene vectors, then a linear layer and a group norm."""
 
@@ -289,13 +286,16 @@ class FlowformerLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, hidden: list[Tensor]) -> None:
+    def forward(self, hidden: HiddenStates) -> None:
         """Replace the chunks of ``hidden``, ``(cells, n_hidden)`` each, by the layer's output."""
-        projected = _Projections(self.attention, self.norm1, hidden)
-        sums = self.attention.reduce(projected)
-        for i, h in enumerate(hidden):
-            h = h + self.dropout(self.attention(projected.of(i, "query")[0], sums))
-            _replace(hidden, i, h + self.ff(self.norm2(h)).float())
+        projected = Projections(self.attention, self.norm1, hidden)
+        sums = FlowSums(*hidden.sums(lambda: self.attention.reduce(projected)))
+        hidden.replace(lambda i, h: self.output(h, projected.of(i, "query")[0], sums))
+
+    def output(self, h: Tensor, q: Tensor, sums: FlowSums) -> Tensor:
+        """The layer's output ``(cells, n_hidden)`` of some cells of the sentence, from their queries."""
+        h = h + self.dropout(self.attention(q, sums))
+        return h + self.ff(self.norm2(h)).float()
 
 
 class FlowSums(NamedTuple):
@@ -331,27 +331,43 @@ class FlowAttention(nn.Module):
         y = getattr(self, name)(x).float()
         return y if name == "value" else torch.sigmoid(y)
 
-    def reduce(self, projected: _Projections) -> FlowSums:
+    def reduce(self, projected: Projections) -> FlowSums:
         """Stream three times over the sentence and collect what its cells know of each other."""
-        heads = self.n_heads
-        chunks = range(len(projected))
+        known: list[Pair] = []
+        for _ in range(N_STREAMS):
+            known.append(as_float(self.stream(projected, known)))
+        return self.sums(projected.n_cells, known)
 
-        def totals(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            return q.sum(0).view(heads, -1), k.sum(0).view(heads, -1)
+    def stream(self, projected: Projections, known: Sequence[Pair]) -> Pair:
+        """Sums over some cells of the next stream, given those of the streams before it over the whole sentence.
 
-        def flows(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        What different cells give is added up, in float64, by :func:`add_up`; so a sentence may be anywhere.
+        """
+        names = (("query", "key"), ("query", "key"), ("key", "value"))[len(known)]
+        functions: tuple[Callable[..., Pair], ...] = (self._totals, self._flows, self._competition)
+        function = functions[len(known)]
+        return add_up(function(*projected.of(i, *names), *known) for i in range(len(projected)))
+
+    @staticmethod
+    def sums(n_cells: int, known: Sequence[Pair]) -> FlowSums:
+        """What the three streams over a sentence have found."""
+        (_, key), (key_flow, _), (weight, memory) = known
+        return FlowSums(n_cells, key, key_flow, weight, memory)
+
+    def _totals(self, q: Tensor, k: Tensor) -> Pair:
+        return q.sum(0).view(self.n_heads, -1), k.sum(0).view(self.n_heads, -1)
+
+    def _flows(self, q: Tensor, k: Tensor, totals: Pair) -> Pair:
+        total_q, total_k = totals
+        with torch.autocast(q.device.type, enabled=False):
             return _weighted_sum(k, 1 / _dot(k, total_q)), _weighted_sum(q, 1 / _dot(q, total_k))
 
-        def competition(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _competition(self, k: Tensor, v: Tensor, totals: Pair, flows: Pair) -> Pair:
+        _, query_flow = flows
+        with torch.autocast(k.device.type, enabled=False):
             w = _dot(k, query_flow).clamp(-1, 1).exp()  # (cells, heads)
-            k, v = k.unflatten(1, (heads, -1)), v.unflatten(1, (heads, -1))
+            k, v = k.unflatten(1, (self.n_heads, -1)), v.unflatten(1, (self.n_heads, -1))
             return w.sum(0), torch.matmul((k * w[:, :, None]).permute(1, 2, 0), v.transpose(0, 1))
-
-        total_q, total_k = _add_up(totals(*projected.of(i, "query", "key")) for i in chunks)
-        with torch.autocast(total_q.device.type, enabled=False):
-            key_flow, query_flow = _add_up(flows(*projected.of(i, "query", "key")) for i in chunks)
-            weight, memory = _add_up(competition(*projected.of(i, "key", "value")) for i in chunks)
-        return FlowSums(projected.n_cells, total_k, key_flow, weight, memory)
 
     def forward(self, q: Tensor, sums: FlowSums) -> Tensor:
         """Attention output of some cells of the sentence, ``(cells, n_hidden)``, from their queries."""
@@ -365,13 +381,13 @@ class FlowAttention(nn.Module):
         return self.dropout(self.out(read).float())
 
 
-class _Projections:
+class Projections:
     """Queries, keys and values of a sentence by chunk: kept while they are small, else computed at each use."""
 
-    def __init__(self, attention: FlowAttention, norm: nn.LayerNorm, hidden: Sequence[Tensor]) -> None:
+    def __init__(self, attention: FlowAttention, norm: nn.LayerNorm, hidden: HiddenStates) -> None:
         self.attention, self.norm, self.hidden = attention, norm, hidden
-        self.n_cells = sum(len(h) for h in hidden)
-        size = 3 * self.n_cells * hidden[0].shape[1] * 4 if hidden else 0
+        self.n_cells = sum(hidden.sizes)
+        size = 3 * self.n_cells * attention.query.in_features * 4
         self.kept: list[dict[str, Tensor]] | None = [{} for _ in hidden] if size <= KEEP_BYTES else None
 
     def __len__(self) -> int:
@@ -403,15 +419,19 @@ def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     )  # the products across heads are cheaper than copies
 
 
-def _add_up(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def add_up(parts: Iterable[Pair]) -> Pair:
     """Sum pairs of tensors over chunks; in float64 where there is more than one, so that cutting costs no digits."""
     parts = iter(parts)
     first, second = next(parts)
-    dtype = first.dtype
     wide = torch.float32 if first.device.type == "mps" else torch.float64
     for a, b in parts:
         first, second = first.to(wide) + a, second.to(wide) + b
-    return first.to(dtype), second.to(dtype)
+    return first, second
+
+
+def as_float(pair: Pair) -> Pair:
+    """Sums as the network uses them, float32."""
+    return pair[0].float(), pair[1].float()
 
 
 class VAELatent(nn.Module):

@@ -16,6 +16,7 @@ from scvi.data import AnnDataManagerValidationCheck
 
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._data import CountsManager, row_numbers
+from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
 from cellprior.model.multiomeclip._cells import (
     Cells,
     ModalityField,
@@ -25,6 +26,7 @@ from cellprior.model.multiomeclip._cells import (
     modality_keys,
     peak_names,
 )
+from cellprior.model.multiomeclip._embedding import JointEmbedding
 from cellprior.model.multiomeclip._module import (
     MODALITIES,
     EncoderKind,
@@ -75,6 +77,7 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
     _module_cls = MultiomeCLIPModule
     _setup_method = "setup_mudata"
     obsm_key = "X_multiomeclip"
+    _sentences = False
     annotation_: dict[str, Any] = {}
     training_state_: dict[str, Any] = {}
 
@@ -242,7 +245,7 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         indices
             Cells to embed, as numbers or a mask; the result is in this order.
         batch_size
-            Cells in memory at a time. Never changes the result.
+            Cells in memory at a time, by default what fits; never changes the result.
         modality
             ``"rna"``, ``"atac"``, or ``"joint"``: the mean of both, or what a cell has. By default ``"joint"`` if the
             data have both.
@@ -274,13 +277,8 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         rows = row_numbers(indices, cells.n_obs)
         wanted = self._wanted(cells, modality)
         counts = self._counts(adata, cells)
-        total = np.zeros((len(rows), self.module.n_latent), dtype=np.float32)
-        n_found = np.zeros(len(rows), dtype=np.float32)
-        for name in wanted:
-            at = np.flatnonzero(cells.has(name)[rows])
-            total[at] += self._embed(counts[name], name, rows[at], batch_size, aligned=center)
-            n_found[at] += 1
-        lacking = n_found == 0
+        latent = self._joint(cells, {name: counts[name] for name in wanted}, rows, batch_size, center=center)
+        lacking = ~np.any([cells.has(name)[rows] for name in wanted], axis=0)
         if lacking.any():
             first = cells.obs.index[rows[lacking][0]]
             msg = (
@@ -288,8 +286,22 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
                 'rows are NaN. modality="joint" embeds each cell by what it has.'
             )
             warnings.warn(msg, UserWarning, stacklevel=2)
-        with np.errstate(invalid="ignore"):
-            return total / n_found[:, None]
+        return latent
+
+    def _embedding(self, **options: Any) -> JointEmbedding:
+        """All attached cells, to be embedded."""
+        self._check_if_trained(warn=False)
+        return JointEmbedding(self, **options)
+
+    def _fingerprint(self) -> dict[str, str]:
+        """What the attached data are known again by; refuses what cannot be read cell by cell."""
+        cells = self._cells(None)
+        found = {"cells": digest(cells.obs.index)}
+        for name, counts in self._counts(None, cells).items():
+            refuse_by_gene(counts.x)
+            found[f"{name} counts"] = digest_of_counts(counts.x)
+            found[f"{name} features"] = digest(counts.column, cells.rows[name])
+        return found
 
     @staticmethod
     def _wanted(cells: Cells, modality: str | None) -> list[Modality]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-import anndata as ad
 import numpy as np
 import torch
 from mudata import MuData
@@ -48,26 +48,27 @@ class OpenedModel(ContrastiveModel, LoadableModel):
         )
 
     @classmethod
-    def embed_once(
+    @contextmanager
+    def opened(
         cls,
         weights: str | os.PathLike[str],
-        adata: MuData | ad.AnnData,
+        adata: Data,
         *,
         layer: str | Mapping[str, str | None] | None = None,
         gene_key: str | None = None,
         batch_key: str | None = None,
         modalities: Mapping[str, str] | None = None,
-        batch_size: int | None = None,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Embed data with weights and let go of both; see :func:`cellprior.tl.embed`."""
+    ) -> Iterator[Self]:
+        """A model that embeds some data, for a while; see :func:`cellprior.tl.embed`."""
         layers = _layers(layer)
         model = cls.from_pretrained(weights, min_coverage=min_coverage, device=device)
         model._read_from(layers, modalities=modalities, gene_key=gene_key)
-        model._attached_match = model.feature_match(adata)
+        model._opened = adata
+        model._attached_match = model.feature_match()
         codes_of(adata.obs, batch_key)
-        return model.get_latent_representation(adata, batch_size=batch_size), model.provenance()
+        yield model
 
     @classmethod
     def _set_up(cls, adata: MuData | None) -> MuData | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import anndata as ad
@@ -14,6 +15,7 @@ from scvi.model.base import BaseModelClass
 
 from cellprior import genes as matching
 from cellprior.model._data import csr_tensor
+from cellprior.model._embedding import BatchSize
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of, counts_matrix
 from cellprior.model.multiomeclip._module import Modality
 
@@ -30,6 +32,7 @@ class ReadingModel(BaseModelClass):
     is_trained_: bool
     default_batch_size = 1024
     _attached_match: dict[Modality, Features]
+    _opened: Data | None = None  # data that are read without having been set up
 
     def feature_match(self, adata: Data | None = None) -> dict[Modality, Features]:
         """How much of some data, by default the attached, the model reads: a report by modality.
@@ -64,10 +67,10 @@ class ReadingModel(BaseModelClass):
         return found
 
     def _cells(self, adata: Data | None) -> Cells:
-        if adata is None and self.adata is None:
+        data = next((found for found in (adata, self._opened, self.adata) if found is not None), None)
+        if data is None:
             msg = "The model was loaded without data: pass adata=."
             raise ValueError(msg)
-        data = self.adata if adata is None else adata
         return cells_of(data, self.registry["setup_args"], genes=self.genes)
 
     def _counts(self, adata: Data | None, cells: Cells) -> dict[Modality, CountsOf]:
@@ -91,21 +94,45 @@ class ReadingModel(BaseModelClass):
         aligned: bool = False,
     ) -> np.ndarray:
         """Unit vectors of cells that have a modality ``(cells, n_latent)``."""
-        batch_size = self.default_batch_size if batch_size is None else batch_size
-        if batch_size < 1:
-            msg = f"batch_size={batch_size}; at least one cell at a time is needed."
-            raise ValueError(msg)
+        size = BatchSize(batch_size, self, n_features=counts.n_features)
         self.module.eval()
         device = self.module.device
         latent = np.empty((len(rows), self.module.n_latent), dtype=np.float32)
-        for start in range(0, len(rows), batch_size):
-            part = csr_tensor(counts.read(rows[start : start + batch_size]))
-            # Apple's GPUs have no sparse tensors
-            part = part.to_dense().to(device) if device.type == "mps" else part.to(device)
-            found = self.module.embed(modality, part)
-            found = self.module.alignment[modality](found) if aligned else found
-            latent[start : start + batch_size] = found.float().cpu().numpy()
+        start = 0
+        while start < len(rows):
+            cells = slice(start, start + size.n_cells)
+            part = csr_tensor(counts.read(rows[cells]))
+            try:
+                # Apple's GPUs have no sparse tensors
+                part = part.to_dense().to(device) if device.type == "mps" else part.to(device)
+                found = self.module.embed(modality, part)
+                found = self.module.alignment[modality](found) if aligned else found
+                latent[cells] = found.float().cpu().numpy()
+                start = cells.stop
+                continue
+            except torch.cuda.OutOfMemoryError as error:
+                size.halve(error)
+            torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
         return latent
+
+    def _joint(
+        self,
+        cells: Cells,
+        counts: Mapping[Modality, CountsOf],
+        rows: np.ndarray,
+        batch_size: int | None = None,
+        *,
+        center: bool = True,
+    ) -> np.ndarray:
+        """Mean over the modalities of those that a cell has ``(cells, n_latent)``, NaN if it has none."""
+        total = np.zeros((len(rows), self.module.n_latent), dtype=np.float32)
+        n_found = np.zeros(len(rows), dtype=np.float32)
+        for name, of_modality in counts.items():
+            at = np.flatnonzero(cells.has(name)[rows])
+            total[at] += self._embed(of_modality, name, rows[at], batch_size, aligned=center)
+            n_found[at] += 1
+        with np.errstate(invalid="ignore"):
+            return total / n_found[:, None]
 
 
 def _names_of(match: Features) -> np.ndarray:

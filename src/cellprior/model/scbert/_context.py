@@ -113,10 +113,12 @@ class ContextMixin(PretrainedModel):
 
         def add_up(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
             nonlocal total
+            of_unit = torch.zeros((), dtype=torch.float64)  # which is begun anew where memory runs out
             for counts in chunks:
                 for tokens in self.module.tokens(counts, gene_index=gene_index).split(1):
-                    total = total + function(tokens).cpu()
+                    of_unit = of_unit + function(tokens).cpu()
                     yield tokens.new_zeros(1, 1)
+            total = total + of_unit
 
         n_cells = len(self._embed(adata, indices, None, precision, encode=add_up, width=1))
         if not n_cells:

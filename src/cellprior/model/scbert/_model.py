@@ -13,7 +13,6 @@ import pandas as pd
 from torch import Tensor
 
 from cellprior.model._base import Precision
-from cellprior.model._data import VocabularyLoader
 from cellprior.model._masked import MaskedScores
 from cellprior.model.scbert._attention import KeyMax
 from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
@@ -59,6 +58,7 @@ class ScBERT(ContextMixin):
 
     _module_cls = ScBERTModule
     obsm_key = "X_scbert"
+    default_batch_size = 128  # minutes on a CPU with the original's vocabulary
     _alike = True  # a mean over thousands of genes, most of them silent
     objectives = {
         "masked": {},
@@ -202,7 +202,7 @@ class ScBERT(ContextMixin):
         for counts in chunks:
             yield self.module.pool(self.module.tokens(counts, gene_index=gene_index), **options)
 
-    def _counts(self, loader: VocabularyLoader) -> Iterator[Tensor]:
+    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
         n_deep = 0
         for counts in super()._counts(loader):
             n_deep += int(loses_single_counts(cell_depth(counts)).sum())

@@ -1,0 +1,214 @@
+"""The embedding loop on a Dask cluster: the workers read, check and embed; this process asks and collects.
+
+Everything that a worker does is a function of its arguments, so that Dask does it again elsewhere if the worker dies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellprior.model._data import ToVocabulary, check_counts, csr_tensor, read_rows_of_block, select_columns
+
+if TYPE_CHECKING:
+    from cellprior.model._embedding import BatchSize, Embedding, Part
+
+IN_FLIGHT = 2  # parts asked for, per thread of the cluster
+
+
+@dataclass
+class Worker:
+    """All that is the same for all cells; sent to each worker once.
+
+    Attributes
+    ----------
+    module
+        The network, on the CPU as it is sent.
+    device
+        Where it runs; ``"auto"`` is the worker's first GPU if it has one.
+    encode
+        Of the model class, of which it reads ``module`` only.
+    to_vocabulary
+        What brings counts into the vocabulary's order.
+    gene_index
+        Vocabulary row of each column then, None if they are the vocabulary.
+    size, precision, options
+        See :class:`~cellprior.model._embedding.Embedding`.
+    labels
+        ``var_names``, ``layers`` and ``layer``, for what is refused.
+    """
+
+    module: torch.nn.Module
+    device: str
+    encode: Callable[..., Iterable[Tensor]]
+    to_vocabulary: ToVocabulary
+    gene_index: np.ndarray | None
+    size: BatchSize
+    precision: str
+    options: dict[str, Any]
+    labels: SimpleNamespace
+
+    def ready(self) -> Any:
+        """The network, where it runs."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return self.module.to(device)
+
+    def autocast(self) -> torch.autocast:
+        """What makes products in the precision asked for."""
+        device = self.ready().device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def chunks(self, block: Any, position: np.ndarray, names: np.ndarray) -> Iterator[Tensor]:
+        """Counts of a block of the matrix, checked, in vocabulary order, a few cells at a time.
+
+        Parameters
+        ----------
+        block
+            Some rows of the data.
+        position
+            Which of them each cell is.
+        names
+            Names of the cells.
+        """
+        counts = read_rows_of_block(block)[position]
+        labels = SimpleNamespace(obs_names=names, **vars(self.labels))
+        check_counts(counts, np.arange(len(names)), labels, self.labels.layer)
+        counts = select_columns(counts, self.to_vocabulary.column, self.to_vocabulary.n_columns)
+        n_pieces = -(-len(names) // self.size.n_cells)
+        device = self.ready().device
+        for piece in np.array_split(np.arange(len(names)), n_pieces):
+            yield csr_tensor(counts[piece[0] : piece[-1] + 1]).to(device)
+
+    def columns(self) -> Tensor | None:
+        """``gene_index`` where the network runs."""
+        return (
+            None if self.gene_index is None else torch.as_tensor(self.gene_index, device=self.ready().device)
+        )
+
+    def until_it_fits(self, function: Callable[[], Any]) -> Any:
+        """Call a function, and where a GPU runs out of memory, again with fewer cells at a time."""
+        while True:
+            try:
+                with torch.inference_mode(), self.autocast():
+                    return function()
+            except torch.cuda.OutOfMemoryError as error:
+                self.size.halve(error)
+            torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
+
+
+def embed_unit(worker: Worker, block: Any, position: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Latents ``(cells, width)`` of one unit, by one worker."""
+
+    def embed() -> np.ndarray:
+        chunks = worker.chunks(block, position, names)
+        model = SimpleNamespace(module=worker.ready())
+        latents = worker.encode(model, chunks, worker.columns(), **worker.options)
+        return np.concatenate([latent.float().cpu().numpy() for latent in latents])
+
+    return worker.until_it_fits(embed)
+
+
+def parts_on_cluster(embedding: Embedding, client: Any, pending: Iterable[int]) -> Iterator[Part]:
+    """Embed units on a cluster, as :meth:`~cellprior.model._embedding.Embedding.parts` does here, in any order.
+
+    Raises
+    ------
+    NotCountsError
+        If the data are not raw counts.
+    RuntimeError
+        If workers die again and again on the same cells.
+    """
+    from distributed import KilledWorker, as_completed
+
+    from cellprior.model._embedding import Part
+
+    model, manager = embedding.model, embedding.manager
+    layer = manager.data_registry["X"]["attr_key"]
+    labels = SimpleNamespace(
+        var_names=manager.adata.var_names, layers=list(manager.adata.layers), layer=layer
+    )
+    whole = embedding.gene_index is None
+    device = model.module.device
+    worker = client.scatter(
+        Worker(
+            module=model.module.cpu(),
+            device="auto",
+            encode=type(model)._encode,
+            to_vocabulary=ToVocabulary(embedding.column, len(embedding.used)),
+            gene_index=None if whole else embedding.used,
+            size=embedding.size,
+            precision=embedding.precision,
+            options=embedding.options,
+            labels=labels,
+        ),
+        broadcast=True,
+    )
+    model.module.to(device)
+    queue, running, unfinished = deque(pending), as_completed([]), {}
+    asked: dict[Any, tuple[int, np.ndarray]] = {}
+    while queue or asked:
+        n_threads = sum(client.nthreads().values())
+        while queue and len(asked) < max(IN_FLIGHT * n_threads, 1):
+            unit = queue.popleft()
+            futures = model._submit(client, worker, Blocks(embedding), embedding.units[unit])
+            unfinished[unit] = len(futures)
+            for future, cells in futures:
+                asked[future] = (unit, cells)
+                running.add(future)
+        future = next(running)
+        unit, cells = asked.pop(future)
+        try:
+            latent = future.result()
+        except KilledWorker as error:
+            msg = (
+                f"Several workers died one after the other over the same {len(cells)} cells, probably for want of "
+                f"memory: give them more, fewer threads each, or a smaller batch_size ({error})."
+            )
+            raise RuntimeError(msg) from error
+        future.release()
+        unfinished[unit] -= 1
+        embedding.progress(embedding.n_stages * len(cells))
+        yield Part(unit, cells, latent, not unfinished[unit])
+
+
+class Blocks:
+    """Rows of a dask array, to be computed where they are needed."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        self.rows, self.obs_names = embedding.rows, embedding.manager.adata.obs_names
+        self.x = embedding.manager.get_from_registry("X")
+
+    def submit(self, client: Any, function: Callable[..., Any], worker: Any, cells: np.ndarray) -> Any:
+        """``function(worker, block, position, names)`` of some cells, on a worker."""
+        import dask
+
+        rows, position = np.unique(self.rows[cells], return_inverse=True)
+        contiguous = rows[-1] - rows[0] == len(rows) - 1
+        block = self.x[int(rows[0]) : int(rows[-1]) + 1] if contiguous else self.x[rows]
+        names = np.asarray(self.obs_names[self.rows[cells]])
+        return client.compute(dask.delayed(function, pure=False)(worker, block, position, names))
+
+
+def refuse_here(x: Any) -> None:
+    """Refuse counts that are in this process: a cluster reads a dask array.
+
+    Raises
+    ------
+    TypeError
+        With the way out.
+    """
+    if not hasattr(x, "dask"):
+        msg = (
+            f"client= needs counts that the workers can read themselves, a dask array; these are a {type(x).__name__}. "
+            "Pass the path of the file, or open it with anndata.experimental.read_lazy(path)."
+        )
+        raise TypeError(msg)

@@ -1,0 +1,280 @@
+"""The embedding loop: cells in units that do not depend on each other, in this process or on a cluster."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+
+from cellprior.model._cluster import parts_on_cluster, refuse_here
+from cellprior.model._data import CountsManager, minibatches
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cellprior.model._base import PretrainedModel
+
+# products of one to three rows go through other kernels, which round differently in the fifth digit
+MIN_CHUNK = 16
+MAX_CHUNK = 8192  # of a GPU; on a CPU, more than the model's default_batch_size is of no use
+MEMORY_SHARE = 0.25  # of what is free, for the cells that are in the network at a time
+
+
+class Part(NamedTuple):
+    """Some of the cells of a unit, embedded."""
+
+    unit: int
+    cells: np.ndarray  # positions among the cells that were asked for
+    latent: np.ndarray  # (cells, width), float32
+    last: bool  # of the unit
+
+
+class Chunks:
+    """Counts of the cells of a sentence by chunk, read when they are asked for.
+
+    Parameters
+    ----------
+    sizes
+        Cells of each chunk.
+    read
+        Gives the chunks from a number on.
+    """
+
+    def __init__(self, sizes: list[int], read: Callable[[int], Iterator[Tensor]]) -> None:
+        self.sizes, self.read = sizes, read
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.read(0)
+
+
+class Embedding:
+    """Cells that a model is to embed, in units: sentences where cells see each other, else minibatches.
+
+    Parameters
+    ----------
+    model
+        The model.
+    manager
+        Of the data.
+    rows
+        Row numbers of the cells.
+    batch_size
+        Cells in memory at a time; by default what fits, see :class:`BatchSize`.
+    unit_size
+        Cells of a unit of a model whose cells do not see each other; by default ``batch_size``.
+    precision
+        ``"float32"`` or ``"bfloat16"``.
+    encode
+        What gives ``width`` columns instead of the embedding.
+    client
+        Of a Dask cluster that embeds.
+    **options
+        To ``encode``, or to the model's own.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        manager: CountsManager,
+        rows: np.ndarray,
+        *,
+        batch_size: int | None = None,
+        unit_size: int | None = None,
+        precision: str = "float32",
+        encode: Callable[..., Iterable[Tensor]] | None = None,
+        width: int | None = None,
+        client: Any = None,
+        **options: Any,
+    ) -> None:
+        if precision not in ("float32", "bfloat16"):
+            msg = f'precision={precision!r} is not known; choose "float32" or "bfloat16".'
+            raise ValueError(msg)
+        self.model, self.manager, self.rows, self.precision = model, manager, rows, precision
+        self.used, self.column = model._columns(model._match_of(manager))
+        self.size = BatchSize(batch_size, model, n_features=len(self.used))
+        self.width = width or model.module.n_latent
+        self.encode, self.options, self.client = encode, options, client
+        if client is not None:
+            refuse_here(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+        self.units = model._units(manager, rows, unit_size or self.size.n_cells)
+        self.scratch: Path | None = None  # folder for what a sentence holds; else memory
+        self.n_stages = model._n_stages  # times that progress is told of each cell
+        self.progress: Callable[[int], Any] = lambda n_cells: None
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.rows)
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """Annotation of the cells."""
+        return self.manager.adata.obs.iloc[self.rows]
+
+    def parts(self, pending: Iterable[int] | None = None) -> Iterator[Part]:
+        """Embed the cells of some units, by default of all; where a GPU runs out of memory, fewer at a time.
+
+        A unit in which that happens is begun anew: some of its cells may be given twice.
+        """
+        queue = deque(range(len(self.units)) if pending is None else pending)
+        self.model.module.eval()
+        if self.client is not None:
+            yield from parts_on_cluster(self, self.client, queue)
+            return
+        while queue:
+            try:
+                yield from self._parts(queue)
+                return
+            except torch.cuda.OutOfMemoryError as error:
+                self.size.halve(error)
+            torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
+
+    def _parts(self, queue: deque[int]) -> Iterator[Part]:
+        together = self.model._sentences
+        flow = None if together else self._read([p for unit in queue for p in self._pieces(self.units[unit])])
+        while queue:
+            unit = self.units[queue[0]]
+            pieces = self._pieces(unit)
+            chunks = self._chunks(pieces) if flow is None else islice(flow, len(pieces))
+            start = 0
+            for latent in self._encoded(chunks, queue[0]):
+                cells = unit[start : start + len(latent)]
+                start += len(latent)
+                self.progress(len(latent))
+                yield Part(queue[0], cells, latent, start == len(unit))
+            queue.popleft()
+        for _ in flow or ():  # the end of the flow is where a model says what it has noticed on the way
+            pass
+
+    def _encoded(self, chunks: Iterable[Tensor], unit: int) -> Iterator[np.ndarray]:
+        """Latents of the chunks of one unit."""
+        options = self.options
+        if self.encode is None and self.model._sentences:
+            scratch = self.scratch and self.scratch / str(unit)
+            options = {**options, "scratch": scratch, "step": self.progress}
+        latents: Iterator[Tensor] | None = None
+        while True:
+            # not over the yield: what is done with the latents is not part of the network
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                device = self.model.module.device.type
+                stack.enter_context(
+                    torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+                )
+                if latents is None:
+                    encode = self.encode or self.model._encode
+                    latents = iter(encode(chunks, self.gene_index, **options))
+                found = next(latents, None)
+                latent = None if found is None else found.float().cpu().numpy()
+            if latent is None:
+                return
+            yield latent
+
+    @cached_property
+    def gene_index(self) -> Tensor | None:
+        """Vocabulary row of each column of the counts; None if the columns are the vocabulary, in order."""
+        if len(self.used) == len(self.model.genes):
+            return None
+        return torch.as_tensor(self.used, device=self.model.module.device)
+
+    @cached_property
+    def dataset(self) -> Any:
+        """Counts by row, made once, as the rows of a CSC matrix in memory cost a pass over it."""
+        return self.manager.create_torch_dataset(data_and_attributes=[REGISTRY_KEYS.X_KEY])
+
+    def _pieces(self, cells: np.ndarray) -> list[np.ndarray]:
+        """Cells in pieces of nearly equal size: none of a handful of cells."""
+        return np.array_split(cells, -(-len(cells) // self.size.n_cells))
+
+    def _chunks(self, pieces: list[np.ndarray]) -> Chunks:
+        return Chunks([len(piece) for piece in pieces], lambda start: self._read(pieces[start:]))
+
+    def _read(self, pieces: list[np.ndarray]) -> Iterator[Tensor]:
+        loader = minibatches(
+            self.dataset, [self.rows[piece] for piece in pieces], self.column, len(self.used)
+        )
+        return self.model._counts(loader)
+
+
+def in_memory(embedding: Embedding) -> np.ndarray:
+    """All cells of an embedding, float32 ``(cells, width)``."""
+    latent = np.empty((embedding.n_cells, embedding.width), dtype=np.float32)
+    for part in embedding.parts():
+        latent[part.cells] = part.latent
+    return latent
+
+
+class BatchSize:
+    """Cells that go through a network at a time.
+
+    Parameters
+    ----------
+    given
+        What was asked for, raised to ``MIN_CHUNK``; ``None`` for what fits.
+    model
+        The model; ``default_batch_size`` is its choice on a CPU.
+    n_features
+        Features of a cell.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+
+    def __init__(self, given: int | None, model: Any, *, n_features: int) -> None:
+        if given is not None and given < 1:
+            msg = f"batch_size={given}; at least one cell at a time is needed."
+            raise ValueError(msg)
+        device = model.module.device
+        if given is not None:
+            self.n_cells = max(given, MIN_CHUNK)
+        elif device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            width = getattr(model.module, "n_hidden", model.module.n_latent)
+            self.n_cells = fitting(free, n_features=n_features, width=width)
+        else:
+            self.n_cells = model.default_batch_size
+        self._warned = False
+
+    def halve(self, error: RuntimeError) -> None:
+        """Answer to a GPU that ran out of memory, with one warning.
+
+        Raises
+        ------
+        RuntimeError
+            If there is nothing left to halve.
+        """
+        smaller = max(self.n_cells // 2, MIN_CHUNK)
+        if smaller == self.n_cells:
+            msg = (
+                f'The GPU\'s memory does not hold {smaller} cells at a time. Free some of it, use device="cpu", or, if '
+                "a long sentence of CellPLM fills it, cellprior.tl.embed(..., out=..., hidden=<a folder>)."
+            )
+            raise RuntimeError(msg) from error
+        if not self._warned:
+            msg = (
+                f"The GPU ran out of memory with {self.n_cells} cells at a time; going on with {smaller}, and fewer if "
+                f"need be. batch_size={smaller} would have begun there."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=4)
+        self._warned, self.n_cells = True, smaller
+
+
+def fitting(n_bytes: int, *, n_features: int, width: int) -> int:
+    """Cells for a quarter of some memory, a power of two, 8,192 at most.
+
+    A cell is counted with its features, dense and sparse, and sixteen vectors of the network's width, float32.
+    """
+    n_cells = int(MEMORY_SHARE * n_bytes) // (16 * n_features + 64 * width)
+    return min(max(1 << max(n_cells.bit_length() - 1, 0), MIN_CHUNK), MAX_CHUNK)

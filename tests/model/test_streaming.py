@@ -1,0 +1,501 @@
+"""Embeddings that go to disk as they are computed: the same numbers, and whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import zarr
+from anndata import AnnData
+from filelock import FileLock
+
+import cellprior as cp
+from cellprior.model import CellPLM, _data, _files, _on_disk, _streaming
+from cellprior.model._embedding import Embedding
+from cellprior.model._streaming import LatentStore
+from cellprior.model.cellplm import _hidden
+from tests.contract.models import blood_cells, tiny_scbert
+
+STARTER = "cellplm-starter"
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Cut(BaseException):
+    """The run ends here."""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELLPRIOR_OFFLINE", "1")
+
+
+@pytest.fixture
+def adata() -> AnnData:
+    return blood_cells()[:90].copy()
+
+
+@pytest.fixture
+def counts(adata: AnnData, tmp_path: Path) -> Path:
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    return tmp_path / "counts.h5ad"
+
+
+@pytest.fixture
+def zarr_counts(adata: AnnData, tmp_path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata announces other defaults of writing
+        adata.write_zarr(tmp_path / "counts.zarr")
+    return tmp_path / "counts.zarr"
+
+
+def stream(data: AnnData | Path, out: Path, weights: str = STARTER, **options: Any) -> None:
+    cp.tl.embed(data, weights, out=out, progress=False, **options)
+
+
+def read(out: Path) -> np.ndarray:
+    (latent,) = ad.read_zarr(out).obsm.values()
+    return latent
+
+
+# what is written
+
+
+def test_the_folder_holds_an_anndata_with_the_embedding_and_its_origin(adata, counts, tmp_path):
+    stream(counts, tmp_path / "out.zarr", batch_key="batch")
+    cp.tl.embed(adata, STARTER, batch_key="batch")
+    found = ad.read_zarr(tmp_path / "out.zarr")
+    np.testing.assert_allclose(found.obsm["X_cellplm"], adata.obsm["X_cellplm"], **CLOSE)
+    assert found.obs_names.equals(adata.obs_names)
+    assert list(found.obs) == ["bulk_labels", "batch"]
+    record, expected = found.uns["cellprior"]["X_cellplm"], adata.uns["cellprior"]["X_cellplm"]
+    del expected["counts_share"]  # would cost a pass over the file
+    assert record == expected
+    assert zarr.open_group(tmp_path / "out.zarr", mode="r").attrs["cellprior"]["complete"] is True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.h5ad", "out.zarr"]
+
+
+@pytest.mark.parametrize("weights", [STARTER, "scbert"])
+@pytest.mark.parametrize("how", ["backed", "h5ad", "zarr", "dask", "lazy", "in memory"])
+def test_counts_are_streamed_from_wherever_they_are(request, adata, tmp_path, weights, how):
+    weights = tiny_scbert() if weights == "scbert" else weights
+    if how in ("backed", "h5ad"):
+        data = request.getfixturevalue("counts")
+    elif how != "in memory":
+        data = request.getfixturevalue("zarr_counts")
+    if how == "backed":
+        data = ad.read_h5ad(data, backed="r")
+    elif how == "dask":
+        da = pytest.importorskip("dask.array")
+        data = AnnData(da.from_array(adata.X, chunks=(60, -1)), obs=adata.obs, var=adata.var)
+    elif how == "lazy":
+        pytest.importorskip("xarray")
+        data = ad.experimental.read_lazy(data)
+    elif how == "in memory":
+        data = adata.copy()
+    stream(data, tmp_path / "out.zarr", weights, batch_size=50)
+    cp.tl.embed(adata, weights)
+    np.testing.assert_allclose(read(tmp_path / "out.zarr"), next(iter(adata.obsm.values())), **CLOSE)
+
+
+def test_a_layer_of_a_file_is_streamed(adata, tmp_path):
+    adata.layers["counts"], adata.X = adata.X, adata.layers["log"]
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    stream(tmp_path / "counts.h5ad", tmp_path / "out.zarr", layer="counts")
+    cp.tl.embed(adata, STARTER, layer="counts")
+    np.testing.assert_allclose(read(tmp_path / "out.zarr"), adata.obsm["X_cellplm"], **CLOSE)
+
+
+def test_no_more_than_a_batch_of_the_matrix_is_ever_read(counts, tmp_path, monkeypatch):
+    n_read = []
+    read_rows = _data.read_rows
+    monkeypatch.setattr(_data, "read_rows", lambda x, rows: n_read.append(len(rows)) or read_rows(x, rows))
+    monkeypatch.setattr(_data, "N_CHECKED", 20)
+    monkeypatch.setattr(_on_disk, "N_SAMPLED", 20)
+    stream(counts, tmp_path / "out.zarr", batch_key="batch", batch_size=20, hidden=tmp_path / "hidden")
+    assert max(n_read) <= 20
+    assert sum(n_read) == 90 + 20 + 20
+
+
+def test_the_users_data_are_left_alone(counts, tmp_path):
+    backed = ad.read_h5ad(counts, backed="r")
+    stream(backed, tmp_path / "out.zarr", batch_key="batch")
+    assert not backed.obsm
+    assert set(backed.uns) <= {"_scvi_uuid", "_scvi_manager_uuid"}
+
+
+def test_the_bar_counts_cells_and_shows_their_speed_and_the_time_left(counts, tmp_path, capsys):
+    for weights, name in ((STARTER, "cellplm"), (tiny_scbert(), "scbert")):
+        cp.tl.embed(counts, weights, batch_key="batch", batch_size=20, out=tmp_path / f"{name}.zarr")
+        last = capsys.readouterr().err.strip().split("\r")[-1]
+        assert re.search(r"100%.*\| 90 of 90 cells \[[\d:]+<-?[\d:]+, [\d.]+.*cells/s\]", last)
+    stream(counts, tmp_path / "quiet.zarr")
+    assert "cells/s" not in capsys.readouterr().err
+
+
+# a run that is cut short
+
+
+def cut_after(monkeypatch: pytest.MonkeyPatch, n_writes: int) -> None:
+    """Let the n-th write to disk be the last; hidden states and latents both count."""
+    left = n_writes
+
+    def counted(function: Callable) -> Callable:
+        def write(*args: Any) -> None:
+            nonlocal left
+            if not left:
+                raise Cut
+            left -= 1
+            function(*args)
+
+        return write
+
+    for place, name in ((_hidden, "write_file"), (_streaming, "write_file"), (LatentStore, "write")):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "ScBERT": {"weights": "scbert"},
+    "CellPLM, one sentence in memory": {},
+    "CellPLM, two sentences on disk": {"batch_key": "batch", "hidden": "hidden"},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_that_is_cut_short_anywhere_goes_on_to_the_same_numbers(counts, tmp_path, run):
+    options = {"batch_size": 20, **RUNS[run]}
+    if "weights" in options:
+        options["weights"] = tiny_scbert()
+    if "hidden" in options:
+        options["hidden"] = tmp_path / "hidden"
+    stream(counts, tmp_path / "whole.zarr", **options)
+    expected = read(tmp_path / "whole.zarr")
+    n_writes, out, part = 0, tmp_path / "out.zarr", tmp_path / "out.zarr.part"
+    while not out.exists():
+        with pytest.MonkeyPatch.context() as patch:
+            cut_after(patch, n_writes)
+            n_writes += 1  # further from run to run, each from where the last has been
+            try:
+                stream(counts, out, **options)
+            except Cut:
+                assert not out.exists()
+                assert "cellprior" not in zarr.open_group(part / "store", mode="r").attrs
+    np.testing.assert_array_equal(read(out), expected)
+    assert not part.exists()
+    assert not list(tmp_path.glob("hidden/*"))
+    assert n_writes > 3
+
+
+def test_a_run_that_goes_on_does_not_do_again_what_is_done(counts, tmp_path, monkeypatch):
+    n_embedded: list[int] = []
+    encoded = Embedding._encoded
+
+    def watched(self: Embedding, chunks: Any, unit: int) -> Any:
+        for latent in encoded(self, chunks, unit):
+            n_embedded.append(len(latent))
+            yield latent
+
+    monkeypatch.setattr(Embedding, "_encoded", watched)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 3)  # the first is that of the state
+        with pytest.raises(Cut):
+            stream(counts, tmp_path / "out.zarr", tiny_scbert(), batch_size=18)
+    n_embedded.clear()
+    stream(counts, tmp_path / "out.zarr", tiny_scbert())  # the batch size is that of the beginning
+    assert n_embedded == [18] * 3
+    n_embedded.clear()
+    stream(counts, tmp_path / "out.zarr", tiny_scbert())  # complete
+    assert not n_embedded
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import cellprior as cp
+from cellprior.model.cellplm._hidden import StoredStates
+
+write, n_written = StoredStates._write, 0
+def kill(self, i, stage, chunk):
+    global n_written
+    write(self, i, stage, chunk)
+    n_written += 1
+    if n_written == 6:  # 4 chunks from the embedder, 2 from the first layer
+        os.kill(os.getpid(), signal.SIGKILL)
+StoredStates._write = kill
+cp.tl.embed("counts.h5ad", "cellplm-starter", out="out.zarr", hidden="hidden", batch_size=25, progress=False)
+"""
+
+
+def test_after_kill_9_in_the_middle_of_a_layer_the_result_is_that_of_an_uninterrupted_run(
+    counts, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=os.environ, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    (folder,) = (tmp_path / "hidden").glob("*/0")
+    stages = sorted(path.suffix for path in folder.glob("chunk*"))
+    assert stages == [".0", ".0", ".1", ".1"]
+    assert not Path("out.zarr").exists()
+    options = {"hidden": "hidden", "batch_size": 25}
+    stream(Path("counts.h5ad"), Path("out.zarr"), **options)
+    stream(counts, tmp_path / "whole.zarr", **options)
+    np.testing.assert_array_equal(read(Path("out.zarr")), read(tmp_path / "whole.zarr"))
+
+
+def test_another_batch_size_does_not_mix_with_the_hidden_states_of_the_first(counts, tmp_path):
+    options = {"hidden": tmp_path / "hidden"}
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 10)
+        with pytest.raises(Cut):
+            stream(counts, tmp_path / "out.zarr", batch_size=20, **options)
+    stream(counts, tmp_path / "out.zarr", batch_size=50, **options)
+    stream(counts, tmp_path / "whole.zarr", **options)
+    np.testing.assert_allclose(read(tmp_path / "out.zarr"), read(tmp_path / "whole.zarr"), **CLOSE)
+
+
+# what is there already
+
+
+def begun(counts: Path, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 3)
+        with pytest.raises(Cut):
+            stream(counts, out, tiny_scbert(), batch_size=20)
+
+
+def other_counts(adata: AnnData) -> None:
+    adata.X[0, int(adata.X[0].indices[0])] += 1
+
+
+def other_number_of_values(adata: AnnData) -> None:
+    adata.X[1, int(adata.X[1].indices[0])] = 0  # a cell that is not one of the 64
+    adata.X.eliminate_zeros()
+
+
+def other_names(adata: AnnData) -> None:
+    adata.obs_names = [f"cell {i}" for i in range(adata.n_obs)]
+
+
+def other_genes(adata: AnnData) -> None:
+    adata.var_names = [*adata.var_names[:-2], *adata.var_names[[-1, -2]]]
+
+
+@pytest.mark.parametrize(
+    ("state", "change", "options", "what"),
+    [
+        ("begun", other_counts, {}, "counts"),
+        ("begun", other_number_of_values, {}, "counts"),
+        ("begun", other_names, {}, "cells"),
+        ("begun", other_genes, {}, "genes"),
+        ("begun", None, {"weights": STARTER}, "genes, parameters, weights"),
+        ("begun", None, {"batch_key": "batch"}, "batches, parameters"),
+        ("begun", None, {"min_coverage": 0.1}, "parameters"),
+        ("begun", None, {"key_added": "X_mine"}, "parameters"),
+        ("complete", other_counts, {}, "counts"),
+        ("complete", None, {"weights": STARTER}, "genes, parameters, weights"),
+    ],
+)
+def test_another_input_weight_or_parameter_is_noticed_and_replaced_only_if_asked(
+    adata, counts, tmp_path, state, change, options, what
+):
+    out = tmp_path / "out.zarr"
+    begun(counts, out)
+    if state == "complete":
+        stream(counts, out, tiny_scbert())
+    before = sorted(tmp_path.rglob("*"))
+    if change is not None:
+        change(adata)
+        adata.write_h5ad(counts)
+    options = {"weights": tiny_scbert(), **options}
+    where = "out.zarr holds an embedding" if state == "complete" else r"out.zarr.part is the beginning of"
+    with pytest.raises(FileExistsError, match=f"{where}.* differs in {what} .*overwrite=True"):
+        stream(counts, out, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+    stream(counts, out, **options, overwrite=True)
+    cp.tl.embed(adata, **options)
+    np.testing.assert_allclose(read(out), next(iter(adata.obsm.values())), **CLOSE)
+
+
+def test_what_is_to_be_replaced_is_there_until_the_new_one_is_complete(counts, tmp_path):
+    out = tmp_path / "out.zarr"
+    stream(counts, out, tiny_scbert())
+    old = read(out)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 2)
+        with pytest.raises(Cut):
+            stream(counts, out, batch_key="batch", overwrite=True)
+    np.testing.assert_array_equal(read(out), old)
+    stream(counts, out, batch_key="batch", overwrite=True)
+    assert read(out).shape != old.shape
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder", "another AnnData"])
+def test_what_is_none_of_ours_is_never_replaced(adata, counts, tmp_path, what):
+    out = tmp_path / "out.zarr"
+    if what == "a file":
+        out.write_text("precious")
+    elif what == "a folder":
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+    else:
+        ad.io.write_elem(zarr.open_group(out, mode="w", zarr_format=2), "obs", adata.obs)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(FileExistsError, match="out.zarr is there already, and is not an embedding"):
+        stream(counts, out, overwrite=True)
+    assert sorted(out.rglob("*")) == before
+    assert not (tmp_path / "out.zarr.part").exists()
+
+
+def test_two_processes_do_not_write_the_same_folder(counts, tmp_path):
+    out = tmp_path / "out.zarr"
+    begun(counts, out)
+    with FileLock(tmp_path / "out.zarr.part" / "lock"), pytest.raises(RuntimeError, match="Another process"):
+        stream(counts, out, tiny_scbert())
+    stream(counts, out, tiny_scbert())
+
+
+# disks
+
+
+def test_a_disk_that_fills_up_is_an_error_and_what_is_done_is_kept(counts, tmp_path):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out.zarr"
+    stream(counts, tmp_path / "whole.zarr", batch_size=20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # the array has 17,280 bytes
+    try:
+        with pytest.raises(OSError, match=r"out\.zarr cannot be written: .*What is done is kept"):
+            stream(counts, out, batch_size=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not out.exists()
+    stream(counts, out)
+    np.testing.assert_array_equal(read(out), read(tmp_path / "whole.zarr"))
+
+
+def test_a_disk_that_fills_up_with_hidden_states_is_an_error_that_names_the_file(counts, tmp_path):
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    begun_with = {"hidden": tmp_path / "hidden", "batch_size": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 5)
+        with pytest.raises(Cut):
+            stream(counts, tmp_path / "out.zarr", **begun_with)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_files.os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"No space left on device: .*hidden/cellprior-.*"):
+            stream(counts, tmp_path / "out.zarr", **begun_with)
+    assert not list((tmp_path / "hidden").rglob("*.part"))
+    stream(counts, tmp_path / "out.zarr", **begun_with)
+
+
+def test_what_will_not_fit_is_not_begun(counts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(_streaming.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(OSError, match="has 0.0 GB free, and"):
+        stream(counts, tmp_path / "out.zarr")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_to_is_an_error(counts, tmp_path, monkeypatch, code):
+    def mkdir(path: Path, *args: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "mkdir", mkdir)
+        with pytest.raises(OSError, match="out.zarr cannot be written: (the disk is r|R|P)"):
+            stream(counts, tmp_path / "out.zarr")
+    with pytest.raises(FileNotFoundError, match="no folder .*nope to write out.zarr into"):
+        stream(counts, tmp_path / "nope" / "out.zarr")
+
+
+def test_an_input_that_vanishes_is_an_error_and_no_zeros(zarr_counts, tmp_path):
+    moved, out = tmp_path / "moved", tmp_path / "out.zarr"
+    write, n_written = LatentStore.write, 0
+
+    def vanish(self: LatentStore, part: Any) -> None:
+        nonlocal n_written
+        write(self, part)
+        n_written += 1
+        if n_written == 2:
+            zarr_counts.rename(moved)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentStore, "write", vanish)
+        with pytest.raises(
+            OSError, match=r"cells 36 to 53 cannot be read .*counts.zarr/X was there .*is gone"
+        ):
+            stream(zarr_counts, out, tiny_scbert(), batch_size=18)
+    assert not out.exists()
+    moved.rename(zarr_counts)
+    stream(zarr_counts, out, tiny_scbert())
+    stream(zarr_counts, tmp_path / "whole.zarr", tiny_scbert(), batch_size=18)
+    np.testing.assert_array_equal(read(out), read(tmp_path / "whole.zarr"))
+
+
+# what cannot be meant
+
+
+def test_counts_that_are_stored_gene_by_gene_are_refused_on_disk(adata, tmp_path):
+    adata.X = adata.X.tocsc()
+    adata.write_h5ad(tmp_path / "csc.h5ad")
+    with pytest.raises(ValueError, match=r"stored gene by gene \(CSC\).*tocsr"):
+        stream(tmp_path / "csc.h5ad", tmp_path / "out.zarr")
+    stream(adata, tmp_path / "out.zarr")
+
+
+def test_a_path_needs_a_folder_to_write_to_and_a_folder_no_copy(adata, counts, tmp_path):
+    with pytest.raises(ValueError, match=r"'.*counts.h5ad' is a path: name a folder to write to, out="):
+        cp.tl.embed(str(counts), STARTER)
+    with pytest.raises(ValueError, match="choose one of them"):
+        stream(adata, tmp_path / "out.zarr", copy=True)
+
+
+def test_a_model_that_looks_at_one_cell_at_a_time_has_no_hidden_states_to_keep(counts, tmp_path):
+    with pytest.raises(ValueError, match="hidden='scratch': a ScBERT looks at one cell at a time"):
+        stream(counts, tmp_path / "out.zarr", tiny_scbert(), hidden="scratch")
+
+
+@pytest.mark.parametrize(
+    ("write", "layer", "message"),
+    [
+        (lambda path: path.write_text("no HDF5"), None, "cannot be read as an h5ad file"),
+        (lambda path: path.mkdir(), None, "cannot be read as a zarr folder"),
+        (lambda path: None, None, "cannot be read as an h5ad file"),
+        (lambda path: blood_cells()[:9].copy().write_h5ad(path), "nope", "no layers/nope.* layers are log"),
+        (lambda path: AnnData(obs=blood_cells().obs).write_h5ad(path), None, "has no X; it holds"),
+    ],
+    ids=["text", "empty folder", "nothing", "no layer", "no matrix"],
+)
+def test_a_file_without_counts_is_an_error_that_says_what_it_holds(tmp_path, write, layer, message):
+    write(tmp_path / "input")
+    with pytest.raises(ValueError, match=f"input.* {message}"):
+        stream(tmp_path / "input", tmp_path / "out.zarr", layer=layer)
+
+
+def test_counts_that_are_no_counts_are_refused_before_anything_is_written(adata, tmp_path):
+    adata.X = adata.layers["log"]
+    adata.write_h5ad(tmp_path / "log.h5ad")
+    with pytest.raises(cp.model.NotCountsError, match="recover_counts"):
+        stream(tmp_path / "log.h5ad", tmp_path / "out.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.h5ad"]
+
+
+def test_the_data_are_let_go_when_the_stream_ends_or_fails(counts, tmp_path):
+    before = len(CellPLM._setup_adata_manager_store)
+    stream(counts, tmp_path / "out.zarr")
+    with pytest.raises(FileExistsError):
+        stream(counts, tmp_path / "out.zarr", key_added="X_other")
+    assert len(CellPLM._setup_adata_manager_store) == before
