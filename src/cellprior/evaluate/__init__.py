@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from cellprior.evaluate._ablation import pretraining_ablation
 from cellprior.evaluate._leak import batch_leak
 from cellprior.evaluate._lisi import clisi, ilisi
+from cellprior.evaluate._masked import masked_prediction
 from cellprior.evaluate._metrics import (
     accuracy,
     balanced_accuracy,
@@ -15,6 +17,7 @@ from cellprior.evaluate._metrics import (
 from cellprior.evaluate._protocols import few_shot, linear_probe, zero_shot
 from cellprior.evaluate._report import Report, report
 from cellprior.evaluate._scgraph import scgraph
+from cellprior.evaluate._stability import stability
 from cellprior.evaluate._verdict import Verdict
 
 __all__ = [
@@ -30,8 +33,11 @@ __all__ = [
     "knn_predict",
     "linear_probe",
     "macro_f1",
+    "masked_prediction",
+    "pretraining_ablation",
     "report",
     "scgraph",
     "silhouette",
+    "stability",
     "zero_shot",
 ]
