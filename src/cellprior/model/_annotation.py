@@ -23,6 +23,7 @@ from cellprior.model._annotation_training import (
     only_trainable,
     split_cells,
 )
+from cellprior.model._distributed import from_first, trainer_defaults
 from cellprior.model._rejection import Limits, check_reject, find_limits
 from cellprior.model._training import run
 
@@ -118,6 +119,7 @@ class AnnotatingModel(BaseModelClass):
         KeyError
             If ``labels_key`` is not in ``obs``.
         """
+        defaults = trainer_defaults(trainer_kwargs.get("strategy"))
         if min(validation_size, calibration_size) < 0 or validation_size + calibration_size >= 1:
             msg = (
                 f"validation_size={validation_size} and calibration_size={calibration_size} leave no cells to train "
@@ -135,7 +137,7 @@ class AnnotatingModel(BaseModelClass):
                 'of it stays random. Train it first, or use trainable="all".'
             )
             warnings.warn(msg, UserWarning, stacklevel=2)
-        seed = int(torch.randint(2**31, ()).item())  # seeded as all of torch is
+        seed = from_first(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
         split = split_cells(
             code,
             validation_size=validation_size,
@@ -167,7 +169,7 @@ class AnnotatingModel(BaseModelClass):
                 n_steps=max_epochs * len(cells.train_dataloader()),
                 lr=lr,
             )
-            defaults: dict[str, Any] = {"gradient_clip_val": 2.0}
+            defaults["gradient_clip_val"] = 2.0
             if len(split.validation):
                 defaults |= {
                     "check_val_every_n_epoch": 1,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cellprior.model._data import CountsDataset, CountsManager, VocabularyLoader
-from cellprior.model._training import adamw
+from cellprior.model._distributed import gather_objects
+from cellprior.model._training import adamw, steps_of
 
 HEAD_DROPOUT = 0.5  # of the original
 LORA_RANK = 8
@@ -257,9 +258,8 @@ class AnnotationPlan(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, as in self-supervised training."""
-        return adamw(
-            self.module, self.n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
-        )
+        n_steps = steps_of(self, self.n_steps)
+        return adamw(self.module, n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup)
 
     def on_train_epoch_start(self) -> None:
         """Dropout in the parts that train, and nowhere else."""
@@ -284,15 +284,17 @@ class AnnotationPlan(pl.LightningModule):
         loss = annotation_loss(logits, batch[TARGET], self.class_weights)
         n_cells = max(int((batch[TARGET] != NO_CLASS).sum()), 1)
         name = f"annotation_{stage}_loss"
-        self.log(name, loss.detach(), on_step=False, on_epoch=True, batch_size=n_cells, prog_bar=True)
+        how: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}
+        self.log(name, loss.detach(), batch_size=n_cells, **how)
         return loss, logits
 
     def on_validation_epoch_end(self) -> None:
         """Macro-F1, and the tensors if it is the best so far; of equals the one with the lower loss."""
-        truth, named = (np.concatenate(parts) for parts in zip(*self.validated, strict=True))
+        everyones = [cells for of_process in gather_objects(self.validated) for cells in of_process]
+        truth, named = (np.concatenate(parts) for parts in zip(*everyones, strict=True))
         self.validated.clear()
         score = macro_f1(truth, named)
-        self.log("annotation_validation_macro_f1", score, prog_bar=True)
+        self.log("annotation_validation_macro_f1", score, prog_bar=True, sync_dist=True)
         reached = (score, -float(self.trainer.callback_metrics["annotation_validation_loss"]))
         if reached > self.best:
             self.best = reached

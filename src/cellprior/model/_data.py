@@ -25,6 +25,7 @@ from scvi.dataloaders import DataSplitter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from cellprior.model._distributed import from_first, rank_and_count
 from cellprior.model._on_disk import refuse_vanished
 
 N_CHECKED = (
@@ -237,7 +238,8 @@ def csr_tensor(x: sp.csr_matrix) -> Tensor:
 class SentenceSampler(Sampler[list[int]]):
     """Rows in minibatches; with a group per row, no minibatch crosses groups.
 
-    Shuffled, every pass cuts the groups anew, into pieces of nearly equal size and in random order.
+    Shuffled, every pass cuts the groups anew, into pieces of nearly equal size and in random order. Where several
+    processes train together, a piece is for all of them, and each gets its share: ``batch_size`` cells at most.
     """
 
     def __init__(self, rows: np.ndarray, group: np.ndarray | None, batch_size: int, shuffle: bool) -> None:
@@ -246,23 +248,34 @@ class SentenceSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.shuffle = shuffle
 
+    def _n_pieces(self, rows: np.ndarray) -> int:
+        return -(-len(rows) // (self.batch_size * rank_and_count()[1]))
+
     def __len__(self) -> int:
-        return sum(-(-len(rows) // self.batch_size) for rows in self.groups)
+        return sum(self._n_pieces(rows) for rows in self.groups)
 
     def __iter__(self) -> Iterator[list[int]]:
+        rank, n_ranks = rank_and_count()
+        for piece in self._pieces():
+            share = np.array_split(piece, n_ranks)[rank]
+            yield (
+                share if len(share) else piece[:1]
+            ).tolist()  # a process without cells would keep the others waiting
+
+    def _pieces(self) -> Iterator[np.ndarray]:
         if not self.shuffle:
             for rows in self.groups:  # in pieces of nearly equal size: none of a handful of rows
-                for piece in np.array_split(rows, -(-len(rows) // self.batch_size)):
-                    yield piece.tolist()
+                yield from np.array_split(rows, self._n_pieces(rows))
             return
-        rng = np.random.default_rng(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
+        seed = from_first(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
+        rng = np.random.default_rng(seed)
         pieces = [
             piece
             for rows in self.groups
-            for piece in np.array_split(rng.permutation(rows), -(-len(rows) // self.batch_size))
+            for piece in np.array_split(rng.permutation(rows), self._n_pieces(rows))
         ]
         for i in rng.permutation(len(pieces)):
-            yield pieces[i].tolist()
+            yield pieces[i]
 
 
 class VocabularyLoader(DataLoader):

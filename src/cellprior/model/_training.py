@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from cellprior.model._data import VocabularySplitter
+from cellprior.model._distributed import from_first, rank_and_count, trainer_defaults
 from cellprior.model._genes import measured_genes, refuse_unmeasured
 from cellprior.model._masked import MaskedScores
 
@@ -78,7 +79,7 @@ class TrainingPlan(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One sentence."""
-        return self._step(batch, "train", int(torch.randint(2**31, ()).item()))
+        return self._step(batch, "train", from_first(int(torch.randint(2**31, ()).item())))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One sentence, with the same mask in every epoch."""
@@ -103,8 +104,9 @@ class TrainingPlan(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """See :func:`adamw`."""
+        n_steps = steps_of(self, self.n_steps)
         optimizers, schedules = adamw(
-            self.module, self.n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
+            self.module, n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
         )
         if self.schedule == "restarts":
             for group in optimizers[0].param_groups:
@@ -134,6 +136,11 @@ def adamw(
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
         schedule = SequentialLR(optimizer, parts, milestones=[n_warmup])
     return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def steps_of(plan: pl.LightningModule, n_steps: int) -> int:
+    """Steps of the whole run: what was counted for one process, or what the trainer counts for several."""
+    return n_steps if rank_and_count()[1] == 1 else int(plan.trainer.estimated_stepping_batches)
 
 
 def restarts(epoch: int) -> float:
@@ -190,7 +197,7 @@ class TrainableModel(BaseModelClass):
         train_size, validation_size, shuffle_set_split
             Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on.
         batch_size
-            Cells of a minibatch, within one category of ``batch_key``.
+            Cells of a minibatch, within one category of ``batch_key``; of each process, where several train.
         early_stopping
             Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
         plan_kwargs
@@ -207,18 +214,22 @@ class TrainableModel(BaseModelClass):
         **trainer_kwargs
             To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given. ``enable_checkpointing=True``
             saves the model of the epoch with the lowest ``validation_loss``; to end with it,
-            ``callbacks=[scvi.train.SaveCheckpoint(load_best_on_end=True)]``.
+            ``callbacks=[scvi.train.SaveCheckpoint(load_best_on_end=True)]``. ``strategy="ddp"`` trains in several
+            processes, see :doc:`/user_guide/scale`.
 
         Raises
         ------
         ValueError
             If the model has no data, ``objective`` is not known, or an unmeasured gene has counts.
+        RuntimeError
+            If several processes have no seed to begin alike.
         KeyError
             If ``measured`` lacks a batch, or names a gene that neither the data nor the vocabulary have.
         """
         if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)
+        defaults = trainer_defaults(trainer_kwargs.get("strategy"))
         options = self._objective(objective) | (plan_kwargs or {})
         match = self._match_of(self.adata_manager)
         seen = measured_genes(measured, self.adata_manager, self.genes, match)
@@ -247,7 +258,7 @@ class TrainableModel(BaseModelClass):
             n_steps=max_epochs * len(loader),
             **options,
         )
-        defaults: dict[str, Any] = {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
+        defaults |= {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
         if splitter.n_val:
             defaults["check_val_every_n_epoch"] = 1
         runner = TrainRunner(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cellprior.model._contrast import in_micro_batches, similarities
 from cellprior.model._data import csr_tensor
+from cellprior.model._distributed import gather_cells
 from cellprior.model.multiomeclip._inputs import (
     components_of,
     inverse_document_frequency,
@@ -163,6 +164,8 @@ class MultiomeCLIPModule(BaseModuleClass):
     ) -> dict[str, Tensor]:
         """``loss`` of cells with both modalities, and their latents ``rna`` and ``atac`` ``(cells, n_latent)``.
 
+        Where several processes train together, of the cells of all of them.
+
         Parameters
         ----------
         inputs
@@ -172,8 +175,8 @@ class MultiomeCLIPModule(BaseModuleClass):
         micro_batch_size
             Cells whose gradient is computed at a time; the loss and its gradient are those of all cells.
         """
-        rna = in_micro_batches(self.rna, inputs["rna"], size=micro_batch_size)
-        atac = in_micro_batches(self.atac, inputs["atac"], size=micro_batch_size)
+        rna = gather_cells(in_micro_batches(self.rna, inputs["rna"], size=micro_batch_size))
+        atac = gather_cells(in_micro_batches(self.atac, inputs["atac"], size=micro_batch_size))
         loss = infonce if self.loss_kind == "infonce" else sigmoid_loss
         return {"loss": loss(self.scores(rna, atac), same=same), "rna": rna, "atac": atac}
 

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from scvi.train import TrainRunner
 
+from cellprior.model._distributed import from_first, trainer_defaults
 from cellprior.model._training import continued, run, warn_above_floor
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, codes_of
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
@@ -62,7 +63,8 @@ class ContrastiveModel(ReadingModel):
         train_size, validation_size, shuffle_set_split
             Split of the complete cells; by default 90 % are trained on.
         batch_size
-            Cells of a minibatch, each the negative of the others, within one category of ``batch_key``.
+            Cells of a minibatch, each the negative of the others, within one category of ``batch_key``; of each
+            process, where several train, and then those of all are negatives.
         early_stopping
             Stop when ``validation_foscttm`` has not fallen for 45 epochs, and go back to the best.
         plan_kwargs
@@ -77,12 +79,15 @@ class ContrastiveModel(ReadingModel):
         ------
         ValueError
             If the model has no data, too few cells have both modalities, or early stopping has none held out.
+        RuntimeError
+            If several processes have no seed to begin alike.
         """
         if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)
+        defaults = trainer_defaults(trainer_kwargs.get("strategy"))
         cells = self._cells(None)
-        seed = int(torch.randint(2**31, ()).item())  # seeded as all of torch is
+        seed = from_first(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
         train, held_out = split_complete(
             cells.complete,
             train_size=train_size,
@@ -109,7 +114,7 @@ class ContrastiveModel(ReadingModel):
             keep_best=early_stopping,
             **(plan_kwargs or {}),
         )
-        defaults: dict[str, Any] = {
+        defaults |= {
             "gradient_clip_val": 2.0,
             "early_stopping": early_stopping,
             "early_stopping_monitor": "validation_foscttm",

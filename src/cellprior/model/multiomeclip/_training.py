@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellprior.model._data import SentenceSampler, csr_tensor
-from cellprior.model._training import adamw
+from cellprior.model._distributed import gather_cells
+from cellprior.model._training import adamw, steps_of
 from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._loss import infonce_chance, same_label, sigmoid_chance
 from cellprior.model.multiomeclip._metrics import depth_scores, latent_metrics, matching_metrics
@@ -152,9 +153,8 @@ class ContrastivePlan(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, as of the other models."""
-        return adamw(
-            self.module, self.n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup
-        )
+        n_steps = steps_of(self, self.n_steps)
+        return adamw(self.module, n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One minibatch."""
@@ -167,7 +167,7 @@ class ContrastivePlan(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One minibatch; its latents are kept for the end of the epoch."""
         out = self._step(batch, "validation")
-        self.held_out.append((out["rna"], out["atac"], batch[ROW]))
+        self.held_out.append((out["rna"], out["atac"], gather_cells(batch[ROW])))
 
     def _step(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         inputs: dict[str, Tensor] = {}
@@ -175,9 +175,9 @@ class ContrastivePlan(pl.LightningModule):
             encoder = self.module.encoder_of(name)
             is_input = isinstance(encoder, MLPEncoder)
             inputs[name] = batch[name] if is_input else encoder.inputs(batch[name])
-        same = same_label(batch[LABEL]) if LABEL in batch else None
+        same = same_label(gather_cells(batch[LABEL])) if LABEL in batch else None
         out = self.module(inputs, same=same, micro_batch_size=self.micro_batch_size)
-        n_cells = len(batch[ROW])
+        n_cells = len(out["rna"])
         chance = infonce_chance if self.module.loss_kind == "infonce" else sigmoid_chance
         losses = {"loss": out["loss"].detach(), "loss_floor_chance": chance(n_cells, same=same)}
         for part, value in losses.items():
@@ -187,6 +187,7 @@ class ContrastivePlan(pl.LightningModule):
                 on_step=False,
                 on_epoch=True,
                 batch_size=n_cells,
+                sync_dist=True,
                 prog_bar=part == "loss",
             )
         return out
@@ -206,7 +207,7 @@ class ContrastivePlan(pl.LightningModule):
             }
         reached = latent_metrics(rna, atac)
         for name, value in {**reached, **self.depth_only, "n_cells": float(len(rows))}.items():
-            self.log(f"validation_{name}", value, prog_bar=name == "foscttm")
+            self.log(f"validation_{name}", value, prog_bar=name == "foscttm", sync_dist=True)
         if self.keep_best and reached["foscttm"] < self.best:
             self.best = reached["foscttm"]
             self.best_tensors = {name: p.detach().clone() for name, p in self.module.named_parameters()}

@@ -12,6 +12,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior.model._contrast import in_micro_batches, info_nce, retrieval_accuracy, similarities
+from cellprior.model._distributed import gather_cells, shared_generator
 from cellprior.model.scbert._floors import BinFloors
 from cellprior.model.scbert._inputs import sample_mask
 
@@ -110,18 +111,21 @@ def cell_losses(
     if module.training:
         module.steps_since_redraw += 1
         if module.steps_since_redraw > redraw_every:
-            module.redraw_projections()
+            module.redraw_projections(shared_generator())
             module.steps_since_redraw = 1
     counts = batch[REGISTRY_KEYS.X_KEY]
     code = int(batch[REGISTRY_KEYS.BATCH_KEY][0]) if REGISTRY_KEYS.BATCH_KEY in batch else 0
-    rng = np.random.default_rng(rng_seed)
+    # apart, as processes that train together draw the same gene subsets for minibatches of other sizes
+    mask_rng, subset_rng = np.random.default_rng(rng_seed).spawn(2)
     loss = torch.zeros((), device=counts.device)
     parts: dict[str, Tensor] = {}
     if bin_loss is not None:
         tokens = module.tokens(counts)
         # what is predicted in plain sight can be copied, which the floors cannot: on held-out cells all is hidden
         replace = replace_rate if module.training else 1.0
-        mask = sample_mask(tokens.cpu().numpy(), rng, rate=mask_rate, replace=replace, n_bins=module.n_bins)
+        mask = sample_mask(
+            tokens.cpu().numpy(), mask_rng, rate=mask_rate, replace=replace, n_bins=module.n_bins
+        )
         selected, replaced = (torch.from_numpy(m).to(counts.device) for m in mask)
         parts |= masked_losses(
             module, tokens, selected, replaced, bin_loss=bin_loss, micro_batch_size=micro_batch_size
@@ -132,7 +136,7 @@ def cell_losses(
         loss = loss + parts[BIN_LOSSES[bin_loss][0]]
     if contrast_weight:
         known = measured[code if len(measured) > 1 else 0]
-        first, second = gene_subsets(known, rng)
+        first, second = gene_subsets(known, subset_rng)
         views = (counts * first, counts * second)
         parts |= contrastive_losses(module, views, temperature=temperature, micro_batch_size=micro_batch_size)
         loss = loss + contrast_weight * parts["contrastive"]
@@ -259,7 +263,8 @@ def contrastive_losses(
     Each view is what a panel of its genes would have measured: its depth is the sum over these. Two embeddings are
     contrasted, and their losses averaged: the mean over all genes, and that over the expressed ones. In the first,
     the gene vectors cancel out before training; alone it is learned very slowly. The embeddings of a view are centred
-    on their mean, as most of an untrained embedding is the same in all cells.
+    on their mean, as most of an untrained embedding is the same in all cells. Where several processes train together,
+    the cells of all of them are contrasted.
 
     Parameters
     ----------
@@ -282,12 +287,14 @@ def contrastive_losses(
         share = expressed / expressed.sum(1, keepdim=True).clamp(min=1.0)
         return torch.stack([hidden.mean(1), torch.bmm(share[:, None], hidden).squeeze(1)], dim=1)
 
-    first, second = (in_micro_batches(embed, module.tokens(view), size=micro_batch_size) for view in views)
+    first, second = (
+        gather_cells(in_micro_batches(embed, module.tokens(view), size=micro_batch_size)) for view in views
+    )
     first, second = first - first.mean(0), second - second.mean(0)  # (cells, 2, n_hidden)
     by_embedding = [info_nce(first[:, i], second[:, i], temperature=temperature) for i in (0, 1)]
     loss = torch.stack(by_embedding).mean()
     with torch.no_grad():
-        depth, other_depth = (torch.log1p(view.sum(1)) for view in views)
+        depth, other_depth = (torch.log1p(gather_cells(view.sum(1))) for view in views)
         nearness = -(depth[:, None] - other_depth).abs()  # (cells, cells)
         return {
             "contrastive": loss,
