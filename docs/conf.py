@@ -92,7 +92,9 @@ def copy_notebooks(app: Sphinx) -> None:
     """The tutorials, whose one source is the folder notebooks/ beside this one."""
     folder = Path(app.srcdir) / "notebooks"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(Path(app.srcdir).parent / "notebooks", folder, ignore=shutil.ignore_patterns(".*"))
+    folder.mkdir()
+    for path in (Path(app.srcdir).parent / "notebooks").glob("*.ipynb"):
+        shutil.copy(path, folder)
 
 
 def setup(app: Sphinx) -> None:

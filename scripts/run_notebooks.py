@@ -20,8 +20,13 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 DATA = "CELLPRIOR_TUTORIAL_DATA"
-# What a machine leaves in an output that says nothing about the tutorial.
-NOISE = re.compile(r"GPU available|TPU available|LOCAL_RANK|Tip: For seamless|`Trainer.fit` stopped|it/s")
+# What a machine leaves in an output that says nothing about the tutorial: devices, and announcements of other packages.
+NOISE = re.compile(
+    r"^.*(?:GPU available|TPU available|LOCAL_RANK|Tip: For seamless|`Trainer.fit` stopped|Seed set to|it/s).*\n"
+    r"|^.*site-packages/.*\n(?:[ \t]+.*\n)*",
+    flags=re.MULTILINE,
+)
+CELL = re.compile(r"/\S*ipykernel_\d+/\d+\.py:\d+: ")  # where a warning comes from
 
 
 def main() -> int:
@@ -51,8 +56,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         kept = []
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                lines = [line for line in output.text.splitlines(keepends=True) if not NOISE.search(line)]
-                output.text = "".join(lines)
+                output.text = CELL.sub("", NOISE.sub("", output.text))
                 if not output.text.strip():
                     continue
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)

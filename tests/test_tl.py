@@ -68,6 +68,18 @@ def test_every_argument_reaches_the_model_and_the_record_survives_a_file(adata, 
     np.testing.assert_allclose(again.obsm["X_cellplm"], adata.obsm["X_mine"], rtol=1e-5, atol=1e-5)
 
 
+def test_a_setup_that_was_there_before_holds_afterwards(adata):
+    adata.layers["counts"], adata.X = adata.X, adata.layers["log"]
+    CellPLM.setup_anndata(adata, layer="counts", batch_key="batch")
+    model = CellPLM.from_pretrained(STARTER, adata)
+    cp.tl.embed(adata, STARTER, layer="counts", key_added="X_together")
+    again = CellPLM.from_pretrained(STARTER, adata)
+    assert again.registry["setup_args"] == model.registry["setup_args"]
+    latent = again.get_latent_representation()
+    np.testing.assert_array_equal(latent, model.get_latent_representation())
+    assert not np.allclose(latent, adata.obsm["X_together"])
+
+
 def test_a_copy_has_the_embedding_and_the_original_is_as_it_was(adata):
     before = set(adata.uns), set(adata.obs), set(adata.obsm)
     copy = cp.tl.embed(adata, STARTER, batch_key="batch", copy=True)

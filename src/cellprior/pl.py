@@ -66,7 +66,7 @@ def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None
             epochs = range(1, len(floor) + 1)
             ax.plot(epochs, floor, color=colour, linestyle=style, label=f"{label}, floor: {predictor}")
     ax.set_xlabel("epoch")
-    ax.set_ylabel(f"{loss.replace('_', ' ')}{'' if loss.endswith('accuracy') else ' loss'}")
+    ax.set_ylabel(f"{loss.replace('_', ' ')}{'' if loss.endswith(('accuracy', 'loss')) else ' loss'}")
     ax.legend(frameon=False)
     return ax
 

@@ -115,12 +115,15 @@ class LoadableModel(BaseModelClass):
             )
             raise ValueError(msg)
         adata = with_frames(without_view(adata))
+        users = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))  # of a setup before this call
         cls.setup_anndata(adata, layer=layer, gene_key=gene_key, batch_key=batch_key)
         model = cls.from_pretrained(weights, adata, min_coverage=min_coverage, device=device)
         try:
             yield model
         finally:
             model.release()
+            if users is not None:
+                cls.register_manager(users)
 
     @classmethod
     def _set_up(cls, adata: ad.AnnData) -> ad.AnnData:
