@@ -45,13 +45,20 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 typehints_defaults = "braces"
+typehints_use_rtype = False
+typehints_document_rtype_none = False
 always_use_bars_union = True
 napoleon_google_docstring = False
 
 
 def returns_as_prose(docstring: NumpyDocstring, section: str) -> list[str]:
     """A "Returns" section whole, as prose: napoleon would take each line for a type, and types are in the signature."""
-    return docstring._format_block(":returns: ", docstring._dedent(docstring._consume_to_next_section()))
+    lines = docstring._dedent(docstring._consume_to_next_section())
+    if lines[:1] == [
+        ":"
+    ]:  # sphinx-autodoc-typehints puts it there, to the same end, which takes one line to work
+        del lines[0]
+    return docstring._format_block(":returns: ", lines)
 
 
 NumpyDocstring._parse_returns_section = returns_as_prose
@@ -81,10 +88,13 @@ nitpick_ignore_regex = [("py:.*", r"(?!cellprior\.).*"), ("py:.*", r"cellprior\.
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_theme_options = {
     "repository_url": urls["Source"],
     "use_repository_button": True,
     "path_to_docs": "docs/",
+    "navbar_persistent": [],  # the sidebar has a search field
 }
 
 
