@@ -1,0 +1,78 @@
+"""Write the models of the present version: python -m tests.compatibility.make; existing folders are left alone."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cellprior as cp
+from cellprior.weights._bundle import FORMAT_VERSION
+from tests.compatibility.cells import multiome, rna
+
+HERE = Path(__file__).parent
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "CellPLM": {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_batches": 2},
+    "ScBERT": {"n_hidden": 8, "n_layers": 2, "n_heads": 2, "head_dim": 4},
+    "MultiomeCLIP": {"n_hidden": 8, "n_latent": 4, "n_components": (6, 6)},
+}
+
+
+def train(name: str) -> Any:
+    """A model after two epochs, fine-tuned if it can be."""
+    torch.manual_seed(0)
+    model_class = getattr(cp.model, name)
+    if name == "MultiomeCLIP":
+        mdata = multiome()
+        model_class.setup_mudata(mdata)
+        model = model_class(mdata, **NETWORKS[name])
+        model.train(max_epochs=2, batch_size=32, **QUIET)
+        return model
+    adata = rna()
+    model_class.setup_anndata(adata, batch_key="sample", labels_key="kind")
+    model = model_class(adata, **NETWORKS[name])
+    model.train(max_epochs=2, batch_size=32, **QUIET)
+    model.fine_tune(max_epochs=2, trainable="all", calibration_size=0.5, **QUIET)
+    return model
+
+
+def expected(model: Any) -> dict[str, np.ndarray]:
+    """The numbers that every later version must give again."""
+    numbers = {"latent": model.get_latent_representation()}
+    if hasattr(model, "predict"):
+        numbers |= {"probability": model.predict(soft=True).to_numpy(), "named": model.predict(reject=0.3)}
+    return {
+        name: np.asarray(value).astype("U" if value.dtype == object else "f4")
+        for name, value in numbers.items()
+    }
+
+
+def main() -> None:
+    """Write what is not there yet."""
+    major, minor = cp.__version__.split(".")[:2]
+    bundles, saves = HERE / f"bundle-format-{FORMAT_VERSION}", HERE / f"save-{major}.{minor}"
+    for name in NETWORKS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # two epochs are too few to be good
+            model = train(name)
+            numbers = expected(model)
+        for folder, save in ((bundles / name, model.save_pretrained), (saves / name, model.save)):
+            if folder.exists():
+                sys.stdout.write(f"{folder} is there already\n")
+                continue
+            save(str(folder))
+            np.savez_compressed(folder / "expected.npz", **numbers)
+
+
+if __name__ == "__main__":
+    main()
