@@ -226,6 +226,8 @@ BAD: dict[str, tuple[Callable[[AnnData], dict], type[Exception], str]] = {
     "neither key nor weights": (lambda a: {"embeddings": "X_nope"}, cp.weights.WeightsError, "X_nope"),
     "one label": (lambda a: {"labels_key": "same"}, ValueError, "at least two"),
     "one batch": (lambda a: {"batch_key": "same"}, ValueError, "Only the batch"),
+    "a cell without batch": (lambda a: {"batch_key": "some"}, ValueError, "1 cells have no batch"),
+    "options of nothing": (lambda a: {"embed_options": {"x": {}}}, ValueError, "embed_options has"),
     "half counts": (lambda a: {"layer": "half"}, NotCountsError, "raw counts"),
     "no cells asked for": (lambda a: {"n_per_class": [0]}, ValueError, "from 1 up"),
     "no seeds": (lambda a: {"seeds": 0}, ValueError, "seeds=0"),
@@ -236,6 +238,7 @@ BAD: dict[str, tuple[Callable[[AnnData], dict], type[Exception], str]] = {
 def test_bad_input_says_what_is_wrong(cells, case):
     adata = cells()
     adata.obs["same"] = "same"
+    adata.obs["some"] = adata.obs["donor"].where(np.arange(adata.n_obs) > 0)
     adata.layers["half"] = adata.X * 0.5
     change, error, message = BAD[case]
     arguments = {

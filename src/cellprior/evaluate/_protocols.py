@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 from anndata import AnnData
@@ -39,6 +39,9 @@ PARAMETERS = """Parameters
         as it takes far longer than all the others.
     max_cells
         Of more cells, as many are drawn at random.
+    embed_options
+        Arguments of ``get_latent_representation`` by name of weights, the same for the network with random weights:
+        ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
     progress
         Show a bar."""
 COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated, a ``"baseline"``, or a ``"control"`` that
@@ -79,6 +82,7 @@ def zero_shot(
     test_size: float = 0.2,
     scvi_epochs: int | None = None,
     max_cells: int = 20_000,
+    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """What an embedding shows as it is, beside PCA, highly variable genes, scVI and the same network at random.
@@ -109,6 +113,7 @@ def zero_shot(
         test_size=test_size,
         scvi_epochs=scvi_epochs,
         max_cells=max_cells,
+        embed_options=embed_options,
     )
     return pd.concat([_classified(task, ZERO_SHOT, progress=progress), structure(task)], ignore_index=True)
 
@@ -125,6 +130,7 @@ def linear_probe(
     test_size: float = 0.2,
     scvi_epochs: int | None = None,
     max_cells: int = 20_000,
+    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding, beside logistic regression on genes.
@@ -151,6 +157,7 @@ def linear_probe(
         test_size=test_size,
         scvi_epochs=scvi_epochs,
         max_cells=max_cells,
+        embed_options=embed_options,
     )
     return _classified(task, PROBES, progress=progress)
 
@@ -168,6 +175,7 @@ def few_shot(
     test_size: float = 0.2,
     scvi_epochs: int | None = None,
     max_cells: int = 20_000,
+    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding when few cells of each are labelled.
@@ -196,6 +204,7 @@ def few_shot(
         test_size=test_size,
         scvi_epochs=scvi_epochs,
         max_cells=max_cells,
+        embed_options=embed_options,
     )
     if HELD_OUT in task.splits:
         once = task.splits[HELD_OUT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -102,6 +102,7 @@ def report(
     n_per_class: Sequence[int] = N_PER_CLASS,
     scvi_epochs: int | None = None,
     max_cells: int = 20_000,
+    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> Report:
     """Whether embeddings help on some data: all of zero shot, linear probe and few shot, with a verdict in words.
@@ -137,6 +138,7 @@ def report(
         test_size=test_size,
         scvi_epochs=scvi_epochs,
         max_cells=max_cells,
+        embed_options=embed_options,
     )
     answers = {
         kind: ask(task, kind, (*ZERO_SHOT, *PROBES), n_per_class=n_per_class, progress=progress)

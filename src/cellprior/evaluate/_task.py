@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import anndata as ad
 import numpy as np
@@ -22,9 +22,6 @@ from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compa
 from cellprior.evaluate._methods import Kind, Method
 from cellprior.evaluate._metrics import knn_predict
 from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, batch_splits, label_codes, random_splits
-
-if TYPE_CHECKING:
-    from cellprior.model._loading import LoadableModel
 
 Embeddings: TypeAlias = "str | Sequence[str] | Mapping[str, str | np.ndarray]"
 Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
@@ -104,6 +101,7 @@ def make_task(
     test_size: float,
     scvi_epochs: int | None,
     max_cells: int,
+    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Task:
     """Read data, load weights, and say what is compared.
 
@@ -118,15 +116,13 @@ def make_task(
     """
     from cellprior.model._data import check_counts, read_rows
 
-    for key in (labels_key, batch_key):
-        if key is not None and key not in adata.obs:
-            msg = f"{key!r} not found in adata.obs; its columns are {list(adata.obs.columns)}."
-            raise KeyError(msg)
-    if layer is not None and layer not in adata.layers:
-        msg = f"layer={layer!r} not found; the layers are {list(adata.layers)}."
-        raise KeyError(msg)
+    _refuse_missing(adata, (labels_key, batch_key), layer)
     codes, labels = label_codes(adata.obs[labels_key])
     wanted = _named(embeddings, adata)
+    options = embed_options or {}
+    if unknown := options.keys() - wanted.keys():
+        msg = f"embed_options has {sorted(unknown)}; the embeddings are {list(wanted)}."
+        raise ValueError(msg)
     notes = []
     rows = np.arange(adata.n_obs)
     if adata.n_obs > max_cells:
@@ -139,22 +135,22 @@ def make_task(
         )
     counts = read_rows(adata.X if layer is None else adata.layers[layer], rows)
     check_counts(counts, rows, adata, layer)
-    obs = adata.obs[[key for key in (batch_key,) if key]].iloc[rows].copy()
-    cells = ad.AnnData(counts, obs=obs, var=adata.var.copy())
+    cells = ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=adata.var.copy())
     if duplicates := _n_duplicates(counts):
         notes.append(
             f"{duplicates} cells have the same counts as another: a copy on the other side of a split is no test."
         )
-    batches = None if batch_key is None else obs[batch_key].astype(str).reset_index(drop=True)
+    batches = None
     splits = {RANDOM: random_splits(codes, seeds=seeds, test_size=test_size)}
-    if batches is not None:
-        splits = {HELD_OUT: batch_splits(codes, batches), **splits}
+    if batch_key is not None:
+        splits = {HELD_OUT: batch_splits(codes, cells.obs[batch_key]), **splits}
+        batches = cells.obs[batch_key].astype(str).reset_index(drop=True)
     log = methods.log_normalised(counts)
     task = Task(codes, labels, batches, log, [], splits, notes)
     shared = [methods.pca("PCA", log), methods.variable_genes(log)]
     for name, given in wanted.items():
         if isinstance(given, str) and given not in adata.obsm:
-            shared += _from_weights(task, cells, name, given, batch_key)
+            shared += _from_weights(task, cells, name, given, options.get(name, {}), batch_key=batch_key)
         else:
             values = _checked(name, adata.obsm[given] if isinstance(given, str) else given, adata.n_obs)
             task.methods.append(methods.fixed(name, values[rows]))
@@ -164,6 +160,16 @@ def make_task(
         shared.append(methods.scvi(counts, batches, scvi_epochs))
     task.methods += [*shared, methods.random_numbers(task.n_obs)]
     return task
+
+
+def _refuse_missing(adata: ad.AnnData, keys: Sequence[str | None], layer: str | None) -> None:
+    for key in keys:
+        if key is not None and key not in adata.obs:
+            msg = f"{key!r} not found in adata.obs; its columns are {list(adata.obs.columns)}."
+            raise KeyError(msg)
+    if layer is not None and layer not in adata.layers:
+        msg = f"layer={layer!r} not found; the layers are {list(adata.layers)}."
+        raise KeyError(msg)
 
 
 def _named(embeddings: Embeddings, adata: ad.AnnData) -> dict[str, str | np.ndarray]:
@@ -198,36 +204,36 @@ def _checked(name: str, values: Any, n_obs: int) -> np.ndarray:
 
 
 def _from_weights(
-    task: Task, cells: ad.AnnData, name: str, weights: str, batch_key: str | None
+    task: Task,
+    cells: ad.AnnData,
+    name: str,
+    weights: str,
+    options: Mapping[str, Any],
+    *,
+    embed: bool = True,
+    **setup: str | None,
 ) -> list[Method]:
-    """Add the embedding of some weights; its own baselines are the same genes and the same network at random."""
+    """Add the embedding of some weights, if wanted; give its own baselines: the same genes, the network at random."""
+    from cellprior.evaluate._twin import random_twin
     from cellprior.model import model_class
 
     cls: Any = model_class(weights)
-    cls.setup_anndata(cells, batch_key=batch_key)
     start = time.perf_counter()
-    model = cls.from_pretrained(weights, cells)
-    try:
-        task.methods.append(methods.fixed(name, model.get_latent_representation()))
-        task.provenance[name] = {**model.provenance(), "seconds": round(time.perf_counter() - start, 1)}
+    with cls.opened(weights, cells, **setup) as model:
+        if embed:
+            task.methods.append(methods.fixed(name, model.get_latent_representation(**options)))
+        seconds = round(time.perf_counter() - start, 1)
+        task.provenance[name] = {**model.provenance(), "seconds": seconds}
         same_genes = np.flatnonzero(model.gene_match.index >= 0)
-        return [
-            methods.pca(f"PCA, genes of {name}", task.log, same_genes),
-            _random_weights(name, model, cells),
-        ]
-    finally:
-        model.release()
-
-
-def _random_weights(name: str, model: LoadableModel, cells: ad.AnnData) -> Method:
-    from cellprior.evaluate._twin import random_twin
-
-    twin = random_twin(model, cells, seed=0)
-    try:
-        latent = twin.get_latent_representation()
-    finally:
-        twin.release()
-    return Method(f"random weights of {name}", "baseline", lambda rows, seed: latent)
+        twin = random_twin(model, cells, seed=0)
+        try:
+            at_random = twin.get_latent_representation(**options)
+        finally:
+            twin.release()
+    return [
+        methods.pca(f"PCA, genes of {name}", task.log, same_genes),
+        Method(f"random weights of {name}", "baseline", lambda rows, seed: at_random),
+    ]
 
 
 def _twin_of_record(
@@ -241,17 +247,12 @@ def _twin_of_record(
         return []
     from cellprior.weights import WeightsError
 
-    before = len(task.methods)
-    batch_key = record.get("params", {}).get("batch_key")
+    setup = {key: record.get("params", {}).get(key) for key in ("batch_key", "gene_key")}
     try:
-        found = _from_weights(
-            task, cells, name, record["weights"], batch_key if batch_key in cells.obs else None
-        )
+        return _from_weights(task, cells, name, record["weights"], {}, embed=False, **setup)
     except WeightsError as error:
         task.notes.append(f"{name}: its weights were not found again, so no baseline has its genes ({error})")
         return []
-    del task.methods[before:]  # the embedding that was given is the one that is evaluated
-    return found
 
 
 def _n_duplicates(counts: sp.csr_matrix) -> int:
