@@ -191,16 +191,16 @@ def _read(path: Path) -> AnnData | MuData:
     from cellprior._compat import without_pulled_columns
 
     is_mudata = path.suffix == ".h5mu"
+    problem: object = "it has no modalities"
     try:
         with without_pulled_columns():
-            return md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ) as error:  # HDF5 does not say which file, nor mudata what it lacks
-        msg = f"{path} cannot be read as an {'h5mu' if is_mudata else 'h5ad'} file: {error}"
-        raise ValueError(msg) from error
+            data = md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
+    except (OSError, ValueError, TypeError) as error:  # none of which names the file
+        data, problem = None, error
+    if data is None or (is_mudata and not data.mod):
+        msg = f"{path} cannot be read as an {'h5mu' if is_mudata else 'h5ad'} file: {problem}"
+        raise ValueError(msg)
+    return data
 
 
 def _write(data: AnnData | MuData, path: Path, is_mudata: bool) -> None:

@@ -179,11 +179,11 @@ def test_a_pickle_is_refused_without_the_flag_with_what_can_be_said_of_it(checkp
     assert f"{n_tensors} tensors" in message
     for name in (
         "argparse.Namespace",
-        "pandas.core.frame.DataFrame",
         "torch._utils._rebuild_tensor_v2",
         "transformers.models.vit.configuration_vit.ViTConfig",
     ):
         assert f"  {name}\n" in message
+    assert "DataFrame\n" in message
     assert not (tmp_path / "bundle").exists()
 
 
