@@ -133,6 +133,20 @@ def test_what_no_checkpoint_needs_is_refused_and_not_run(
     assert not Path("exploded").exists()
 
 
+def test_a_name_that_would_command_a_terminal_is_spelled_out(tmp_path: Path):
+    pickled = (
+        pickle.PROTO
+        + b"\x04"
+        + b"cfriendly\x1b[2Jmodule\nThing\n"
+        + pickle.EMPTY_TUPLE
+        + pickle.REDUCE
+        + b"."
+    )
+    checkpoint = InertCheckpoint(with_pickle(tmp_path / "x.ckpt", pickled))
+    assert checkpoint.globals == [r"friendly\x1b[2Jmodule.Thing"]
+    assert checkpoint.content().name == checkpoint.globals[0]
+
+
 @pytest.mark.parametrize(
     "pickled",
     [

@@ -270,7 +270,8 @@ def is_suspicious(name: str) -> bool:
 
 
 def _full_name(module: str, name: str) -> str:
-    return f"{_OLD_NAMES.get(module, module)}.{name}"
+    """Name of a global, without characters that a terminal would obey."""
+    return ascii(f"{_OLD_NAMES.get(module, module)}.{name}")[1:-1]
 
 
 def _globals_of(pickled: bytes) -> Iterator[str]:
