@@ -30,8 +30,11 @@ import torch
 
 from cellprior.evaluate._ablation import pretraining_ablation
 from cellprior.evaluate._arms import CONTROL, GENES, RANDOM_FEATURES
+from cellprior.evaluate._masked import masked_prediction
+from cellprior.evaluate._stability import stability
 from cellprior.model import model_class
 from cellprior.model._base import PretrainedModel
+from cellprior.model._masked import MODEL
 
 PARTS = ("ablation", "masked", "stability")
 WEIGHTS = ("cellplm-starter", "scbert-starter")
@@ -104,6 +107,45 @@ def ablation(name: str, model: PretrainedModel, weights: str, args: argparse.Nam
     return table
 
 
+def masked(name: str, model: PretrainedModel, weights: str, args: argparse.Namespace) -> pd.DataFrame:
+    table = masked_prediction(model, seeds=args.seeds, max_cells=args.masked_cells)
+    by = ["mask_share", "metric"]
+    columns = [f"{metric}, {share:.0%} hidden" for (share, metric), _ in table.groupby(by, sort=False)]
+    rows = []
+    for method in table["method"].unique():
+        cells = []
+        for _, of_measure in table.groupby(by, sort=False):
+            of_method = of_measure[of_measure["method"] == method]
+            found = of_method.iloc[0] if len(of_method) else None
+            cells.append("" if found is None else with_interval(found["value"], found["low"], found["high"]))
+        rows.append([str(method), *cells])
+    gains = []
+    for _, of_measure in table[table["method"] == MODEL].groupby(by, sort=False):
+        found = of_measure.iloc[0]
+        of = with_interval(found["difference"], found["difference_low"], found["difference_high"], sign="+")
+        gains.append(f"{of} to {found['versus']}")
+    rows.append(["model minus the best other", *gains])
+    print_markdown(f"{weights}, {name}: hidden genes, {args.seeds} splits", ["predictor", *columns], rows)
+    return table
+
+
+def moved(name: str, model: PretrainedModel, weights: str, args: argparse.Namespace) -> pd.DataFrame:
+    table = stability(model, seeds=args.seeds, embed_options=EMBED[weights])
+    metrics = table["metric"].unique()
+    methods = table["method"].unique()
+    rows = []
+    for what, of_kind in table.groupby("perturbation", sort=False):
+        by_row = of_kind.set_index(["metric", "method"])[["value", "low", "high"]]
+        keys = [(metric, method) for metric in metrics for method in methods]
+        rows.append(
+            [str(what), *(with_interval(*by_row.loc[key]) if key in by_row.index else "" for key in keys)]
+        )
+    columns = [f"{metric}, {method}" for metric in metrics for method in methods]
+    n_cells = table["n_cells"].iloc[0]
+    print_markdown(f"{weights}, {name}: {n_cells} cells, {args.seeds} draws", ["change", *columns], rows)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,6 +159,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="splits, where there are no batches")
     parser.add_argument("--fits-per-batch", type=int, default=1)
     parser.add_argument("--cells", type=int, default=1000, help="at most, drawn at random")
+    parser.add_argument("--masked-cells", type=int, default=100, help="test cells of a split, at most")
     parser.add_argument("--out", type=Path, help="folder for the whole tables as CSV")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,7 +169,9 @@ def main() -> None:
         for weights in args.weights:
             for name in args.data:
                 model = attach(weights, args.folder / f"{name}.h5ad", args.cells, args)
-                table = {"ablation": ablation}[part](name, model, weights, args)
+                table = {"ablation": ablation, "masked": masked, "stability": moved}[part](
+                    name, model, weights, args
+                )
                 model.release()
                 if args.out is not None:
                     args.out.mkdir(parents=True, exist_ok=True)

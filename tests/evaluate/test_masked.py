@@ -7,12 +7,12 @@ import pytest
 import scipy.stats
 import torch
 
-from cellprior.evaluate._masked import _scores, masked_prediction
+from cellprior.evaluate._masked import _Predictors, masked_prediction
 from cellprior.evaluate._splits import RANDOM, Split
 from cellprior.model import CellPLM, ScBERT
 from cellprior.model.cellplm._inputs import sample_mask as cellplm_mask
 from cellprior.model.cellplm._loss import GeneMeans
-from cellprior.model.cellplm._masked import MIN_MEAN
+from cellprior.model.cellplm._masked import MIN_MEAN, Fitted, fit_covariates
 from cellprior.model.cellplm._masked import masked_scores as cellplm_scores
 from cellprior.model.cellplm._module import CellPLMModule
 from cellprior.model.scbert._floors import PRIOR, BinFloors
@@ -24,6 +24,7 @@ from tests.contract.models import blood_cells, tiny_scbert
 
 N_BINS = 5
 QUICK = {"seeds": 1, "max_cells": 20, "progress": False}
+NETWORK = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4}
 PREDICTORS = ["uniform", "all_genes", "per_gene", "per_cell", "rate_and_depth"]
 
 
@@ -42,8 +43,8 @@ def bin_floors(counts: torch.Tensor) -> BinFloors:
     )
 
 
-def gene_means(counts: torch.Tensor) -> GeneMeans:
-    return GeneMeans.fit([{"X": counts}], torch.ones(1, counts.shape[1], dtype=torch.bool))
+def gene_means(counts: torch.Tensor) -> Fitted:
+    return Fitted(GeneMeans.fit([{"X": counts}], torch.ones(1, counts.shape[1], dtype=torch.bool)), {})
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def scbert_module() -> ScBERTModule:
 @pytest.fixture
 def cellplm_module() -> CellPLMModule:
     torch.manual_seed(0)
-    return CellPLMModule(80, n_hidden=16, n_layers=1, n_heads=2, n_latent=4).eval()
+    return CellPLMModule(80, **NETWORK).eval()
 
 
 # what is hidden stays hidden
@@ -167,7 +168,7 @@ def test_scores_of_cellplm_are_log_probabilities_at_the_depth_in_sight(cellplm_m
         )
     hidden = cellplm_mask(8, 80, rng=np.random.default_rng(0), gene_rate=0.25)
     share = train.sum(0).double().numpy() / train.sum().item()
-    theta = floor.dispersion[0].double().numpy()
+    theta = floor.floor.dispersion[0].double().numpy()
     x = counts.double().numpy()
     shares = {"gene_means": np.tile(share, (8, 1)), "equal_shares": np.ones((8, 80))}
     shares["model"] = seen[0].double().numpy()
@@ -182,6 +183,31 @@ def test_scores_of_cellplm_are_log_probabilities_at_the_depth_in_sight(cellplm_m
                 assert found.sums["negative_binomial"][name][i].item() == pytest.approx(
                     nb, rel=1e-3, abs=1e-4
                 )
+
+
+def test_the_decoder_gets_the_covariates_that_fit_the_training_cells_of_a_batch():
+    torch.manual_seed(0)
+    module = CellPLMModule(80, **NETWORK, n_batches=3, n_datasets=2).eval()
+    for covariate in (module.decoder.batch, module.decoder.dataset):
+        torch.nn.init.normal_(covariate.embedding.weight, std=3.0)
+    measured = torch.ones(80, dtype=torch.bool)
+    cells = {0: counts_of(30), 1: counts_of(30, seed=4).flip(1)}
+    batches = [{"X": x, "batch": torch.full((30, 1), code)} for code, x in cells.items()]
+    found = fit_covariates(module, batches, measured)
+    assert found.keys() == {0, 1}
+    for code, x in cells.items():
+
+        def loss(**covariates):
+            fitted = gene_means(x)._replace(covariates={0: covariates})  # noqa: B023
+            rng = np.random.default_rng(0)
+            scores = cellplm_scores(module, x, fitted, share=0.25, rng=rng, measured=measured)  # noqa: B023
+            return scores.sums["poisson"]["model"].sum().item()
+
+        dataset = min(range(2), key=lambda i: loss(dataset=i))
+        batch = min(range(3), key=lambda i: loss(dataset=dataset, batch=i))
+        assert found[code] == {"dataset": dataset, "batch": batch}
+        assert loss(**found[code]) < max(loss(dataset=i, batch=j) for i in range(2) for j in range(3))
+    assert fit_covariates(CellPLMModule(80, **NETWORK).eval(), batches, measured) == {}
 
 
 # accuracies that were measured before on 15 % of the expressed genes of a fifth of the cells, the others to fit to
@@ -268,14 +294,16 @@ def test_the_predictors_are_fitted_to_the_training_cells_and_scores_stay_with_th
     monkeypatch.setattr(ScBERT, "_fit_floor", recorded)
     split = Split(RANDOM, 0, "", np.arange(0, 100, 2), np.arange(1, 100, 2)[::-1])
     with model._attached(None) as manager:
-        n_hidden, _ = _scores(model, manager, split, 0.3)
+        n_hidden, _ = _Predictors(model, manager, split).scores(0.3)
     index = model.gene_match.index
     counts = np.zeros((100, len(model.genes)), dtype=np.float32)
     counts[:, index[index >= 0]] = model.adata.X.toarray()[:, index >= 0]
     expressed = (counts_to_bins(torch.from_numpy(counts), N_BINS).numpy() > 0).sum(axis=1)
     assert n_hidden.tolist() == np.ceil(expressed[split.test].astype(np.float32) * np.float32(0.3)).tolist()
-    rate = counts[split.train].sum(axis=0) / counts[split.train].sum()
-    np.testing.assert_allclose(fitted[0].rate[0], rate, rtol=1e-5)
+    for code, batch in enumerate("ab"):  # and to those of the same batch
+        known = split.train[(model.adata.obs["batch"] == batch).to_numpy()[split.train]]
+        rate = counts[known].sum(axis=0) / counts[known].sum()
+        np.testing.assert_allclose(fitted[0].rate[code], rate, rtol=1e-5)
 
 
 def test_other_data_and_the_same_seeds():
@@ -302,4 +330,4 @@ def test_an_untrained_model_is_refused():
     adata = blood_cells()[:40].copy()
     CellPLM.setup_anndata(adata)
     with pytest.raises(RuntimeError, match="trained"):
-        masked_prediction(CellPLM(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4))
+        masked_prediction(CellPLM(adata, **NETWORK))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from tqdm.auto import tqdm
 
-from cellprior.evaluate._intervals import Draws, Resampling, compared
+from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split, random_splits
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import CountsManager, VocabularyLoader
@@ -23,8 +23,13 @@ from cellprior.model._masked import MODEL
 
 HIGHER_IS_BETTER = ("accuracy",)
 SENTENCE = 512  # cells at most
-PER_CELL = tuple[np.ndarray, dict[tuple[str, str], np.ndarray]]
-"""Hidden genes of each cell, and their sum of each (measure, predictor)."""
+
+
+class PerCell(NamedTuple):
+    """Of the test cells of a split, see :class:`~cellprior.model._masked.MaskedScores`."""
+
+    n_hidden: np.ndarray
+    sums: dict[str, dict[str, np.ndarray]]
 
 
 def masked_prediction(
@@ -39,10 +44,11 @@ def masked_prediction(
 ) -> pd.DataFrame:
     """Compare the model's prediction of hidden genes with predictors that know no biology of the cell.
 
-    These are fitted to the training cells of each split, and asked about the same hidden genes of the same test cells.
-    All hidden genes are hidden from the network, none is predicted in plain sight. The model was pretrained on other
-    cells, or on these, test cells among them; the predictors know the rates of these genes in these data. A model that
-    is no better than they are has learned how deep cells are and how common genes are, which is a few numbers.
+    These are fitted to the training cells of each split, of the same batch where ``batch_key`` was given to
+    ``setup_anndata``, and asked about the same hidden genes of the same test cells. All hidden genes are hidden from
+    the network, none is predicted in plain sight. The model was pretrained on other cells, or on these, test cells
+    among them; the predictors know the rates of these genes in these data. A model that is no better than they are has
+    learned how deep cells are and how common genes are, which is a few numbers.
 
     Of ScBERT, the bins of expressed genes; measures are ``accuracy`` and ``cross_entropy`` (nats per gene):
 
@@ -56,7 +62,8 @@ def masked_prediction(
     ``rate_and_depth``
         A Poisson count of the gene's rate at the cell's depth that is not in bin 0.
 
-    Of CellPLM, the counts of genes, expressed or not; ``negative_binomial`` and ``poisson`` loss (nats per gene):
+    Of CellPLM, the counts of genes, expressed or not; ``negative_binomial`` and ``poisson`` loss (nats per gene). The
+    decoder gets the covariates of pretraining that fit the training cells best:
 
     ``gene_means``
         Each gene's share of all counts, at the depth of what is in sight of the cell.
@@ -86,8 +93,8 @@ def masked_prediction(
     A row per ``mask_share``, measure (``metric``) and predictor (``method``, the network is ``model``): ``split``
     (kind), ``value`` per hidden gene with its 95 % interval ``low`` to ``high``; ``versus``, the best predictor that is
     not the model, and the paired ``difference`` to it with ``difference_low`` and ``difference_high``; ``better``,
-    whether the ``"higher"`` or the ``"lower"`` value is; ``seeds``, ``n_hidden`` genes in all, and ``seconds``, of all
-    predictors together. The interval is of cells, and of splits, drawn again.
+    whether the ``"higher"`` or the ``"lower"`` value is; ``seeds``, ``n_hidden`` genes in all, and ``seconds`` of it
+    all. The interval is of cells, and of splits, drawn again.
 
     Raises
     ------
@@ -102,24 +109,26 @@ def masked_prediction(
     if wrong := [share for share in (*mask_shares, test_size) if not 0 < share < 1]:
         msg = f"{wrong[0]} is no share of genes or cells: a number between 0 and 1 is needed, such as 0.15."
         raise ValueError(msg)
-    tables = []
+    start = time.perf_counter()
     with model._attached(adata) as manager:
         splits = _splits(manager.adata.n_obs, seeds=seeds, test_size=test_size, max_cells=max_cells)
         draws = Resampling(manager.adata.n_obs, splits)
-        with tqdm(total=len(mask_shares) * seeds, desc="masked prediction", disable=not progress) as bar:
-            for share in mask_shares:
-                start = time.perf_counter()
-                scores = []
-                for split in splits:
-                    scores.append(_scores(model, manager, split, share))
+        scores: dict[float, list[PerCell]] = {share: [] for share in mask_shares}
+        with tqdm(total=len(scores) * seeds, desc="masked prediction", disable=not progress) as bar:
+            for split in splits:
+                predictors = _Predictors(model, manager, split)
+                for share, of_share in scores.items():
+                    of_share.append(predictors.scores(share))
                     bar.update()
-                table = _table(scores, draws)
-                table.insert(0, "mask_share", share)
-                tables.append(table.assign(seconds=time.perf_counter() - start))
+    tables = []
+    for share, of_share in scores.items():
+        table = _table(of_share, draws)
+        table.insert(0, "mask_share", share)
+        tables.append(table)
     table = pd.concat(tables, ignore_index=True)
     table.insert(3, "split", splits[0].kind)
     table.insert(table.columns.get_loc("n_hidden"), "seeds", seeds)
-    return table
+    return table.assign(seconds=time.perf_counter() - start)
 
 
 def _splits(n_obs: int, *, seeds: int, test_size: float, max_cells: int) -> list[Split]:
@@ -134,68 +143,75 @@ def _splits(n_obs: int, *, seeds: int, test_size: float, max_cells: int) -> list
     ]
 
 
-@torch.inference_mode()
-def _scores(model: PretrainedModel, manager: CountsManager, split: Split, share: float) -> PER_CELL:
-    """Sums of each measure and predictor over the hidden genes of each test cell."""
-    model.module.eval()
-    match = model._match_of(manager)
-    measured = torch.from_numpy(measured_genes(None, manager, model.genes, match))
-    floor = model._fit_floor(_batches(model, manager, split.train), measured).to(model.device)
-    rng = np.random.default_rng(split.seed)
-    n_hidden = np.zeros(len(split.test))
-    sums: dict[tuple[str, str], np.ndarray] = {}
-    codes = np.zeros(len(split.test), dtype=np.int64)
-    if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
-        codes = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[split.test]
-    for code in np.unique(codes):  # a sentence is of one batch
-        of_batch = np.flatnonzero(codes == code)
-        start = 0
-        for batch in _batches(model, manager, split.test[of_batch]):
-            counts = batch[REGISTRY_KEYS.X_KEY].to(model.device)
-            rows = of_batch[start : start + len(counts)]
-            start += len(counts)
-            found = model._masked_scores(
-                counts, floor, share=share, rng=rng, measured=measured[0].to(model.device)
-            )
-            n_hidden[rows] = found.n_hidden.cpu().numpy()
-            for measure, by_predictor in found.sums.items():
-                for name, values in by_predictor.items():
-                    sums.setdefault((measure, name), np.zeros(len(n_hidden)))[rows] = values.cpu().numpy()
-    return n_hidden, sums
+class _Predictors:
+    """The model, and what the training cells of a split have to say."""
 
+    @torch.inference_mode()
+    def __init__(self, model: PretrainedModel, manager: CountsManager, split: Split) -> None:
+        self.model, self.manager, self.split = model, manager, split
+        model.module.eval()
+        self.codes = np.zeros(len(split.test), dtype=np.int64)
+        measured = torch.from_numpy(measured_genes(None, manager, model.genes, model._match_of(manager)))
+        n_batches = 1
+        if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
+            self.codes = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[split.test]
+            n_batches = len(manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
+        of_batches = measured.expand(n_batches, -1)
+        self.fitted = model._fit_predictors(lambda: self._batches(split.train), of_batches)
+        self.measured = measured[0].to(model.device)
 
-def _batches(model: PretrainedModel, manager: CountsManager, rows: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Minibatches of raw counts over the vocabulary, in the order of ``rows`` where these are of one batch."""
-    return iter(
-        VocabularyLoader(
-            manager,
-            column=model._match_of(manager).index,
-            n_columns=len(model.genes),
+    @torch.inference_mode()
+    def scores(self, share: float) -> PerCell:
+        """Sums over the hidden genes of each test cell."""
+        rng = np.random.default_rng(self.split.seed)
+        n_cells = len(self.split.test)
+        n_hidden = np.zeros(n_cells)
+        sums: dict[str, dict[str, np.ndarray]] = {}
+        for code in np.unique(self.codes):  # a sentence is of one batch
+            of_batch = np.flatnonzero(self.codes == code)
+            start = 0
+            for batch in self._batches(self.split.test[of_batch]):
+                counts = batch[REGISTRY_KEYS.X_KEY].to(self.model.device)
+                rows = of_batch[start : start + len(counts)]
+                start += len(counts)
+                found = self.model._masked_scores(
+                    counts, self.fitted, share=share, rng=rng, measured=self.measured, batch=int(code)
+                )
+                n_hidden[rows] = found.n_hidden.cpu().numpy()
+                for measure, by_predictor in found.sums.items():
+                    for name, values in by_predictor.items():
+                        of_measure = sums.setdefault(measure, {})
+                        of_measure.setdefault(name, np.zeros(n_cells))[rows] = values.cpu().numpy()
+        return PerCell(n_hidden, sums)
+
+    def _batches(self, rows: np.ndarray) -> VocabularyLoader:
+        """Minibatches of raw counts over the vocabulary, in the order of ``rows`` where these are of one batch."""
+        return VocabularyLoader(
+            self.manager,
+            column=self.model._match_of(self.manager).index,
+            n_columns=len(self.model.genes),
             indices=rows,
             batch_size=SENTENCE,
             by_batch=True,
             dense=True,
         )
-    )
 
 
-def _table(scores: Sequence[PER_CELL], draws: Resampling) -> pd.DataFrame:
+def _table(scores: Sequence[PerCell], draws: Resampling) -> pd.DataFrame:
     """Rows of one share, as :func:`masked_prediction` gives them."""
-    n_hidden = draws.mean([n for n, _ in scores])
+    n_hidden = draws.mean([of_split.n_hidden for of_split in scores])
     tables = []
-    for measure in dict.fromkeys(measure for measure, _ in scores[0][1]):
+    for measure, by_predictor in scores[0].sums.items():
         # per hidden gene, as sums over cells: a cell weighs as much as it has hidden genes
-        of_measure: dict[str, Draws] = {
-            name: draws.mean([sums[which] for _, sums in scores]) / n_hidden
-            for which in scores[0][1]
-            for name in [which[1]]
-            if which[0] == measure
+        values = {
+            name: draws.mean([of_split.sums[measure][name] for of_split in scores]) / n_hidden
+            for name in by_predictor
         }
         higher = measure in HIGHER_IS_BETTER
-        others = {name: value[0] for name, value in of_measure.items() if name != MODEL}
-        best = max(others, key=others.__getitem__) if higher else min(others, key=others.__getitem__)
-        table = compared(of_measure, versus=best)
+        others = {name: value[0] for name, value in values.items() if name != MODEL}
+        best = (max if higher else min)(others, key=others.__getitem__)
+        table = compared(values, versus=best)
         table.insert(1, "metric", measure)
         tables.append(table.assign(better="higher" if higher else "lower"))
     table = pd.concat(tables, ignore_index=True)
-    return table.assign(n_hidden=int(sum(n.sum() for n, _ in scores)))
+    return table.assign(n_hidden=int(sum(of_split.n_hidden.sum() for of_split in scores)))

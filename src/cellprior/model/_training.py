@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -287,23 +287,36 @@ class TrainableModel(BaseModelClass):
         """Predictors that know no biology, from the minibatches of the training cells; see :class:`TrainingPlan`."""
         raise NotImplementedError
 
+    def _fit_predictors(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], measured: Tensor) -> Any:
+        """What :meth:`_masked_scores` needs to know of training cells, from passes over them; the floor, if no more."""
+        return self._fit_floor(batches(), measured).to(self.module.device)
+
     def _masked_scores(
-        self, counts: Tensor, floor: Any, *, share: float, rng: np.random.Generator, measured: Tensor
+        self,
+        counts: Tensor,
+        fitted: Any,
+        *,
+        share: float,
+        rng: np.random.Generator,
+        measured: Tensor,
+        batch: int,
     ) -> MaskedScores:
-        """How well genes that are hidden from the network are predicted, by it and by the ``floor``'s predictors.
+        """How well genes that are hidden from the network are predicted, by it and by predictors without biology.
 
         Parameters
         ----------
         counts
             Raw counts over the vocabulary ``(cells, n_genes)``, of one sentence.
-        floor
-            From :meth:`_fit_floor`.
+        fitted
+            From :meth:`_fit_predictors`.
         share
             Of the genes that is hidden.
         rng
             Draws them.
         measured
             Which genes were measured ``(n_genes,)``.
+        batch
+            Code of the cells' batch.
         """
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ from cellprior.model.cellplm._expression import ExpressionMixin
 from cellprior.model.cellplm._hidden import HiddenStates, StoredStates
 from cellprior.model.cellplm._inputs import sentences
 from cellprior.model.cellplm._loss import GeneMeans
-from cellprior.model.cellplm._masked import masked_scores
+from cellprior.model.cellplm._masked import Fitted, fit_covariates, masked_scores
 from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
 from cellprior.weights import Bundle
 
@@ -178,10 +178,25 @@ class CellPLM(ExpressionMixin):
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> GeneMeans:
         return GeneMeans.fit(batches, measured)
 
+    def _fit_predictors(
+        self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], measured: Tensor
+    ) -> Fitted:
+        floor = super()._fit_predictors(batches, measured)
+        return Fitted(floor, fit_covariates(self.module, batches(), measured[0].to(self.module.device)))
+
     def _masked_scores(
-        self, counts: Tensor, floor: Any, *, share: float, rng: np.random.Generator, measured: Tensor
+        self,
+        counts: Tensor,
+        fitted: Any,
+        *,
+        share: float,
+        rng: np.random.Generator,
+        measured: Tensor,
+        batch: int,
     ) -> MaskedScores:
-        return masked_scores(self.module, counts, floor, share=share, rng=rng, measured=measured)
+        return masked_scores(
+            self.module, counts, fitted, share=share, rng=rng, measured=measured, batch=batch
+        )
 
     @property
     def _n_stages(self) -> int:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def masked_scores(
-    module: ScBERTModule, counts: Tensor, floor: BinFloors, *, share: float, rng: np.random.Generator
+    module: ScBERTModule,
+    counts: Tensor,
+    floor: BinFloors,
+    *,
+    share: float,
+    rng: np.random.Generator,
+    batch: int = 0,
 ) -> MaskedScores:
     """Accuracy and cross-entropy (nats) of the bins of hidden genes.
 
@@ -39,6 +45,8 @@ def masked_scores(
         Of the expressed genes of a cell that is hidden.
     rng
         Draws them.
+    batch
+        Code of the cells' batch.
     """
     tokens = module.tokens(counts)
     drawn = sample_mask(tokens.cpu().numpy(), rng, rate=share, replace=1.0, n_bins=module.n_bins)
@@ -50,9 +58,11 @@ def masked_scores(
         for cell, of_cell in zip(shown, selected, strict=True)
     ]
     predictions = {MODEL: torch.cat(logits)[:, 1:-1].log_softmax(1)}
-    predictions |= floor.predict(counts, tokens, selected)
+    predictions |= floor.predict(counts, tokens, selected, batch=batch)
     correct = {name: hits(log_probability, rank) for name, log_probability in predictions.items()}
-    correct["gene_mean_and_cell"] = (gene_mean_and_cell(floor, tokens, selected) == rank + 1).float()
+    correct["gene_mean_and_cell"] = (
+        gene_mean_and_cell(floor, tokens, selected, batch=batch) == rank + 1
+    ).float()
     surprise = {name: -p.gather(1, rank[:, None])[:, 0] for name, p in predictions.items()}
     cell = selected.nonzero()[:, 0].cpu()
 
@@ -68,17 +78,17 @@ def masked_scores(
     )
 
 
-def gene_mean_and_cell(floor: BinFloors, bins: Tensor, selected: Tensor) -> Tensor:
+def gene_mean_and_cell(floor: BinFloors, bins: Tensor, selected: Tensor, *, batch: int = 0) -> Tensor:
     """The bin nearest to the gene's mean plus what the cell's genes in sight are above theirs ``(selected genes,)``.
 
     Parameters
     ----------
     floor
         With how often each gene was in each bin.
-    bins, selected
+    bins, selected, batch
         See :meth:`~cellprior.model.scbert._floors.BinFloors.predict`.
     """
-    of_gene = floor.bin_counts.sum(0)  # (n_genes, n_bins)
+    of_gene = floor.bin_counts[batch if len(floor.bin_counts) > 1 else 0]  # (n_genes, n_bins)
     value = torch.arange(1, of_gene.shape[1] + 1, device=of_gene.device, dtype=of_gene.dtype)
     overall = (of_gene @ value).sum() / of_gene.sum().clamp(min=1.0)
     mean = (of_gene @ value + PRIOR * overall) / (of_gene.sum(1) + PRIOR)

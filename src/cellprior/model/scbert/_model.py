@@ -192,9 +192,16 @@ class ScBERT(ContextMixin):
         return BinFloors.fit(batches, measured, self.module.n_bins)
 
     def _masked_scores(
-        self, counts: Tensor, floor: Any, *, share: float, rng: np.random.Generator, measured: Tensor
+        self,
+        counts: Tensor,
+        fitted: Any,
+        *,
+        share: float,
+        rng: np.random.Generator,
+        measured: Tensor,
+        batch: int,
     ) -> MaskedScores:
-        return masked_scores(self.module, counts, floor, share=share, rng=rng)
+        return masked_scores(self.module, counts, fitted, share=share, rng=rng, batch=batch)
 
     def _encode(
         self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
