@@ -41,7 +41,7 @@ def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np
 
 def measured_genes(
     measured: Mapping[str, Sequence[str]] | None,
-    manager: AnnDataManager,
+    manager: AnnDataManager | None,
     genes: pd.DataFrame,
     match: GeneMatch,
 ) -> np.ndarray:
@@ -71,7 +71,7 @@ def measured_genes(
         seen = np.zeros((1, len(genes)), dtype=bool)
         seen[0, match.index[match.index >= 0]] = True
         return seen
-    if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
+    if manager is None or REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
         msg = "measured= names genes by batch, but setup_anndata() was not given a batch_key."
         raise ValueError(msg)
     categories = manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from cellprior.model._data import VocabularySplitter
+from cellprior.model._datamodule import StreamedCells
 from cellprior.model._distributed import from_first, rank_and_count, trainer_defaults
 from cellprior.model._genes import measured_genes, refuse_unmeasured
 from cellprior.model._masked import MaskedScores
@@ -180,6 +181,7 @@ class TrainableModel(BaseModelClass):
         *,
         objective: str | None = None,
         measured: Mapping[str, Sequence[str]] | None = None,
+        datamodule: pl.LightningDataModule | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Train on the attached data without labels, from where the weights are.
@@ -211,6 +213,10 @@ class TrainableModel(BaseModelClass):
             For panels that differ between batches: the genes measured in each category of ``batch_key``, as names of
             the data, symbols or Ensembl ids. The counts of the others must be 0 there, and do not count in the loss.
             By default all genes of the data were measured everywhere.
+        datamodule
+            Train on its cells instead of the attached, read from disk as they are needed: an
+            :class:`scvi.dataloaders.AnnbatchDataModule`, see :doc:`/user_guide/scale`. Its minibatches do not keep to
+            one batch, and its order does not follow ``scvi.settings.seed``.
         **trainer_kwargs
             To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given. ``enable_checkpointing=True``
             saves the model of the epoch with the lowest ``validation_loss``; to end with it,
@@ -226,45 +232,40 @@ class TrainableModel(BaseModelClass):
         KeyError
             If ``measured`` lacks a batch, or names a gene that neither the data nor the vocabulary have.
         """
-        if self.adata is None:
+        if self.adata is None and datamodule is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)
         defaults = trainer_defaults(trainer_kwargs.get("strategy"))
         options = self._objective(objective) | (plan_kwargs or {})
-        match = self._match_of(self.adata_manager)
-        seen = measured_genes(measured, self.adata_manager, self.genes, match)
-        splitter = VocabularySplitter(
-            self.adata_manager,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            column=match.index,
-            n_columns=len(self.genes),
-            by_batch=True,
-            dense=True,
-            **(datasplitter_kwargs or {}),
-        )
-        splitter.setup()
-        loader = splitter.train_dataloader()
-        if measured is not None:
-            for batch in chain(loader, splitter.val_dataloader()):
-                known = seen[int(batch[REGISTRY_KEYS.BATCH_KEY][0])]
-                refuse_unmeasured(batch[REGISTRY_KEYS.X_KEY].numpy(), known, self.genes)
+        split: dict[str, Any] = {
+            "train_size": train_size,
+            "validation_size": validation_size,
+            "shuffle_set_split": shuffle_set_split,
+            "batch_size": batch_size,
+        }
+        cells: VocabularySplitter | StreamedCells
+        if datamodule is None:
+            cells, seen = self._attached_cells(measured, **split, **(datasplitter_kwargs or {}))
+        else:
+            refuse_with_datamodule(measured=measured, strategy=trainer_kwargs.get("strategy"))
+            cells = StreamedCells(datamodule, self.genes, self.min_coverage, **split)
+            seen = measured_genes(None, None, self.genes, cells.match)
+            if "covariate" in options:
+                options["covariate"] = [None]  # whose batch is not known
         plan = TrainingPlan(
             self.module,
-            self._fit_floor(loader, torch.from_numpy(seen)),
+            self._fit_floor(cells.floor_minibatches(), torch.from_numpy(seen)),
             measured=torch.from_numpy(seen),
-            n_steps=max_epochs * len(loader),
+            n_steps=max_epochs * len(cells.train_dataloader()),
             **options,
         )
         defaults |= {"gradient_clip_val": 2.0, "early_stopping_monitor": "validation_loss"}
-        if splitter.n_val:
+        if cells.n_val:
             defaults["check_val_every_n_epoch"] = 1
         runner = TrainRunner(
             self,
             training_plan=plan,
-            data_splitter=splitter,
+            data_splitter=cells,
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,
@@ -275,6 +276,27 @@ class TrainableModel(BaseModelClass):
         before = self.history_ or {}
         self.history_ = continued(before, run(self, runner))
         warn_above_floor(self.history)
+
+    def _attached_cells(
+        self, measured: Mapping[str, Sequence[str]] | None, **options: Any
+    ) -> tuple[VocabularySplitter, np.ndarray]:
+        """The attached cells, split, and which genes were measured; refuses counts of genes that were not."""
+        match = self._match_of(self.adata_manager)
+        seen = measured_genes(measured, self.adata_manager, self.genes, match)
+        cells = VocabularySplitter(
+            self.adata_manager,
+            column=match.index,
+            n_columns=len(self.genes),
+            by_batch=True,
+            dense=True,
+            **options,
+        )
+        cells.setup()
+        if measured is not None:
+            for batch in chain(cells.train_dataloader(), cells.val_dataloader()):
+                known = seen[int(batch[REGISTRY_KEYS.BATCH_KEY][0])]
+                refuse_unmeasured(batch[REGISTRY_KEYS.X_KEY].numpy(), known, self.genes)
+        return cells, seen
 
     def _objective(self, name: str | None) -> dict[str, Any]:
         """Options of the training plan for one of ``objectives``."""
@@ -328,6 +350,24 @@ class TrainableModel(BaseModelClass):
     @training_state_.setter
     def training_state_(self, state: dict[str, Any]) -> None:
         pass
+
+
+def refuse_with_datamodule(*, measured: Any, strategy: Any) -> None:
+    """Refuse what needs to know whose cells are in a minibatch.
+
+    Raises
+    ------
+    ValueError
+        With what.
+    """
+    if measured is not None:
+        msg = "measured= names genes by batch, and the minibatches of a datamodule mix batches: leave it out."
+        raise ValueError(msg)
+    if "ddp" in str(strategy).lower():
+        msg = (
+            "With datamodule=, each process would train on the same cells: use one process, or attached data."
+        )
+        raise ValueError(msg)
 
 
 def run(model: Any, runner: TrainRunner) -> dict[str, pd.DataFrame]:
