@@ -311,9 +311,7 @@ def test_the_share_of_counts_is_known_in_memory_and_not_asked_of_a_file(bundle, 
     assert CellPLM.from_pretrained(bundle, backed).gene_match.counts_share is None
 
 
-@pytest.mark.parametrize(
-    ("name", "reader"), [("x.best.ckpt", CellPLM), ("x.pth", ScBERT), ("x.bin", None), ("x.ckpt", None)]
-)
+@pytest.mark.parametrize(("name", "reader"), [("x.best.ckpt", CellPLM), ("x.pth", ScBERT), ("x.bin", None)])
 def test_a_checkpoint_is_recognised_by_the_model_whose_layout_it_has_alone_or_in_a_folder(
     tmp_path, name, reader
 ):
