@@ -126,7 +126,7 @@ def _ranked(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, dict[str, Any]]) 
     for place, row in enumerate(rows.itertuples()):
         ends = [[row.value - row.low], [row.high - row.value]]
         ax.errorbar(row.value, place, xerr=ends, capsize=3, **styles[row.method])
-    names = [textwrap.fill(method, 30, break_on_hyphens=False) for method in rows["method"]]
+    names = [textwrap.fill(method, 36, break_on_hyphens=False) for method in rows["method"]]
     ax.set_yticks(range(len(rows)), names, fontsize=8)
     for label, kind in zip(ax.get_yticklabels(), rows["kind"], strict=True):
         label.set_fontweight("bold" if kind == "embedding" else "normal")

@@ -1,4 +1,5 @@
 import pickle
+import re
 from collections.abc import Iterator
 
 import anndata as ad
@@ -36,7 +37,7 @@ def test_labels_plus_noise_win(cells):
     report = cp.evaluate.report(adata, {"told": told(adata)}, "type", **QUICK)
     verdict = report.verdicts[0]
     assert (verdict.neighbours, verdict.naming) == ("helps", "helps")
-    assert "helps, better than" in report.verdict
+    assert report.verdict.startswith("told: helps. As an embedding, better than")
 
 
 def test_an_embedding_of_nothing_loses(cells):
@@ -151,7 +152,7 @@ def test_the_command_line_writes_the_report(cells, tmp_path, capsys):
     arguments = ["--labels", "type", "--batch-key", "donor", "--seeds", "2", "--out", str(out)]
     assert main(["evaluate", str(tmp_path / "cells.h5ad"), "--embedding", "X_told", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "X_told: helps" in printed or "X_told: no better" in printed or "X_told: cannot tell" in printed
+    assert re.search("X_told: (helps|no better|cannot tell)", printed)
     assert (out / "report.md").read_text() in printed
     assert (out / "report.png").stat().st_size > 10_000
 

@@ -29,6 +29,9 @@ Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarr
 
 ON_GENES, MAJORITY = "logistic regression on genes", "largest label"
 KNN, LINEAR, CENTROID = "15-NN", "linear probe", "nearest centroid"
+SEEN = (
+    "Whether {} was pretrained on these very cells is not known here; then a gain says little. See its card."
+)
 N_NEIGHBORS = 15
 READERS: dict[str, Reader] = {
     KNN: lambda train, codes, test, seed: knn_predict(
@@ -68,6 +71,8 @@ class Task:
     splits: dict[str, list[Split]]
     """By kind; the headline first."""
     notes: list[str] = field(default_factory=list)
+    gene_sets: list[np.ndarray] = field(default_factory=list)
+    """Of the weights, each once, for a PCA of the same genes."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -150,6 +155,7 @@ def make_task(
     shared = [methods.pca("PCA", log), methods.variable_genes(log)]
     for name, given in wanted.items():
         if isinstance(given, str) and given not in adata.obsm:
+            task.notes.append(SEEN.format(name))
             shared += _from_weights(task, cells, name, given, options.get(name, {}), batch_key=batch_key)
         else:
             values = _checked(name, adata.obsm[given] if isinstance(given, str) else given, adata.n_obs)
@@ -224,16 +230,17 @@ def _from_weights(
             task.methods.append(methods.fixed(name, model.get_latent_representation(**options)))
         seconds = round(time.perf_counter() - start, 1)
         task.provenance[name] = {**model.provenance(), "seconds": seconds}
-        same_genes = np.flatnonzero(model.gene_match.index >= 0)
+        genes = np.flatnonzero(model.gene_match.index >= 0)
         twin = random_twin(model, cells, seed=0)
         try:
             at_random = twin.get_latent_representation(**options)
         finally:
             twin.release()
-    return [
-        methods.pca(f"PCA, genes of {name}", task.log, same_genes),
-        Method(f"random weights of {name}", "baseline", lambda rows, seed: at_random),
-    ]
+    found = [Method(f"random weights of {name}", "baseline", lambda rows, seed: at_random)]
+    if not any(np.array_equal(genes, others) for others in task.gene_sets):
+        task.gene_sets.append(genes)
+        found.insert(0, methods.pca(f"PCA, genes of {name}", task.log, genes))
+    return found
 
 
 def _twin_of_record(

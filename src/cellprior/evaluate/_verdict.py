@@ -60,8 +60,11 @@ def judge(
         return Verdict(embedding, "no signal", "no signal", text)
     neighbours, first = _compare(whole, embedding, KNN, f"{KNN} macro-F1")
     naming, second = _compare(whole, embedding, LINEAR, "linear probe macro-F1")
-    where = _where(answers)
-    text = f"{embedding}: {first}. To name cells: {second}. ({where}; intervals of 95 %.)"
+    short = neighbours if neighbours == naming else f"{neighbours} as an embedding, {naming} to name cells"
+    text = (
+        f"{embedding}: {short}. As an embedding, {first}. To name cells, {second}. ({_where(answers)}; intervals of "
+        "95 %.)"
+    )
     return Verdict(embedding, neighbours, naming, text)
 
 
@@ -80,7 +83,7 @@ def _compare(
     use = f"a linear probe on {best}" if reader == LINEAR and best != ON_GENES else best
     outcome: Outcome
     if low > 0:
-        outcome, said, advice = "helps", f"helps, better than {best}", ""
+        outcome, said, advice = "helps", f"better than {best}", ""
     elif high < 0:
         outcome, said, advice = "worse", f"worse than {best}", f"; use {use}"
     elif high < TIE:
@@ -88,7 +91,7 @@ def _compare(
     else:
         outcome, said, advice = (
             "cannot tell",
-            f"cannot tell whether it is better than {best}",
+            f"perhaps better than {best}, perhaps not",
             "; label more cells",
         )
     numbers = f"{metric} {_plus_minus(own)} against {_plus_minus(baselines[best])}"
