@@ -1,16 +1,25 @@
 """MultiomeCLIP on a paired multiome: matching of held-out cells beside a linear map, sequencing depth and MULTIVI.
 
-    python benchmarks/multiome.py cells.h5mu [--labels-key cell_type] [--seeds 3] [--multivi]
+    python benchmarks/multiome.py cells.h5mu [--labels-key cell_type] [--seeds 3] [--multivi] [--pretrain-atac]
 
 The file is a MuData of raw counts of RNA and ATAC. Markdown tables on stdout, progress on stderr. A split and a run per
 seed: 80 % of the cells are trained on, the others tested.
 
 matching
     FOSCTTM (0 is perfect, 0.5 chance), recall among N held-out cells, and accuracy of labels that ATAC cells get from
-    the RNA of the training cells, by 30 neighbours. ``PLS`` is partial least squares on the components that
+    the RNA of the training cells, by 30 neighbours. With ``labels_key``, training cells of one label are no negatives
+    of each other. ``PLS`` is partial least squares on the components that
     MultiomeCLIP reads, the linear bar, with 15 dimensions; and with the number of dimensions that is best on the test
     cells, which favours it. ``depth only`` matches the ranks of the total counts. MULTIVI embeds RNA and ATAC of the
     held-out cells each by itself.
+ATAC alone
+    With ``--pretrain-atac``, a second model whose encoder of ATAC is pretrained on the ATAC of the training cells, in
+    the same tables; and how well a linear probe reads labels of held-out cells off the components of TF-IDF (LSI), and
+    off those that pretraining has moved.
+mixing
+    The embedding as it is for plots (``center=True``), RNA and ATAC of the held-out cells as points of their own: share
+    of the other modality among the 15 nearest (0.5 is perfect), and share of the same label among them. A model that
+    holds out some cells in training, as it does unless told otherwise, mixes better: ``--train-size 0.9``.
 imputation
     RNA of held-out cells from their ATAC: correlation with the observed log-normalised expression, over the genes of a
     cell and over the cells of a gene.
@@ -39,6 +48,8 @@ from scipy import sparse as sp
 from sklearn.cross_decomposition import PLSRegression
 
 from cellprior._compat import without_pulled_columns
+from cellprior.evaluate import accuracy, balanced_accuracy
+from cellprior.evaluate._probes import linear as linear_probe
 from cellprior.model._data import csr_tensor
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._inputs import log_share
@@ -49,6 +60,8 @@ START = time.perf_counter()
 METRICS = ["foscttm_atac_to_rna", "foscttm_rna_to_atac", "foscttm", "recall_at_1", "recall_at_10"]
 METRICS += ["modality_gap", "labels"]
 N_NEIGHBORS = 30
+N_NEAR = 15
+PLAIN, LABELLED, PRETRAINED = "MultiomeCLIP", "MultiomeCLIP, labels_key", "MultiomeCLIP, ATAC pretrained"
 
 
 def progress(text: str) -> None:
@@ -167,7 +180,50 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean((x * y).sum(axis=1) / np.where(norm > 1e-6, norm, np.inf)))
 
 
-def run(mdata: MuData, seed: int, args: argparse.Namespace) -> tuple[dict, dict, int]:
+def fitted(what: str, train: MuData, seed: int, args: argparse.Namespace) -> MultiomeCLIP:
+    """MultiomeCLIP, trained on all of these cells."""
+    scvi.settings.seed = seed
+    MultiomeCLIP.setup_mudata(train, labels_key="label" if what == LABELLED else None)
+    model = MultiomeCLIP(train, **args.network)
+    options = {"train_size": args.train_size, "accelerator": args.accelerator, "enable_progress_bar": False}
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning, on workers and logging
+        if what == PRETRAINED:
+            model.pretrain_atac(**options)
+        model.train(max_epochs=args.max_epochs, batch_size=args.batch_size, **options)
+    progress(f"seed {seed}: {what}, {time.perf_counter() - start:.0f} s")
+    return model
+
+
+def matched(model: MultiomeCLIP, train: MuData, test: MuData, names: tuple | None) -> dict[str, float]:
+    def latent(data: MuData, name: str) -> np.ndarray:
+        return model.get_latent_representation(data, modality=name, center=False)
+
+    return scores(latent(test, "rna"), latent(test, "atac"), latent(train, "rna"), names)
+
+
+def probed(model: MultiomeCLIP, train: MuData, test: MuData, names: tuple) -> tuple[float, float]:
+    """Accuracy and balanced accuracy of labels that are read off what is known of ATAC."""
+    seen, asked = (model.get_atac_representation(mdata["atac"]) for mdata in (train, test))
+    found = linear_probe(seen, names[0], asked)
+    return accuracy(names[1], found), balanced_accuracy(names[1], found)
+
+
+def mixed(model: MultiomeCLIP, test: MuData, names: tuple | None) -> tuple[float, float]:
+    """Share of the other modality, and of the same label, among the nearest of RNA and ATAC together."""
+    points = np.concatenate(
+        [model.get_latent_representation(test, modality=name) for name in ("rna", "atac")]
+    )
+    near = nearest(points, points, N_NEAR + 1)[0][:, 1:]
+    is_atac = np.arange(len(points)) >= test.n_obs
+    label = np.tile(names[1], 2) if names is not None else np.full(len(points), np.nan)
+    same = (label[near] == label[:, None]).mean() if names is not None else np.nan
+    return float((is_atac[near] != is_atac[:, None]).mean()), float(same)
+
+
+def run(mdata: MuData, seed: int, args: argparse.Namespace) -> tuple[dict[str, dict], int]:
+    """Numbers of one split by table, and how many cells were tested."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(mdata.n_obs)
     n_test = round(args.test_size * mdata.n_obs)
@@ -175,37 +231,34 @@ def run(mdata: MuData, seed: int, args: argparse.Namespace) -> tuple[dict, dict,
     names = None
     if "label" in mdata.obs:
         names = (train.obs["label"].to_numpy(), test.obs["label"].to_numpy())
-    scvi.settings.seed = seed
-    MultiomeCLIP.setup_mudata(train)
-    model = MultiomeCLIP(train, **args.network)
-    start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Lightning, on workers and logging
-        model.train(
-            max_epochs=args.max_epochs,
-            batch_size=args.batch_size,
-            train_size=1.0,
-            accelerator=args.accelerator,
-            enable_progress_bar=False,
-        )
-    progress(f"seed {seed}: MultiomeCLIP trained in {time.perf_counter() - start:.0f} s")
-
-    def latent(data: MuData, name: str) -> np.ndarray:
-        return model.get_latent_representation(data, modality=name, center=False)
-
-    found = {"MultiomeCLIP": scores(latent(test, "rna"), latent(test, "atac"), latent(train, "rna"), names)}
-    if args.network.get("encoder", "mlp") == "mlp":
+    is_mlp = args.network["encoder"] == "mlp"
+    kinds = [PLAIN, LABELLED] if names is not None else [PLAIN]
+    kinds += [PRETRAINED] if args.pretrain_atac else []
+    models = {what: fitted(what, train, seed, args) for what in kinds}
+    model = models[PLAIN]
+    found = {name: matched(each, train, test, names) for name, each in models.items()}
+    if is_mlp:
         found |= linear(model, train, test, names)
     depth = (np.asarray(test[name].X.sum(axis=1)).ravel() for name in ("rna", "atac"))
     found["depth only"] = matching_metrics(depth_scores(*depth))
     if names is not None:
         found["largest type"] = {"labels": float(np.mean(names[1] == pd.Series(names[0]).mode()[0]))}
-    rna = imputed(model, train, test)
-    model.release()
+    tables = {"matching": found, "imputation": imputed(model, train, test)}
+    tables["mixing"] = {name: mixed(each, test, names) for name, each in models.items()}
+    if args.pretrain_atac and names is not None:
+        of = {"LSI": model, "LSI, pretrained": models[PRETRAINED]}
+        tables["probe"] = {name: probed(each, train, test, names) for name, each in of.items()}
+        guess = np.full(n_test, pd.Series(names[0]).mode()[0])
+        tables["probe"]["largest type"] = (
+            accuracy(names[1], guess),
+            balanced_accuracy(names[1], guess),
+        )
+    for each in models.values():
+        each.release()
     if args.multivi:
         found["MULTIVI"] = multivi(train, test, args, names)
         progress(f"seed {seed}: MULTIVI")
-    return found, rna, n_test
+    return tables, n_test
 
 
 def arguments() -> argparse.Namespace:
@@ -220,6 +273,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--labels-key", default="cell_type")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-size", type=float, default=0.2)
+    parser.add_argument(
+        "--train-size", type=float, default=1.0, help="share of the others that is trained on"
+    )
     parser.add_argument("--encoder", choices=("mlp", "vit"), default="mlp")
     parser.add_argument("--max-epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=512)
@@ -228,7 +284,12 @@ def arguments() -> argparse.Namespace:
         "--multivi", action="store_true", help="train MULTIVI on the same cells, which takes longer"
     )
     parser.add_argument("--multivi-epochs", type=int, default=100)
+    parser.add_argument(
+        "--pretrain-atac", action="store_true", help="and a model whose encoder of ATAC is pretrained"
+    )
     args = parser.parse_args()
+    if args.pretrain_atac and args.encoder != "mlp":
+        parser.error("--pretrain-atac needs --encoder mlp")
     args.network = {"encoder": args.encoder}
     return args
 
@@ -238,16 +299,9 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     mdata = read(args)
     runs = [run(mdata, seed, args) for seed in range(args.seeds)]
-    rows = []
-    for name in runs[0][0]:
-        values = pd.DataFrame([found[name] for found, _, _ in runs]).reindex(columns=METRICS)
-        mean, spread = values.mean(), values.std()
-        rows.append(
-            [name, *("-" if np.isnan(m) else f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))]
-        )
-    n = runs[0][2]
+    tables = [found for found, _ in runs]
+    n = runs[0][1]
     columns = [
-        "",
         "FOSCTTM ATAC→RNA",
         "RNA→ATAC",
         "mean",
@@ -256,14 +310,27 @@ def main() -> None:
         "gap",
         "labels",
     ]
-    print_table(
-        f"Matching of held-out cells, mean and standard deviation of {args.seeds} seeds", columns, rows
-    )
-    rows = [
-        [name, *(f"{np.mean([rna[name][i] for _, rna, _ in runs]):.3f}" for i in (0, 1))]
-        for name in runs[0][1]
-    ]
-    print_table("RNA of held-out cells from their ATAC", ["", "genes of a cell", "cells of a gene"], rows)
+    of = f"of held-out cells, mean and standard deviation of {args.seeds} seeds"
+    print_means(f"Matching {of}", dict(zip(METRICS, columns, strict=True)), tables, "matching")
+    if "probe" in tables[0]:
+        columns = ["accuracy", "balanced accuracy"]
+        print_means(f"Labels read off ATAC alone {of}", dict(enumerate(columns)), tables, "probe")
+    columns = [f"of the other modality among {N_NEAR}", "of the same label"]
+    print_means(f"Neighbours {of}", dict(enumerate(columns)), tables, "mixing")
+    columns = ["genes of a cell", "cells of a gene"]
+    print_means("RNA of held-out cells from their ATAC", dict(enumerate(columns)), tables, "imputation")
+
+
+def print_means(title: str, columns: dict, tables: list[dict], which: str) -> None:
+    """A row per method: mean and standard deviation over the seeds of each column."""
+    rows = []
+    for name in tables[0][which]:
+        values = pd.DataFrame([found[which][name] for found in tables]).reindex(columns=list(columns))
+        mean, spread = values.mean(), values.std()
+        rows.append(
+            [name, *("-" if np.isnan(m) else f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))]
+        )
+    print_table(title, ["", *columns.values()], rows)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,15 @@ def test_all_cells_can_be_trained_on_and_then_none_are_matched():
         train(train_size=1.0, early_stopping=True)
 
 
+@pytest.mark.parametrize(("train_size", "of"), [(0.6, "validation_indices"), (0.8, "train_indices")])
+def test_the_means_of_the_modalities_are_those_of_held_out_cells_if_there_are_fifty(train_size, of):
+    model = train(train_size=train_size)
+    assert (len(model.validation_indices) >= 50) == (of == "validation_indices")
+    for name in ("rna", "atac"):
+        latent = model.get_latent_representation(indices=getattr(model, of), modality=name, center=False)
+        np.testing.assert_allclose(model.module.alignment[name].mean, latent.mean(axis=0), atol=1e-5)
+
+
 def test_chance_is_the_loss_of_one_score_for_all_pairs():
     same = same_label(torch.tensor([0, 0, 1, -1, 2, 2, 2]))
     for mask in (None, same):

@@ -33,6 +33,7 @@ from cellprior.model.multiomeclip._loss import infonce, sigmoid_loss
 ROWS = 4096  # cells whose weighted counts are made at a time
 SCALE, MAX_SCALE = 1 / 0.07, 100.0  # of the scores, at the start and at most
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # where SigLIP starts
+RIDGE = 0.1  # of the alignment, in units of the mean variance
 
 Modality = Literal["rna", "atac"]
 MODALITIES: tuple[Modality, ...] = ("rna", "atac")
@@ -181,19 +182,30 @@ class MultiomeCLIPModule(BaseModuleClass):
         return {"loss": loss(self.scores(rna, atac), same=same), "rna": rna, "atac": atac}
 
     @torch.no_grad()
-    def align(self, rna: Tensor, atac: Tensor) -> None:
+    def align(self, rna: Tensor, atac: Tensor, *, unseen: tuple[Tensor, Tensor] | None = None) -> None:
         """Find what the modalities share, from unit vectors of the same training cells ``(cells, n_latent)``.
 
-        The directions are the singular vectors of the cross-covariance; a direction weighs as much as the modalities
-        correlate on it. A cell's place in one of them is thus a guess of its place in the other.
+        The directions are those of a canonical correlation analysis with a ridge [Vinod, Journal of Econometrics
+        1976]; a direction weighs as much as the modalities correlate on it. A cell's place in one of them is thus a
+        guess of its place in the other.
+
+        Parameters
+        ----------
+        rna, atac
+            Of the training cells.
+        unseen
+            RNA and ATAC of cells that were not trained on, whose means then are those of the modalities: training has
+            drawn the modalities of its own cells nearer to each other than those of other cells.
         """
-        means = rna.mean(0), atac.mean(0)
-        centred = [latent - mean for latent, mean in zip((rna, atac), means, strict=True)]
-        left, covariance, right = torch.linalg.svd(centred[0].T @ centred[1] / len(rna))
-        turned = [x @ axes for x, axes in zip(centred, (left, right.T), strict=True)]
+        means = [latent.mean(0) for latent in unseen or (rna, atac)]
+        centred = [latent - latent.mean(0) for latent in (rna, atac)]
+        whitening = [inverse_root(x.T @ x / len(x)) for x in centred]
+        left, _, right = torch.linalg.svd(whitening[0] @ (centred[0].T @ centred[1]) @ whitening[1])
+        directions = whitening[0] @ left, whitening[1] @ right.T
+        turned = [x @ axes for x, axes in zip(centred, directions, strict=True)]
         deviation = [x.square().mean(0).sqrt().clamp(min=1e-6) for x in turned]
-        correlation = covariance / (deviation[0] * deviation[1])
-        for name, mean, axes, spread in zip(MODALITIES, means, (left, right.T), deviation, strict=True):
+        correlation = (turned[0] * turned[1]).mean(0) / (deviation[0] * deviation[1])
+        for name, mean, axes, spread in zip(MODALITIES, means, directions, deviation, strict=True):
             alignment = self.alignment[name]
             assert isinstance(alignment, Alignment)  # for the type checker
             alignment.mean.copy_(mean)
@@ -296,9 +308,10 @@ class MLPEncoder(nn.Module):
         self.mean.copy_(torch.from_numpy(mean))
         self.spread.fill_(spread)
 
-    def inputs(self, counts: Tensor) -> Tensor:
-        """Place of each cell on the components ``(cells, n_components)``."""
-        return (self._weigh(counts) @ self.components - self.mean) / self.spread
+    def inputs(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
+        """Place of each cell on the components, its own or others ``(cells, n_components)``."""
+        components = self.components if components is None else components
+        return (self._weigh(counts) @ components - self.mean) / self.spread
 
     def _weigh(self, counts: Tensor) -> Tensor:
         if not self.is_atac:
@@ -424,6 +437,13 @@ class TransformerLayer(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))  # (cells, tokens, n_hidden)
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_after(x)))))
+
+
+def inverse_root(covariance: Tensor) -> Tensor:
+    """``(C + λ I)^(-1/2)``, where λ is a tenth of the mean variance."""
+    variance, axes = torch.linalg.eigh(covariance)
+    variance = (variance + RIDGE * variance.mean()).clamp(min=1e-12)
+    return axes / variance.sqrt() @ axes.T
 
 
 def _row_blocks(counts: sp.csr_matrix) -> Iterable[sp.csr_matrix]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import anndata as ad
@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 from mudata import MuData
 from scvi.model.base import BaseModelClass
+from torch import Tensor
 
 from cellprior import genes as matching
 from cellprior.model._data import csr_tensor
@@ -83,7 +84,6 @@ class ReadingModel(BaseModelClass):
         sizes = {"rna": len(self.genes), "atac": len(self.peaks)}
         return {name: CountsOf(cells, name, match[name], sizes[name]) for name in cells.data}
 
-    @torch.inference_mode()
     def _embed(
         self,
         counts: CountsOf,
@@ -94,10 +94,27 @@ class ReadingModel(BaseModelClass):
         aligned: bool = False,
     ) -> np.ndarray:
         """Unit vectors of cells that have a modality ``(cells, n_latent)``."""
+
+        def vectors(part: Tensor) -> Tensor:
+            found = self.module.embed(modality, part)
+            return self.module.alignment[modality](found) if aligned else found
+
+        return self._in_parts(counts, rows, batch_size, vectors, self.module.n_latent)
+
+    @torch.inference_mode()
+    def _in_parts(
+        self,
+        counts: CountsOf,
+        rows: np.ndarray,
+        batch_size: int | None,
+        function: Callable[[Tensor], Tensor],
+        width: int,
+    ) -> np.ndarray:
+        """What a function makes of the counts, a few cells at a time ``(cells, width)``."""
         size = BatchSize(batch_size, self, n_features=counts.n_features)
         self.module.eval()
         device = self.module.device
-        latent = np.empty((len(rows), self.module.n_latent), dtype=np.float32)
+        result = np.empty((len(rows), width), dtype=np.float32)
         start = 0
         while start < len(rows):
             cells = slice(start, start + size.n_cells)
@@ -105,15 +122,13 @@ class ReadingModel(BaseModelClass):
             try:
                 # Apple's GPUs have no sparse tensors
                 part = part.to_dense().to(device) if device.type == "mps" else part.to(device)
-                found = self.module.embed(modality, part)
-                found = self.module.alignment[modality](found) if aligned else found
-                latent[cells] = found.float().cpu().numpy()
+                result[cells] = function(part).float().cpu().numpy()
                 start = cells.stop
                 continue
             except torch.cuda.OutOfMemoryError as error:
                 size.halve(error)
             torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
-        return latent
+        return result
 
     def _joint(
         self,

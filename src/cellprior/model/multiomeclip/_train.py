@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from scvi.train import TrainRunner
 
@@ -14,7 +13,7 @@ from cellprior.model._distributed import from_first, trainer_defaults
 from cellprior.model._training import continued, run, warn_above_floor
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, codes_of
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
-from cellprior.model.multiomeclip._reading import ReadingModel
+from cellprior.model.multiomeclip._pretrain import MAX_FITTED, PRETRAINED, PretrainableModel
 from cellprior.model.multiomeclip._training import (
     ROWS,
     ContrastivePlan,
@@ -23,13 +22,11 @@ from cellprior.model.multiomeclip._training import (
     split_complete,
 )
 
-MAX_FITTED = 20_000  # training cells that components are found from
+MIN_UNSEEN = 50  # held-out cells that the means of the modalities are taken from, if there are as many
 
 
-class ContrastiveModel(ReadingModel):
+class ContrastiveModel(PretrainableModel):
     """The part of :class:`~cellprior.model.multiomeclip._model.MultiomeCLIP` that trains."""
-
-    history_: dict[str, Any] | None
 
     def train(
         self,
@@ -99,7 +96,7 @@ class ContrastiveModel(ReadingModel):
             msg = "early_stopping=True watches held-out cells, and there are none: lower train_size."
             raise ValueError(msg)
         counts = self._counts(None, cells)
-        if not self.is_trained_:
+        if not self.is_trained_ or self.training_state_:
             self._fit_inputs(cells, counts, held_out, seed)
         args = self.registry["setup_args"]
         label = codes_of(cells.obs, args["labels_key"], unlabeled=args["unlabeled_category"])
@@ -132,9 +129,10 @@ class ContrastiveModel(ReadingModel):
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
         before = self.history_ or {}
-        self.history_ = continued(before, run(self, runner))
-        self._align(counts, train)
-        warn_above_floor(self.history_)
+        after = run(self, runner)
+        self.history_, self.training_state_ = continued(before, after), {}
+        self._align(counts, train, held_out)
+        warn_above_floor(after)
 
     def _fit_inputs(
         self, cells: Cells, counts: Mapping[Modality, CountsOf], held_out: np.ndarray, seed: int
@@ -142,20 +140,20 @@ class ContrastiveModel(ReadingModel):
         """Weights and components, or maxima, from all cells that are not held out, paired or not."""
         rng = np.random.default_rng(seed)
         for name in MODALITIES:
-            rows = np.setdiff1d(np.flatnonzero(cells.has(name)), held_out)
-            if len(rows) > MAX_FITTED:
-                rows = np.sort(rng.choice(rows, MAX_FITTED, replace=False))
-            blocks = [counts[name].read(part) for part in np.array_split(rows, -(-len(rows) // ROWS))]
-            self.module.encoder_of(name).fit(sp.vstack(blocks, format="csr"), seed=seed % 2**31)
+            if self.training_state_.get(PRETRAINED) != name:
+                rows = np.setdiff1d(np.flatnonzero(cells.has(name)), held_out)
+                self._fit_encoder(counts[name], name, rows, rng, seed)
 
-    def _align(self, counts: Mapping[Modality, CountsOf], rows: np.ndarray) -> None:
-        """Find what the modalities share on training cells."""
-        rows = rows[:: -(-len(rows) // MAX_FITTED)]
-        device = self.module.device
-        rna, atac = (
-            torch.from_numpy(self._embed(counts[name], name, rows)).to(device) for name in MODALITIES
+    def _align(
+        self, counts: Mapping[Modality, CountsOf], train: np.ndarray, held_out: np.ndarray | None = None
+    ) -> None:
+        """Find what the modalities share on training cells, and where they lie on others, if there are enough."""
+        seen, unseen = (
+            tuple(torch.from_numpy(self._embed(counts[name], name, some)) for name in MODALITIES)
+            for rows in (train, train[:0] if held_out is None else held_out)
+            for some in [rows[:: max(-(-len(rows) // MAX_FITTED), 1)]]
         )
-        self.module.align(rna, atac)
+        self.module.align(*seen, unseen=unseen if len(unseen[0]) >= MIN_UNSEEN else None)
 
 
 def _depth(counts: Mapping[Modality, CountsOf], rows: np.ndarray, n_obs: int) -> dict[Modality, np.ndarray]:

@@ -79,7 +79,7 @@ class PairedMinibatches(pl.LightningDataModule):
 
     def __init__(
         self,
-        cells: PairedCells,
+        cells: Dataset,
         train: np.ndarray,
         validation: np.ndarray,
         *,
@@ -231,6 +231,7 @@ def split_complete(
     validation_size: float | None,
     shuffle: bool,
     rng: np.random.Generator,
+    having: str = "both modalities",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the complete cells to train on, and those that are held out, both increasing.
 
@@ -244,6 +245,8 @@ def split_complete(
         Draw them, instead of holding out the last.
     rng
         Draws.
+    having
+        What makes a cell complete, for the error.
 
     Raises
     ------
@@ -263,8 +266,8 @@ def split_complete(
     n_held_out = min(int(round(validation_size * len(rows))), len(rows) - n_train)
     if n_train < 2:
         msg = (
-            f"{len(rows)} cells have both modalities, of which {n_train} would be trained on; a contrast needs two at "
-            "least, and thousands to be of use."
+            f"{len(rows)} cells have {having}, of which {n_train} would be trained on; training needs two at least, "
+            "and thousands to be of use."
         )
         raise ValueError(msg)
     order = rng.permutation(rows) if shuffle else rows
