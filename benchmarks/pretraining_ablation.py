@@ -7,8 +7,9 @@ stdout, progress on stderr. Where the data have several batches, each is held ou
 
 The ablation fine-tunes the same network from pretrained and from random weights, the same learning rates to choose
 from, see ``cellprior.evaluate.pretraining_ablation``: some 15 fits for each split. They take minutes of one core for
-cellplm-starter. For scbert-starter they take hours: it gets fewer cells, and keeps 50 unexpressed genes of each in
-place of all (``n_zero_genes``).
+cellplm-starter. For scbert-starter they take hours: it keeps 50 unexpressed genes of each cell in place of all
+(``n_zero_genes``), leaves out the arms that train a part of the network, and is best given few training cells
+(``--cells 400 --test-size 0.6``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import pandas as pd
 import torch
 
 from cellprior.evaluate._ablation import pretraining_ablation
-from cellprior.evaluate._arms import CONTROL, GENES, RANDOM_FEATURES
+from cellprior.evaluate._arms import ARMS, CONTROL, GENES, RANDOM_FEATURES
 from cellprior.evaluate._masked import masked_prediction
 from cellprior.evaluate._stability import stability
 from cellprior.model import model_class
@@ -40,9 +41,16 @@ PARTS = ("ablation", "masked", "stability")
 WEIGHTS = ("cellplm-starter", "scbert-starter")
 FEW_ZEROS = {"n_zero_genes": 50}
 EMBED: dict[str, dict[str, Any]] = {"cellplm-starter": {}, "scbert-starter": FEW_ZEROS}
-FINE_TUNE: dict[str, dict[str, Any]] = {
+ABLATION: dict[str, dict[str, Any]] = {
     "cellplm-starter": {"max_epochs": 25, "patience": 6, "batch_size": 128},
-    "scbert-starter": {"max_epochs": 12, "patience": 4, "batch_size": 8, **FEW_ZEROS},
+    "scbert-starter": {  # random weights are slow to start: many small steps, and no early stopping
+        "max_epochs": 20,
+        "patience": 20,
+        "batch_size": 4,
+        "lrs": (1e-3, 3e-3, 1e-2),
+        "arms": [arm for arm in ARMS if not arm.endswith(("+ head", "+ last", "+ last only"))],
+        **FEW_ZEROS,
+    },
 }
 
 
@@ -73,7 +81,9 @@ def print_markdown(title: str, columns: list[str], rows: list[list[str]]) -> Non
 def ablation(name: str, model: PretrainedModel, weights: str, args: argparse.Namespace) -> pd.DataFrame:
     held_out = model.registry["setup_args"]["batch_key"] is not None
     seeds = args.fits_per_batch if held_out else args.seeds
-    table = pretraining_ablation(model, seeds=seeds, embed_options=EMBED[weights], **FINE_TUNE[weights])
+    table = pretraining_ablation(
+        model, seeds=seeds, test_size=args.test_size, embed_options=EMBED[weights], **ABLATION[weights]
+    )
     rows = []
     for arm, of_arm in table[table["metric"] == "macro_f1"].groupby("arm", sort=False):
         first = of_arm.iloc[0]
@@ -159,6 +169,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="splits, where there are no batches")
     parser.add_argument("--fits-per-batch", type=int, default=1)
     parser.add_argument("--cells", type=int, default=1000, help="at most, drawn at random")
+    parser.add_argument(
+        "--test-size", type=float, default=0.2, help="share of the cells, where there are no batches"
+    )
     parser.add_argument("--masked-cells", type=int, default=100, help="test cells of a split, at most")
     parser.add_argument("--out", type=Path, help="folder for the whole tables as CSV")
     args = parser.parse_args()

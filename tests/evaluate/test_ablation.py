@@ -124,6 +124,7 @@ def test_what_was_trained_is_on_the_record(everything):
     trained = everything["arm"].isin([name for name, arm in NETWORKS.items() if arm.trainable])
     assert everything["lr"].notna().tolist() == trained.tolist()
     assert everything.loc[trained, "lr"].between(1e-3, 1e-2).all()
+    assert everything.loc[~trained, "epochs"].isna().all()
     assert (everything.loc[trained, "epochs"] <= 2).all()
     assert (everything["seconds"] > 0).all()
     assert (everything["split"] == "held-out batches").all()

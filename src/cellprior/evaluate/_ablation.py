@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -248,12 +248,16 @@ def _table(
     table = pd.concat(rows, ignore_index=True)
     table.insert(2, "split", splits[0].kind)
     table["seeds"] = seeds
-    mean = {arm: pd.DataFrame(of_arm).drop(columns="test").mean() for arm, of_arm in fits.items()}
-    for column in ("train_accuracy", "lr", "epochs"):
-        table[column] = table["arm"].map({arm: values[column] for arm, values in mean.items()})
-    table["seconds"] = table["arm"].map(
-        {arm: sum(fit.seconds for fit in of_arm) for arm, of_arm in fits.items()}
-    )
+    summaries: dict[str, Callable[[list[float]], Any]] = {
+        "train_accuracy": np.mean,
+        "lr": np.median,
+        "epochs": np.mean,
+        "seconds": np.sum,
+    }
+    for column, of_fits in summaries.items():
+        table[column] = table["arm"].map(
+            {arm: float(of_fits([getattr(fit, column) for fit in of_arm])) for arm, of_arm in fits.items()}
+        )
     table["note"] = table["arm"].map(notes)
     order = {arm: i for i, arm in enumerate(ARMS)}
     return table.sort_values("arm", key=lambda arm: arm.map(order), kind="stable", ignore_index=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -134,15 +135,16 @@ def stability(
         raise ValueError(msg)
     spaces = Spaces(model, cells, n_neighbors, embed_options or {})
     found: dict[str, list[tuple[np.ndarray, dict[str, Moved]]]] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = defaultdict(float)
     start = time.perf_counter()
     with tqdm(desc="stability", disable=not progress) as bar:
         for seed in range(seeds):
             for perturbed in cells.perturbed(seed, depths, gene_dropouts, n_companions):
                 bar.set_postfix_str(perturbed.what)
                 found.setdefault(perturbed.what, []).append((perturbed.rows, spaces.moved(perturbed)))
-                start, now = time.perf_counter(), start
-                seconds[perturbed.what] = seconds.get(perturbed.what, 0.0) + start - now
+                now = time.perf_counter()
+                seconds[perturbed.what] += now - start
+                start = now
                 bar.update()
     tables = []
     for what, of_draws in found.items():

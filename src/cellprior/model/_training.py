@@ -339,8 +339,14 @@ class TrainableModel(BaseModelClass):
             Which genes were measured ``(n_genes,)``.
         batch
             Code of the cells' batch.
+
+        Raises
+        ------
+        NotImplementedError
+            If a model does not have it: ``evaluate.masked_prediction`` is then not for this model.
         """
-        raise NotImplementedError
+        msg = f"{type(self).__name__} does not say how it predicts hidden genes: it gives no _masked_scores."
+        raise NotImplementedError(msg)
 
     @property
     def training_state_(self) -> dict[str, Any]:
