@@ -255,11 +255,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     text = report.to_markdown()
     sys.stdout.write(text)
     if args.out is not None:
+        import matplotlib.pyplot as plt
+
         from cellprior import pl
 
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "report.md").write_text(text, encoding="utf-8")
-        pl.report(report).savefig(args.out / "report.png", dpi=150)
+        figure = pl.report(report)
+        figure.savefig(args.out / "report.png", dpi=150)
+        plt.close(figure)
 
 
 def _demo(args: argparse.Namespace) -> None:

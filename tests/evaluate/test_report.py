@@ -155,6 +155,7 @@ def test_the_command_line_writes_the_report(cells, tmp_path, capsys):
     assert re.search("X_told: (helps|no better|cannot tell)", printed)
     assert (out / "report.md").read_text() in printed
     assert (out / "report.png").stat().st_size > 10_000
+    assert not plt.get_fignums()
 
 
 def test_the_command_line_wants_something_to_evaluate(cells, tmp_path, capsys):

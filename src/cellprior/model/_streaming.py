@@ -113,12 +113,9 @@ class LatentStore:
                     (self.folder / name).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "store", ignore_errors=True)
                 root = new_group(self.folder / "store")
-                root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
                 columns = [name for name in obs.columns if not str(name).startswith("_scvi_")]
-                ad.io.write_elem(root, "obs", obs[columns])
-                ad.io.write_elem(root, "var", pd.DataFrame(index=pd.Index([], dtype=str)))
-                ad.io.write_elem(root, "uns", {"cellprior": {key: dict(record)}})
-                ad.io.write_elem(root, "obsm", {})
+                noted = {"cellprior": {key: dict(record)}}
+                ad.io.write_elem(root, "/", ad.AnnData(obs=obs[columns], uns=noted))
                 n_rows = min(max(CHUNK_BYTES // (4 * width), MIN_CHUNK_ROWS), max(len(obs), 1))
                 new_array(root["obsm"], key, shape=(len(obs), width), chunks=(n_rows, width))
                 self.state = {"fingerprint": self.fingerprint, **state}
