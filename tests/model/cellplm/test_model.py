@@ -64,11 +64,13 @@ def test_a_sentence_may_have_one_cell(adata):
     np.testing.assert_allclose(latent, alone, **CLOSE)
 
 
-def test_projections_that_are_computed_again_are_those_that_are_kept(adata, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_projections_that_are_computed_again_are_those_that_are_kept(adata, monkeypatch, precision):
     model = attach(adata)
-    kept = model.get_latent_representation(batch_size=7)
+    kept = model.get_latent_representation(batch_size=7, precision=precision)
     monkeypatch.setattr(_module, "KEEP_BYTES", 0)
-    np.testing.assert_array_equal(model.get_latent_representation(batch_size=7), kept)
+    again = model.get_latent_representation(batch_size=7, precision=precision)
+    np.testing.assert_array_equal(again, kept)
 
 
 def test_half_the_bits_give_nearly_the_same_embedding_whatever_the_batch_size(adata):
