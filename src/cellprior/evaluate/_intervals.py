@@ -122,17 +122,13 @@ def _take(rng: np.random.Generator, units: Sequence[object], n_draws: int) -> np
 def _class_scores(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of labels by draw ``(1 + draws,)``; weights are ``(cells, 1 + draws)``."""
     present = np.unique(truth)
-    right = truth == predicted
 
-    def by_label(rows: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Weight of some cells by label ``(labels, 1 + draws)``."""
-        return np.stack([weights[rows & (label == k)].sum(axis=0, dtype=np.float64) for k in present])
+    def by_label(label: np.ndarray) -> np.ndarray:
+        """Weight of the cells of each label ``(labels, 1 + draws)``."""
+        return np.stack([weights[label == k].sum(axis=0, dtype=np.float64) for k in present])
 
-    hit, there, given = (
-        by_label(right, truth),
-        by_label(right | ~right, truth),
-        by_label(right | ~right, predicted),
-    )
+    there, given = by_label(truth), by_label(predicted)
+    hit = by_label(np.where(truth == predicted, truth, -1))
 
     def mean(of_label: np.ndarray) -> np.ndarray:
         """A label that a draw lacks has its score of all cells: left out, rare labels would pull the draws off."""
