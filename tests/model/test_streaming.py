@@ -340,6 +340,20 @@ def test_what_is_to_be_replaced_is_there_until_the_new_one_is_complete(counts, t
     assert read(out).shape != old.shape
 
 
+def test_a_complete_embedding_is_left_alone_whatever_else_was_begun_there(counts, tmp_path):
+    out, part = tmp_path / "out.zarr", tmp_path / "out.zarr.part"
+    stream(counts, out, tiny_scbert())
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 2)
+        with pytest.raises(Cut):
+            stream(counts, out, batch_key="batch", overwrite=True)
+    stream(counts, out, tiny_scbert())
+    assert (part / "store").exists()
+    shutil.rmtree(part / "store")  # as after a run that was killed at the very end
+    stream(counts, out, tiny_scbert())
+    assert not part.exists()
+
+
 @pytest.mark.parametrize("what", ["a file", "a folder", "another AnnData"])
 def test_what_is_none_of_ours_is_never_replaced(adata, counts, tmp_path, what):
     out = tmp_path / "out.zarr"
@@ -399,6 +413,27 @@ def test_a_disk_that_fills_up_with_hidden_states_is_an_error_that_names_the_file
             stream(counts, tmp_path / "out.zarr", **begun_with)
     assert not list((tmp_path / "hidden").rglob("*.part"))
     stream(counts, tmp_path / "out.zarr", **begun_with)
+
+
+def test_a_run_that_is_killed_between_the_two_last_steps_is_complete_after_the_next(counts, tmp_path):
+    out = tmp_path / "out.zarr"
+    stream(counts, out, tiny_scbert())
+    rename = Path.rename
+
+    def cut(self: Path, target: Path) -> None:
+        if target == out:
+            raise Cut
+        rename(self, target)
+
+    options = {"batch_key": "batch", "overwrite": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(Cut):
+            stream(counts, out, **options)
+    assert not out.exists()
+    stream(counts, out, **options)
+    assert list(ad.read_zarr(out).obsm) == ["X_cellplm"]
+    assert not (tmp_path / "out.zarr.part").exists()
 
 
 def test_what_will_not_fit_is_not_begun(counts, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def refuse_vanished(x: Any) -> None:
         raise FileNotFoundError(msg)
 
 
-def digest(*parts: np.ndarray | Iterable[str]) -> str:
+def digest(*parts: np.ndarray | Iterable[object]) -> str:
     """Short sha256 of arrays of numbers and of names."""
     found = hashlib.sha256()
     for part in parts:

@@ -80,7 +80,11 @@ class LatentStore:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
-        if self.complete:
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what is left once ``out`` has its name; not the beginning of another embedding."""
+        if self.complete and self.folder.exists() and not (self.folder / "store").exists():
             shutil.rmtree(self.folder)
 
     def _is_same(self, path: Path, found: Mapping[str, Any] | None) -> bool:
@@ -227,16 +231,15 @@ def stream(
     record = model.provenance()
     fingerprint = {
         **model._fingerprint(),
-        "weights": record.get("sha256"),
+        "weights": digest(*(tensor.float().cpu().numpy() for tensor in model.module.state_dict().values())),
         "parameters": {"key": key, **params},
         "cellprior": record["cellprior_version"],
     }
     store = LatentStore(out, fingerprint, overwrite=overwrite)
-    if store.complete and not store.folder.exists():
+    if store.complete:
+        store.tidy()
         return
     with store:
-        if store.complete:
-            return
         unit_size = store.state.get("batch_size")
         embedding = model._embedding(batch_size=batch_size or unit_size, unit_size=unit_size, client=client)
         record = {name: value for name, value in {**record, "params": params}.items() if value is not None}
@@ -252,7 +255,7 @@ def stream(
         n_pending = sum(len(embedding.units[unit]) for unit in pending)
         scratch = None
         if hidden != "memory":
-            scratch = Path(hidden) / f"cellprior-{digest([json.dumps(store.fingerprint)])}"
+            scratch = Path(hidden) / f"cellprior-{digest([json.dumps(store.fingerprint), out.resolve()])}"
             longest = max((len(embedding.units[unit]) for unit in pending), default=0)
             refuse_full(Path(hidden), 4 * model.module.n_hidden * longest)
         refuse_full(out.parent, 4 * embedding.width * n_pending)
