@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -162,15 +161,11 @@ class Embedding:
         if self.encode is None and self.model._sentences:
             scratch = self.scratch and self.scratch / str(unit)
             options = {**options, "scratch": scratch, "step": self.progress}
+        device, half = self.model.module.device.type, self.precision == "bfloat16"
         latents: Iterator[Tensor] | None = None
         while True:
             # not over the yield: what is done with the latents is not part of the network
-            with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode())
-                device = self.model.module.device.type
-                stack.enter_context(
-                    torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
-                )
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
                 if latents is None:
                     encode = self.encode or self.model._encode
                     latents = iter(encode(chunks, self.gene_index, **options))

@@ -219,15 +219,7 @@ def stream(
         See :func:`cellprior.tl.embed`.
     """
     out = Path(out)
-    if not out.parent.is_dir():
-        msg = f"There is no folder {out.parent} to write {out.name} into."
-        raise FileNotFoundError(msg)
-    if hidden != "memory" and not model._sentences:
-        msg = f"hidden={os.fspath(hidden)!r}: a {type(model).__name__} looks at one cell at a time and holds no others."
-        raise ValueError(msg)
-    if hidden != "memory" and client is not None:
-        msg = f"hidden={os.fspath(hidden)!r}: on a cluster, the workers hold the hidden states; leave it out."
-        raise ValueError(msg)
+    refuse_impossible(model, out, hidden=hidden, client=client)
     record = model.provenance()
     fingerprint = {
         **model._fingerprint(),
@@ -252,31 +244,57 @@ def stream(
         )
         finished = store.finished()
         pending = [unit for unit in range(len(embedding.units)) if unit not in finished]
-        n_pending = sum(len(embedding.units[unit]) for unit in pending)
-        scratch = None
+        sizes = [len(embedding.units[unit]) for unit in pending]
+        refuse_full(out.parent, 4 * embedding.width * sum(sizes))
         if hidden != "memory":
-            scratch = Path(hidden) / f"cellprior-{digest([json.dumps(store.fingerprint), out.resolve()])}"
-            longest = max((len(embedding.units[unit]) for unit in pending), default=0)
-            refuse_full(Path(hidden), 4 * model.module.n_hidden * longest)
-        refuse_full(out.parent, 4 * embedding.width * n_pending)
-        embedding.scratch = scratch
-        n_stages = embedding.n_stages
-        with tqdm(
-            total=n_stages * embedding.n_cells,
-            initial=n_stages * (embedding.n_cells - n_pending),
-            unit=" cells",
-            unit_scale=1 / n_stages,
-            bar_format=BAR,
-            disable=not progress,
-        ) as bar:
-            embedding.progress = bar.update
-            for part in embedding.parts(pending):
-                store.write(part)
-                if part.last and scratch is not None:
-                    shutil.rmtree(scratch / str(part.unit), ignore_errors=True)
+            refuse_full(Path(hidden), 4 * model.module.n_hidden * max(sizes, default=0))
+            name = digest([json.dumps(store.fingerprint), out.resolve()])
+            embedding.scratch = Path(hidden) / f"cellprior-{name}"
+        _fill(store, embedding, pending, progress)
         store.close()
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if embedding.scratch is not None:
+            shutil.rmtree(embedding.scratch, ignore_errors=True)
+
+
+def _fill(store: LatentStore, embedding: Any, pending: list[int], progress: bool) -> None:
+    """Embed the cells of some units, under a bar that counts all cells."""
+    n_stages, n_pending = embedding.n_stages, sum(len(embedding.units[unit]) for unit in pending)
+    with tqdm(
+        total=n_stages * embedding.n_cells,
+        initial=n_stages * (embedding.n_cells - n_pending),
+        unit=" cells",
+        unit_scale=1 / n_stages,
+        bar_format=BAR,
+        disable=not progress,
+    ) as bar:
+        embedding.progress = bar.update
+        for part in embedding.parts(pending):
+            store.write(part)
+            if part.last and embedding.scratch is not None:
+                shutil.rmtree(embedding.scratch / str(part.unit), ignore_errors=True)
+
+
+def refuse_impossible(model: Any, out: Path, *, hidden: str | os.PathLike[str], client: Any) -> None:
+    """Refuse arguments of :func:`stream` that cannot be meant.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no folder for ``out``.
+    ValueError
+        If nobody has hidden states to keep in files.
+    """
+    if not out.parent.is_dir():
+        msg = f"There is no folder {out.parent} to write {out.name} into."
+        raise FileNotFoundError(msg)
+    if hidden == "memory":
+        return
+    if not model._sentences:
+        msg = f"hidden={os.fspath(hidden)!r}: a {type(model).__name__} looks at one cell at a time and holds no others."
+        raise ValueError(msg)
+    if client is not None:
+        msg = f"hidden={os.fspath(hidden)!r}: on a cluster, the workers hold the hidden states; leave it out."
+        raise ValueError(msg)
 
 
 def refuse_full(folder: Path, n_bytes: int) -> None:
