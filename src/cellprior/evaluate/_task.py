@@ -23,7 +23,7 @@ from cellprior.evaluate._methods import Kind, Method
 from cellprior.evaluate._metrics import knn_predict
 from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, batch_splits, label_codes, random_splits
 
-Embeddings: TypeAlias = "str | Sequence[str] | Mapping[str, str | np.ndarray]"
+Embeddings: TypeAlias = str | Sequence[str] | Mapping[str, str | np.ndarray]
 Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 """From an embedding, labels, and another embedding, and a seed, to labels of the other."""
 
