@@ -15,6 +15,7 @@ from cellprior.model._data import csr_tensor
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._module import MLPEncoder
 from cellprior.model.multiomeclip._pretraining import MaskedPeaks, Popularity, draw_closed, hide
+from cellprior.model.multiomeclip._training import ContrastivePlan
 
 from .data import N_CELLS, N_PEAKS, QUIET, cells, multiome, part
 
@@ -240,6 +241,21 @@ def test_a_paired_model_starts_from_the_pretrained_encoder():
     assert last(model, "validation_foscttm") < 0.35
     assert len(model.history["train_pretrain_loss"]) == 3 and len(model.history["train_loss"]) == 9
     assert np.isfinite(model.get_latent_representation()).all()
+
+
+def test_what_was_pretrained_is_kept_if_training_fails():
+    model = pretrained()
+    components = model.module.atac.components.clone()
+    with pytest.raises(RuntimeError, match="out of memory"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContrastivePlan, "training_step", out_of_memory)
+        model.train(max_epochs=1, batch_size=64, **QUIET)
+    model.train(max_epochs=1, batch_size=64, **QUIET)
+    assert torch.equal(model.module.atac.components, components)
+
+
+def out_of_memory(*args: object) -> None:
+    msg = "out of memory"
+    raise RuntimeError(msg)
 
 
 @pytest.mark.parametrize("how", ["save", "bundle"])

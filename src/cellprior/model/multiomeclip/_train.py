@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from scvi.train import TrainRunner
+from torch import Tensor
 
 from cellprior.model._distributed import from_first, trainer_defaults
 from cellprior.model._training import continued, run, warn_above_floor
@@ -128,9 +129,14 @@ class ContrastiveModel(PretrainableModel):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        before = self.history_ or {}
-        after = run(self, runner)
-        self.history_, self.training_state_ = continued(before, after), {}
+        before, pretrained = self.history_ or {}, self.training_state_
+        self.training_state_ = {}  # before checkpoints are saved
+        try:
+            after = run(self, runner)
+        except BaseException:
+            self.training_state_ = pretrained
+            raise
+        self.history_ = continued(before, after)
         self._align(counts, train, held_out)
         warn_above_floor(after)
 
@@ -148,12 +154,14 @@ class ContrastiveModel(PretrainableModel):
         self, counts: Mapping[Modality, CountsOf], train: np.ndarray, held_out: np.ndarray | None = None
     ) -> None:
         """Find what the modalities share on training cells, and where they lie on others, if there are enough."""
-        seen, unseen = (
-            tuple(torch.from_numpy(self._embed(counts[name], name, some)) for name in MODALITIES)
-            for rows in (train, train[:0] if held_out is None else held_out)
-            for some in [rows[:: max(-(-len(rows) // MAX_FITTED), 1)]]
-        )
-        self.module.align(*seen, unseen=unseen if len(unseen[0]) >= MIN_UNSEEN else None)
+        unseen = None if held_out is None or len(held_out) < MIN_UNSEEN else self._both(counts, held_out)
+        self.module.align(*self._both(counts, train), unseen=unseen)
+
+    def _both(self, counts: Mapping[Modality, CountsOf], rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Unit vectors of RNA and ATAC of some cells, or of a part of them."""
+        rows = rows[:: -(-len(rows) // MAX_FITTED)]
+        rna, atac = (torch.from_numpy(self._embed(counts[name], name, rows)) for name in MODALITIES)
+        return rna, atac
 
 
 def _depth(counts: Mapping[Modality, CountsOf], rows: np.ndarray, n_obs: int) -> dict[Modality, np.ndarray]:
