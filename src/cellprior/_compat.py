@@ -30,11 +30,3 @@ def new_array(group: Any, name: str, *, shape: tuple[int, ...], chunks: tuple[in
     create = group.create_array if hasattr(group, "create_array") else group.create_dataset
     array = create(name, shape=shape, chunks=chunks, dtype="float32", fill_value=float("nan"))
     array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-
-
-def read_as_dask(stored: Any) -> Any:
-    """A matrix in an h5ad file or a zarr folder as a dask array."""
-    from anndata import experimental
-
-    read = getattr(experimental, "read_elem_lazy", None)  # since anndata 0.12
-    return (read or experimental.read_elem_as_dask)(stored)

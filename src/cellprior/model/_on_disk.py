@@ -14,8 +14,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellprior._compat import read_as_dask
-
 N_SAMPLED = 64  # cells of which every count goes into a fingerprint
 
 
@@ -50,7 +48,7 @@ def open_counts(path: str | os.PathLike[str], layer: str | None, *, as_dask: boo
         raise ValueError(msg)
     x = stored = root[where]
     if as_dask:
-        x = read_as_dask(stored)
+        x = ad.experimental.read_elem_lazy(stored)
     elif not hasattr(stored, "shape"):
         x = ad.io.sparse_dataset(stored)
     data: dict[str, Any] = {"X": x} if layer is None else {"layers": {layer: x}}
