@@ -10,8 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import zarr
 
-from cellprior.model._on_disk import digest, digest_of_counts
+from cellprior.model._on_disk import digest, digest_of_counts, refuse_vanished
 
 N_CELLS, N_GENES = 300, 40
 
@@ -78,3 +79,19 @@ def test_what_goes_unnoticed_is_what_the_documentation_says(counts):
 def test_a_digest_tells_where_one_part_ends_and_the_next_begins():
     assert len({digest(["ab", "c"]), digest(["a", "bc"]), digest(["ab"], ["c"]), digest(["abc"])}) == 4
     assert digest(np.arange(3)) == digest(np.arange(6)[::2] // 2) != digest(np.arange(3.0))
+
+
+def test_of_zarr_stores_only_folders_can_vanish_unnoticed(counts, tmp_path):
+    root = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=2)
+    ad.io.write_elem(root, "X", counts)
+    x = ad.io.sparse_dataset(root["X"])
+    refuse_vanished(x)
+    (tmp_path / "x.zarr").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"x\.zarr/X was there when it was opened, and is gone"):
+        refuse_vanished(x)
+    in_memory = zarr.open_group({}, mode="w", zarr_format=2)
+    ad.io.write_elem(in_memory, "X", counts)
+    refuse_vanished(ad.io.sparse_dataset(in_memory["X"]))
+    bucket = type("FsspecStore", (), {"path": "bucket/x.zarr"})()
+    refuse_vanished(type("Array", (), {"store": bucket, "path": "X"})())
+    refuse_vanished(counts)

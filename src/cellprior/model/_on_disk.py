@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+# stores of zarr 3 and of zarr 2 that are folders, and which of their attributes leads there
+FOLDERS = {"LocalStore": "root", "DirectoryStore": "path", "NestedDirectoryStore": "path"}
 N_SAMPLED = 64  # cells of which every count goes into a fingerprint
 
 
@@ -97,8 +99,8 @@ def refuse_vanished(x: Any) -> None:
     """
     array = getattr(x, "group", x)
     store = getattr(array, "store", None)
-    root = getattr(store, "root", None) or getattr(store, "path", None)  # of zarr 3, of zarr 2
-    if isinstance(root, str | Path) and not (folder := Path(root) / array.path.lstrip("/")).exists():
+    attribute = FOLDERS.get(type(store).__name__)  # a remote store says by itself what it cannot find
+    if attribute and not (folder := Path(getattr(store, attribute)) / array.path.lstrip("/")).exists():
         msg = f"{folder} was there when it was opened, and is gone."
         raise FileNotFoundError(msg)
 
