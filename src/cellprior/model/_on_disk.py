@@ -99,7 +99,7 @@ def refuse_vanished(x: Any) -> None:
     """
     array = getattr(x, "group", x)
     store = getattr(array, "store", None)
-    attribute = FOLDERS.get(type(store).__name__)  # a remote store says by itself what it cannot find
+    attribute = FOLDERS.get(type(store).__name__)  # of a bucket, the question would cost as much as a read
     if attribute and not (folder := Path(getattr(store, attribute)) / array.path.lstrip("/")).exists():
         msg = f"{folder} was there when it was opened, and is gone."
         raise FileNotFoundError(msg)
