@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from matplotlib.figure import Figure
 from mudata import MuData
 
 from cellprior import pl
@@ -147,7 +148,7 @@ def test_structure_is_learned_and_the_loss_of_held_out_cells_ends_below_that_of_
         )
         assert chance == pytest.approx(math.log(2)) and popularity < chance + 1e-3
         assert reached < popularity - 0.1
-    axes = pl.training(model, loss="pretrain_loss")
+    axes = pl.training(model, loss="pretrain_loss", ax=Figure().subplots())
     labels = [line.get_label() for line in axes.get_lines()]
     assert "held-out cells, floor: popularity" in labels and "held-out cells, floor: chance" in labels
 
