@@ -156,9 +156,8 @@ def _embed(args: argparse.Namespace) -> None:
     options["layer"] = _by_modality(args.layer) if is_mudata else args.layer
     options["modalities"] = None if args.modalities is None else _by_modality(args.modalities)
     if streams:
-        data = _read(args.input) if is_mudata else args.input
         options |= {"overwrite": args.overwrite, "hidden": args.hidden}
-        tl.embed(data, args.weights, out=args.output, **options)
+        tl.embed(args.input, args.weights, out=args.output, **options)
         sys.stdout.write(f"{args.output}: complete\n")
         return
     data = _read(args.input)

@@ -39,7 +39,7 @@ def embed(
     adata
         Annotated data ``(cells, genes)`` with raw counts. For weights of MultiomeCLIP a MuData with RNA, ATAC or both,
         of which each cell is embedded by what it has, or an AnnData with genes or with peaks. With ``out``, also the
-        path of an h5ad file or zarr folder, whose counts stay on disk.
+        path of an h5ad or h5mu file or a zarr folder, whose counts stay on disk.
     weights
         Registry name (see :func:`cellprior.weights.available`), folder written by ``save_pretrained``, or official
         checkpoint file.
@@ -73,8 +73,8 @@ def embed(
     progress
         With ``out``: draw a bar.
     client
-        ``distributed.Client`` of a Dask cluster that embeds with CellPLM or ScBERT; the counts are then a dask array,
-        or a path that the workers can read.
+        ``distributed.Client`` of a Dask cluster that embeds; the counts are then dask arrays, or in a path that the
+        workers can read.
 
     Returns
     -------
@@ -108,23 +108,19 @@ def embed(
     """
     from cellprior.model import model_class
     from cellprior.model._embedding import in_memory
-    from cellprior.model._on_disk import open_counts
     from cellprior.model._streaming import stream
 
+    cls = model_class(weights)
     if isinstance(adata, str | os.PathLike):
         if out is None:
             msg = f"{os.fspath(adata)!r} is a path: name a folder to write to, out=, or read the data first."
             raise ValueError(msg)
-        if isinstance(layer, Mapping):
-            msg = "layer= by modality is for a MuData in memory; of an AnnData in a file, name one layer."
-            raise ValueError(msg)
-        adata = open_counts(adata, layer, as_dask=client is not None)
+        adata = cls._open_counts(adata, layer, modalities, as_dask=client is not None)
     if out is not None and copy:
         msg = "out= writes to a folder, and copy= returns a copy: choose one of them."
         raise ValueError(msg)
     if copy:
         adata = _copy(adata)
-    cls = model_class(weights)
     key = key_added or cls.obsm_key
     setup: dict[str, Any] = {
         "layer": layer,

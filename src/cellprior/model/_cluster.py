@@ -117,8 +117,18 @@ def embed_unit(worker: Worker, block: Any, position: np.ndarray, names: np.ndarr
     return worker.until_it_fits(embed)
 
 
-def parts_on_cluster(embedding: Embedding, client: Any, pending: Iterable[int]) -> Iterator[Part]:
+def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Iterator[Part]:
     """Embed units on a cluster, as :meth:`~cellprior.model._embedding.Embedding.parts` does here, in any order.
+
+    Parameters
+    ----------
+    embedding
+        With ``worker()``, what is sent to each worker once; and ``submit(client, worker, cells)``, the futures of the
+        latents of one unit, with the cells of each.
+    client
+        Of the cluster.
+    pending
+        Numbers of the units.
 
     Raises
     ------
@@ -131,35 +141,18 @@ def parts_on_cluster(embedding: Embedding, client: Any, pending: Iterable[int]) 
 
     from cellprior.model._embedding import Part
 
-    model, manager = embedding.model, embedding.manager
-    layer = manager.data_registry["X"]["attr_key"]
-    labels = SimpleNamespace(
-        var_names=manager.adata.var_names, layers=list(manager.adata.layers), layer=layer
-    )
-    whole = embedding.gene_index is None
-    device = model.module.device
-    worker = client.scatter(
-        Worker(
-            module=model.module.cpu(),
-            device="auto",
-            encode=type(model)._encode,
-            to_vocabulary=ToVocabulary(embedding.column, len(embedding.used)),
-            gene_index=None if whole else embedding.used,
-            size=embedding.size,
-            precision=embedding.precision,
-            options=embedding.options,
-            labels=labels,
-        ),
-        broadcast=True,
-    )
-    model.module.to(device)
+    module = embedding.model.module
+    device = module.device
+    module.cpu()  # as it is sent
+    worker = client.scatter(embedding.worker(), broadcast=True)
+    module.to(device)
     queue, running, unfinished = deque(pending), as_completed([]), {}
     asked: dict[Any, tuple[int, np.ndarray]] = {}
     while queue or asked:
         n_threads = sum(client.nthreads().values())
         while queue and len(asked) < max(IN_FLIGHT * n_threads, 1):
             unit = queue.popleft()
-            futures = model._submit(client, worker, Blocks(embedding), embedding.units[unit])
+            futures = embedding.submit(client, worker, embedding.units[unit])
             unfinished[unit] = len(futures)
             for future, cells in futures:
                 asked[future] = (unit, cells)
@@ -191,11 +184,16 @@ class Blocks:
         """``function(worker, block, position, names)`` of some cells, on a worker."""
         import dask
 
-        rows, position = np.unique(self.rows[cells], return_inverse=True)
-        contiguous = rows[-1] - rows[0] == len(rows) - 1
-        block = self.x[int(rows[0]) : int(rows[-1]) + 1] if contiguous else self.x[rows]
+        block, position = block_of(self.x, self.rows[cells])
         names = np.asarray(self.obs_names[self.rows[cells]])
         return client.compute(dask.delayed(function, pure=False)(worker, block, position, names))
+
+
+def block_of(x: Any, rows: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Some rows of a dask array, each once, and which of them each row is."""
+    found, position = np.unique(rows, return_inverse=True)
+    contiguous = found[-1] - found[0] == len(found) - 1
+    return x[int(found[0]) : int(found[-1]) + 1] if contiguous else x[found], position
 
 
 def refuse_here(x: Any) -> None:

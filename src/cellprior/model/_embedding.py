@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._cluster import parts_on_cluster, refuse_here
-from cellprior.model._data import CountsManager, minibatches
+from cellprior.model._cluster import Blocks, Worker, parts_on_cluster, refuse_here
+from cellprior.model._data import CountsManager, ToVocabulary, minibatches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,6 +138,25 @@ class Embedding:
             except torch.cuda.OutOfMemoryError as error:
                 self.size.halve(error)
             torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
+
+    def worker(self) -> Worker:
+        """What each worker of a cluster needs."""
+        adata, layer = self.manager.adata, self.manager.data_registry["X"]["attr_key"]
+        return Worker(
+            module=self.model.module,
+            device="auto",
+            encode=type(self.model)._encode,
+            to_vocabulary=ToVocabulary(self.column, len(self.used)),
+            gene_index=None if self.gene_index is None else self.used,
+            size=self.size,
+            precision=self.precision,
+            options=self.options,
+            labels=SimpleNamespace(var_names=adata.var_names, layers=list(adata.layers), layer=layer),
+        )
+
+    def submit(self, client: Any, worker: Any, cells: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+        """Futures of the latents of one unit on a cluster, and the cells of each."""
+        return self.model._submit(client, worker, Blocks(self), cells)
 
     def _parts(self, queue: deque[int]) -> Iterator[Part]:
         together = self.model._sentences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,64 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from mudata import MuData
+
+from cellprior._compat import without_pulled_columns
 
 # stores of zarr 3 and of zarr 2 that are folders, and which of their attributes leads there
 FOLDERS = {"LocalStore": "root", "DirectoryStore": "path", "NestedDirectoryStore": "path"}
 N_SAMPLED = 64  # cells of which every count goes into a fingerprint
 
 
-def open_counts(path: str | os.PathLike[str], layer: str | None, *, as_dask: bool = False) -> ad.AnnData:
-    """Open an h5ad file or a zarr folder; of its matrices only the one with the counts is there, and stays on disk.
+def open_counts(
+    path: str | os.PathLike[str], layer: str | Mapping[str, str | None] | None, *, as_dask: bool = False
+) -> ad.AnnData | MuData:
+    """Open a file of AnnData or MuData; of its matrices only those with the counts are there, and stay on disk.
 
     Parameters
     ----------
     path
-        What AnnData has written.
+        h5ad or h5mu file, or zarr folder.
     layer
-        Layer with the counts; ``None`` for ``X``.
+        Layer with the counts, ``None`` for ``X``; of a MuData, that of each modality that is wanted.
     as_dask
-        Give them as a dask array, which workers read by themselves.
+        Give them as dask arrays, which workers read by themselves.
 
     Raises
     ------
     ValueError
-        If it cannot be read, is no AnnData, or has no such matrix.
+        If it cannot be read, is neither of them, or has no such matrix.
     """
     path = Path(path)
     try:
         root = _open_zarr(path) if path.is_dir() else h5py.File(path)
     except (OSError, ValueError) as error:  # HDF5 does not say which file
-        msg = f"{path} cannot be read as {'a zarr folder' if path.is_dir() else 'an h5ad file'}: {error}"
+        msg = f"{path} cannot be read as {'a zarr folder' if path.is_dir() else 'an h5ad or h5mu file'}: {error}"
         raise ValueError(msg) from error
+    if "mod" not in root:
+        layers = set(layer.values()) if isinstance(layer, Mapping) else {layer}
+        if len(layers) > 1:
+            msg = f"{path} is an AnnData, which has one matrix of counts: name one layer, not several."
+            raise ValueError(msg)
+        return _open_anndata(path, root, layers.pop(), as_dask)
+    if not isinstance(layer, Mapping):
+        msg = f"{path} is a MuData, which MultiomeCLIP reads. Of other models, embed the modality with the genes."
+        raise ValueError(msg)
+    modalities = {
+        name: _open_anndata(path / name, root["mod"][name], of_modality, as_dask)
+        for name, of_modality in layer.items()
+        if name in root["mod"]
+    }
+    if not modalities:
+        needed = " or ".join(map(repr, layer))
+        msg = f"{path} has the modalities {list(root['mod'])}; needed: {needed}. Name them: modalities=."
+        raise ValueError(msg)
+    obs, obsmap = (ad.io.read_elem(root[name]) for name in ("obs", "obsmap"))
+    with without_pulled_columns():
+        return MuData(modalities, obs=obs, obsmap={name: obsmap[name] for name in modalities})
+
+
+def _open_anndata(path: Path, root: Any, layer: str | None, as_dask: bool) -> ad.AnnData:
     where = "X" if layer is None else f"layers/{layer}"
     if missing := [name for name in ("obs", "var", where) if name not in root]:
         msg = f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(root))}."

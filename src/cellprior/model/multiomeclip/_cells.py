@@ -203,30 +203,46 @@ def _has_intervals(var: pd.DataFrame) -> bool:
     return bool(read_peaks(var.iloc[:100]).known.mean() > 0.5) if len(var) else False
 
 
+@dataclass(frozen=True, eq=False)
 class CountsOf:
     """Counts of one modality in vocabulary order.
 
-    Parameters
+    Attributes
     ----------
-    cells
-        The cells.
+    adata
+        What names cells, features and layers.
     modality
-        One that they have.
-    match
-        Of the data's features and the vocabulary.
+        Which one.
+    layer
+        Layer with the counts, None for `X`.
+    x
+        The counts, a row per cell of the modality.
+    row
+        Row of each cell in it, -1 if it has none ``(cells,)``.
+    column
+        Place in the vocabulary of each column, -1 for none.
     n_features
         Size of the vocabulary.
     """
 
-    def __init__(
-        self, cells: Cells, modality: Modality, match: GeneMatch | PeakMatch, n_features: int
-    ) -> None:
-        self.adata, self.layer = cells.data[modality], cells.layers[modality]
-        self.row, self.column, self.n_features = cells.rows[modality], match.index, n_features
-        self.argument, self.feature = f"{modality}_layer", FEATURE[modality]
-        x = counts_matrix(self.adata, self.layer)
-        # once, as rows of CSC cost a pass over the matrix each
-        self.x = x.tocsr() if isinstance(x, sp.csc_matrix | sp.csc_array) else x
+    adata: Any
+    modality: Modality
+    layer: str | None
+    x: Any
+    row: np.ndarray
+    column: np.ndarray
+    n_features: int
+
+    @classmethod
+    def of(cls, cells: Cells, modality: Modality, match: GeneMatch | PeakMatch, n_features: int) -> CountsOf:
+        """Counts of cells, by the match of their features and the vocabulary."""
+        adata, layer = cells.data[modality], cells.layers[modality]
+        x = counts_matrix(adata, layer)
+        if isinstance(
+            x, sp.csc_matrix | sp.csc_array
+        ):  # once, as rows of CSC cost a pass over the matrix each
+            x = x.tocsr()
+        return cls(adata, modality, layer, x, cells.rows[modality], match.index, n_features)
 
     def read(self, cells: np.ndarray) -> sp.csr_matrix:
         """Raw counts of some cells, all of which have the modality ``(cells, n_features)``.
@@ -238,7 +254,8 @@ class CountsOf:
         """
         rows = self.row[cells]
         counts = read_rows(self.x, rows)
-        check_counts(counts, rows, self.adata, self.layer, argument=self.argument, feature=self.feature)
+        of = {"argument": f"{self.modality}_layer", "feature": FEATURE[self.modality]}
+        check_counts(counts, rows, self.adata, self.layer, **of)
         return select_columns(counts, self.column, self.n_features)
 
 

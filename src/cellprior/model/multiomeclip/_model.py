@@ -277,7 +277,7 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         rows = row_numbers(indices, cells.n_obs)
         wanted = self._wanted(cells, modality)
         counts = self._counts(adata, cells)
-        latent = self._joint(cells, {name: counts[name] for name in wanted}, rows, batch_size, center=center)
+        latent = self._joint([counts[name] for name in wanted], rows, batch_size, center=center)
         lacking = ~np.any([cells.has(name)[rows] for name in wanted], axis=0)
         if lacking.any():
             first = cells.obs.index[rows[lacking][0]]

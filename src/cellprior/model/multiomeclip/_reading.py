@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from mudata import MuData
 from scvi.model.base import BaseModelClass
-from torch import Tensor
 
 from cellprior import genes as matching
-from cellprior.model._data import csr_tensor
-from cellprior.model._embedding import BatchSize
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of, counts_matrix
+from cellprior.model.multiomeclip._embedding import Encoder
 from cellprior.model.multiomeclip._module import Modality
 
 Data: TypeAlias = MuData | ad.AnnData
 Features: TypeAlias = matching.GeneMatch | matching.PeakMatch
 
 
-class ReadingModel(BaseModelClass):
+class ReadingModel(Encoder, BaseModelClass):
     """The part of :class:`~cellprior.model.multiomeclip._model.MultiomeCLIP` that reads and embeds."""
 
     genes: pd.DataFrame
     peaks: list[str]
     min_coverage: float
     is_trained_: bool
-    default_batch_size = 1024
     _attached_match: dict[Modality, Features]
     _opened: Data | None = None  # data that are read without having been set up
 
@@ -82,72 +77,7 @@ class ReadingModel(BaseModelClass):
         ):
             match = self._attached_match = self._matches(cells)
         sizes = {"rna": len(self.genes), "atac": len(self.peaks)}
-        return {name: CountsOf(cells, name, match[name], sizes[name]) for name in cells.data}
-
-    def _embed(
-        self,
-        counts: CountsOf,
-        modality: Modality,
-        rows: np.ndarray,
-        batch_size: int | None = None,
-        *,
-        aligned: bool = False,
-    ) -> np.ndarray:
-        """Unit vectors of cells that have a modality ``(cells, n_latent)``."""
-
-        def vectors(part: Tensor) -> Tensor:
-            found = self.module.embed(modality, part)
-            return self.module.alignment[modality](found) if aligned else found
-
-        return self._in_parts(counts, rows, batch_size, vectors, self.module.n_latent)
-
-    @torch.inference_mode()
-    def _in_parts(
-        self,
-        counts: CountsOf,
-        rows: np.ndarray,
-        batch_size: int | None,
-        function: Callable[[Tensor], Tensor],
-        width: int,
-    ) -> np.ndarray:
-        """What a function makes of the counts, a few cells at a time ``(cells, width)``."""
-        size = BatchSize(batch_size, self, n_features=counts.n_features)
-        self.module.eval()
-        device = self.module.device
-        result = np.empty((len(rows), width), dtype=np.float32)
-        start = 0
-        while start < len(rows):
-            cells = slice(start, start + size.n_cells)
-            part = csr_tensor(counts.read(rows[cells]))
-            try:
-                # Apple's GPUs have no sparse tensors
-                part = part.to_dense().to(device) if device.type == "mps" else part.to(device)
-                result[cells] = function(part).float().cpu().numpy()
-                start = cells.stop
-                continue
-            except torch.cuda.OutOfMemoryError as error:
-                size.halve(error)
-            torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
-        return result
-
-    def _joint(
-        self,
-        cells: Cells,
-        counts: Mapping[Modality, CountsOf],
-        rows: np.ndarray,
-        batch_size: int | None = None,
-        *,
-        center: bool = True,
-    ) -> np.ndarray:
-        """Mean over the modalities of those that a cell has ``(cells, n_latent)``, NaN if it has none."""
-        total = np.zeros((len(rows), self.module.n_latent), dtype=np.float32)
-        n_found = np.zeros(len(rows), dtype=np.float32)
-        for name, of_modality in counts.items():
-            at = np.flatnonzero(cells.has(name)[rows])
-            total[at] += self._embed(of_modality, name, rows[at], batch_size, aligned=center)
-            n_found[at] += 1
-        with np.errstate(invalid="ignore"):
-            return total / n_found[:, None]
+        return {name: CountsOf.of(cells, name, match[name], sizes[name]) for name in cells.data}
 
 
 def _names_of(match: Features) -> np.ndarray:

@@ -164,7 +164,7 @@ class RetrievalModel(ReadingModel):
         asked, points, asked_rows = self._latents(query, target)
         label, share, novelty = voters.name(points)
         if reject is not None:
-            own = self._embed(self._counts(reference, cells)[target], target, held_out)
+            own = self._embed(self._counts(reference, cells)[target], held_out)
             named, certain, far = voters.name(own)
             correct = named == labels[held_out]
             limits = find_limits(far, _without_ties(certain, far), correct, reject=reject)
@@ -248,7 +248,7 @@ class RetrievalModel(ReadingModel):
         if not len(rows):
             msg = f"No cell of the data has {modality.upper()}; they have {' and '.join(cells.data)}."
             raise ValueError(msg)
-        return cells, self._embed(self._counts(adata, cells)[modality], modality, rows), rows
+        return cells, self._embed(self._counts(adata, cells)[modality], rows), rows
 
     def _batches(self, first: pd.DataFrame, second: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
         """Numbers of the cells of both that may belong to each other."""

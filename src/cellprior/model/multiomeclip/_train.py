@@ -160,7 +160,7 @@ class ContrastiveModel(PretrainableModel):
     def _both(self, counts: Mapping[Modality, CountsOf], rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Unit vectors of RNA and ATAC of some cells, or of a part of them."""
         rows = rows[:: -(-len(rows) // MAX_FITTED)]
-        rna, atac = (torch.from_numpy(self._embed(counts[name], name, rows)) for name in MODALITIES)
+        rna, atac = (torch.from_numpy(self._embed(counts[name], rows)) for name in MODALITIES)
         return rna, atac
 
 
