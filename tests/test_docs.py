@@ -137,7 +137,8 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
     names = made_up() if any(block.language == "python" and not block.excuse for block in found) else {}
     if any(block.language == "bash" for block in found):
         cells = AnnData(_some_cells().layers["counts"], obs=_some_cells().obs, var=_some_cells().var)
-        cells.write_h5ad("cells.h5ad")
+        for name in ("cells", "reference", "query"):
+            cells.write_h5ad(f"{name}.h5ad")
     for number, block in enumerate(found):
         assert block.language in LANGUAGES | SHOWN_ONLY, f"{page}: a block of {block.language}"
         if block.excuse is not None:
@@ -149,7 +150,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
                 warnings.simplefilter("ignore", category=UserWarning)
                 exec(code, names)
         elif block.language == "bash":
-            run_shell(block.code)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", category=UserWarning)
+                run_shell(block.code)
 
 
 def run_shell(code: str) -> None:
@@ -164,9 +167,11 @@ def run_shell(code: str) -> None:
 
 def test_the_first_page_that_people_read_gives_an_embedding_a_map_and_a_record(quick):
     names = made_up()
-    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
-        if block.language == "python":
-            exec(compile(block.code, "README.md", "exec"), names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)  # as above
+        for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+            if block.language == "python":
+                exec(compile(block.code, "README.md", "exec"), names)
     adata = names["adata"]
     embedding = adata.obsm["X_cellplm"]
     assert embedding.shape[0] == adata.n_obs

@@ -1,4 +1,4 @@
-"""Command line: ``cellprior list | card | download | embed | convert | evaluate | demo``."""
+"""Command line: ``cellprior list | card | download | embed | annotate | convert | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -75,6 +75,33 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_embed)
 
     command = commands.add_parser(
+        "annotate", help="name the cells of an h5ad file after a labelled reference"
+    )
+    command.add_argument("input", type=Path, help="h5ad file with raw counts")
+    command.add_argument("output", type=Path, help="h5ad file to write")
+    command.add_argument(
+        "--weights", required=True, help="as of embed; without --reference, weights that have learned labels"
+    )
+    command.add_argument("--reference", type=Path, help="h5ad file with raw counts and labels, to learn from")
+    command.add_argument("--labels", help="column of the reference's obs with cell types")
+    command.add_argument("--layer", help="layer with raw counts, in both (default: X)")
+    command.add_argument(
+        "--gene-key", help="column of var with gene names, in both (default: found by itself)"
+    )
+    command.add_argument("--batch-key", help="column of obs with the batch of each cell, in both")
+    command.add_argument(
+        "--reject", type=float, help="share that may be called unknown or be wrong, such as 0.1"
+    )
+    command.add_argument(
+        "--trainable", help="part of the network that learns, besides the head (default: last)"
+    )
+    command.add_argument("--max-epochs", type=int, help="passes over the reference, at most (default: 100)")
+    command.add_argument("--key-added", help="column of obs (default: the model's, such as cellplm_label)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    command.add_argument("--save", type=Path, help="folder for the weights that have learned the labels")
+    command.set_defaults(run=_annotate)
+
+    command = commands.add_parser(
         "convert", help="make a bundle of an official checkpoint, without running it"
     )
     command.add_argument("input", type=Path, help="checkpoint of CellPLM, scBERT or scCLIP")
@@ -148,9 +175,7 @@ def _embed(args: argparse.Namespace) -> None:
     if not streams and is_mudata != (args.output.suffix == ".h5mu"):
         msg = f"{args.input.name} and {args.output.name} are of different kinds: both .h5mu, or neither, is needed."
         raise ValueError(msg)
-    if not args.output.parent.is_dir():
-        msg = f"there is no folder {args.output.parent} to write {args.output.name} into."
-        raise ValueError(msg)
+    _refuse_no_folder(args.output)
     names = ("gene_key", "batch_key", "key_added", "batch_size", "device")
     options = {name: getattr(args, name) for name in names}
     options["layer"] = _by_modality(args.layer) if is_mudata else args.layer
@@ -162,12 +187,7 @@ def _embed(args: argparse.Namespace) -> None:
         return
     data = _read(args.input)
     tl.embed(data, args.weights, **options)
-    partial = args.output.with_name(args.output.name + ".part")
-    try:
-        _write(data, partial, is_mudata)
-        partial.replace(args.output)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write(data, args.output)
     key, record = next(reversed(data.uns["cellprior"].items()))
     used = "".join(
         f", {record[share]:.1%} of the counts{of} used"
@@ -181,6 +201,32 @@ def _embed(args: argparse.Namespace) -> None:
     sys.stdout.write(
         f"{args.output}: obsm[{key!r}], {data.n_obs:,} cells x {data.obsm[key].shape[1]}{used}\n"
     )
+
+
+def _annotate(args: argparse.Namespace) -> None:
+    from cellprior import tl
+
+    _refuse_no_folder(args.output)
+    adata: Any = _read(args.input)
+    reference: Any = None if args.reference is None else _read(args.reference)
+    names = ("layer", "gene_key", "batch_key", "reject", "key_added", "device", "save")
+    options = {name: getattr(args, name) for name in names}
+    for name in ("trainable", "max_epochs"):  # the defaults are those of fine_tune
+        if (value := getattr(args, name)) is not None:
+            options[name] = value
+    tl.annotate(adata, args.weights, reference, args.labels, **options)
+    _write(adata, args.output)
+    key = next(reversed(adata.uns["cellprior"]))
+    counts = adata.obs[key].value_counts()
+    shown = "\n".join(f"{name:40} {n:8,}" for name, n in counts.items() if n)
+    sys.stdout.write(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
+
+
+def _refuse_no_folder(path: Path) -> None:
+    """Before anything is computed."""
+    if not path.parent.is_dir():
+        msg = f"there is no folder {path.parent} to write {path.name} into."
+        raise ValueError(msg)
 
 
 def _read(path: Path) -> AnnData | MuData:
@@ -202,14 +248,22 @@ def _read(path: Path) -> AnnData | MuData:
     return data
 
 
-def _write(data: AnnData | MuData, path: Path, is_mudata: bool) -> None:
+def _write(data: AnnData | MuData, path: Path) -> None:
+    """Write an h5ad or h5mu file, which is there once it is whole."""
+    from anndata import AnnData
+
     from cellprior._compat import without_pulled_columns
 
-    if not is_mudata:
-        data.write_h5ad(path)
-        return
-    with without_pulled_columns():
-        data.write_h5mu(path)
+    partial = path.with_name(path.name + ".part")
+    try:
+        if isinstance(data, AnnData):
+            data.write_h5ad(partial)
+        else:
+            with without_pulled_columns():
+                data.write_h5mu(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _convert(args: argparse.Namespace) -> None:

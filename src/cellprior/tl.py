@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-__all__ = ["embed"]
+__all__ = ["annotate", "embed"]
 
 
 def embed(
@@ -140,9 +140,119 @@ def embed(
             latent = in_memory(model._embedding(batch_size=batch_size, client=client))
         record = {**model.provenance(), "params": params}
     adata.obsm[key] = latent
-    others = {name: other for name, other in adata.uns.get("cellprior", {}).items() if name != key}
-    adata.uns["cellprior"] = {**others, key: _stated(**record)}  # the latest comes last
+    _note(adata, key, record)
     return adata if copy else None
+
+
+def annotate(
+    adata: AnnData,
+    weights: str | os.PathLike[str],
+    reference: AnnData | None = None,
+    labels_key: str | None = None,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    batch_key: str | None = None,
+    reject: float | None = None,
+    key_added: str | None = None,
+    batch_size: int | None = None,
+    min_coverage: float = 0.25,
+    device: str | int = "auto",
+    save: str | os.PathLike[str] | None = None,
+    copy: bool = False,
+    **fine_tune: Any,
+) -> AnnData | None:
+    """Name cells after the labels of a reference, or with weights that have learned theirs.
+
+    Parameters
+    ----------
+    adata
+        Annotated data ``(cells, genes)`` with raw counts.
+    weights
+        As of :func:`embed`. Without ``reference``, those of a fine-tuned model: a folder written by ``save``, or by
+        ``save_pretrained``.
+    reference
+        Labelled cells that the model learns from first, see :doc:`/user_guide/annotation`; genes are matched by name.
+        ``layer``, ``gene_key`` and ``batch_key`` are those of both.
+    labels_key
+        Column of ``reference.obs``; cells called ``"unknown"`` are not learned from.
+    layer, gene_key, batch_key, batch_size, min_coverage, device, copy
+        As of :func:`embed`.
+    reject
+        Between 0 and 1: call a cell ``"unknown"`` at this calibrated rate, see
+        :meth:`cellprior.model.CellPLM.predict`. ``None`` names every cell.
+    key_added
+        Column of ``obs``; by default that of the model, such as ``cellplm_label``.
+    save
+        Folder for the weights that have learned the labels, which then need no reference.
+    **fine_tune
+        To :meth:`cellprior.model.CellPLM.fine_tune`, such as ``trainable="all"`` or ``max_epochs=20``.
+
+    Returns
+    -------
+    ``None``, or with ``copy`` the copy. Written are ``obs[key_added]``, names; ``obs[key_added + "_probability"]``,
+    how probable the model finds the best name, float32; and ``uns["cellprior"][key_added]``, as of :func:`embed`.
+
+    Raises
+    ------
+    WeightsError, NotCountsError, GeneMatchError
+        As of :func:`embed`.
+    ValueError
+        If there is a reference without ``labels_key`` or the other way round, if ``reject`` cannot be promised, or if
+        the model does not learn labels.
+    FileExistsError
+        If ``save`` is there already.
+    RuntimeError
+        If there is no reference, and the weights have learned no labels.
+
+    Examples
+    --------
+    >>> cp.tl.annotate(adata, "cellplm-starter", reference, "cell_type", layer="counts", reject=0.1)
+    >>> sc.pl.umap(adata, color=["cellplm_label", "cellplm_label_probability"])
+    """
+    import numpy as np
+    import pandas as pd
+
+    from cellprior.model import model_class
+
+    cls = model_class(weights)
+    if not hasattr(cls, "fine_tune"):
+        msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
+        raise ValueError(msg)
+    if (reference is None) != (labels_key is None):
+        msg = "reference= and labels_key=, its column with the names to learn, are needed together."
+        raise ValueError(msg)
+    if reference is None and (fine_tune or save is not None):
+        given = ", ".join([*fine_tune, *(["save"] if save is not None else [])])
+        msg = f"{given}: nothing is learned without reference=."
+        raise ValueError(msg)
+    if save is not None and os.path.lexists(save):
+        msg = f"{os.fspath(save)} is there already: choose another folder for what is learned."
+        raise FileExistsError(msg)
+    if copy:
+        adata = _copy(adata)
+    key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
+    setup: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
+    options = {**setup, "min_coverage": min_coverage, "device": device}
+    with cls.opened(weights, adata if reference is None else reference, **options) as model:
+        if reference is not None:
+            model.fine_tune(labels_key, **fine_tune)
+        names, probability = model._name_cells(adata, reject=reject, batch_size=batch_size)
+        record = model.provenance(adata)
+        if save is not None:
+            model.save_pretrained(save)
+    adata.obs[key] = pd.Categorical(names)
+    adata.obs[f"{key}_probability"] = probability.max(axis=1).astype(np.float32)
+    learned = {name: value for name, value in fine_tune.items() if isinstance(value, str | int | float)}
+    params = {**setup, "min_coverage": min_coverage, "labels_key": labels_key, "reject": reject, **learned}
+    _note(adata, key, {**record, "params": params})
+    return adata if copy else None
+
+
+def _note(data: AnnData | MuData, key: str, record: Mapping[str, Any]) -> None:
+    """Say in ``uns`` where a key comes from; the latest comes last."""
+    others = {name: other for name, other in data.uns.get("cellprior", {}).items() if name != key}
+    data.uns["cellprior"] = {**others, key: _stated(**record)}
 
 
 def _copy(data: AnnData | MuData) -> AnnData | MuData:

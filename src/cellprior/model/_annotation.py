@@ -329,32 +329,43 @@ class AnnotatingModel(BaseModelClass):
             If ``reject`` is not between 0 and 1, cannot be promised with so few calibration cells, or is given with
             ``soft``.
         """
-        if not self._annotation:
-            msg = "The model has no labels to give: call fine_tune first, or load a fine-tuned model."
-            raise RuntimeError(msg)
-        limits = None if reject is None else self._limits(reject, soft)
-        logits, novelty = self._scores(adata, indices, batch_size)
-        probability = _softmax(logits)
-        labels = self._annotation["labels"]
-        if soft:
-            obs_names = (self.adata if adata is None else adata).obs_names
-            index = obs_names if indices is None else obs_names.to_numpy()[list(indices)]
-            return pd.DataFrame(probability, index=index, columns=labels)
-        names = np.asarray(labels, dtype=object)[probability.argmax(axis=1)]
-        if limits is not None:
-            unknown = (novelty >= limits.novelty) | (probability.max(axis=1) <= limits.confidence)
-            names[unknown] = self.registry["setup_args"]["unlabeled_category"]
-        return names
-
-    def _limits(self, reject: float, soft: bool) -> Limits:
-        scores = {name: np.asarray(values) for name, values in self._annotation["calibration"].items()}
-        advice = "Fine-tune with more labelled cells or a larger calibration_size"
-        check_reject(reject, len(scores.get("novelty", ())), advice)
-        if soft:
+        if soft and reject is not None:
             msg = (
                 "soft=True gives the probabilities of all labels, reject= applies to names. Give one of them."
             )
             raise ValueError(msg)
+        names, probability = self._name_cells(adata, indices, reject=reject, batch_size=batch_size)
+        if soft:
+            obs_names = (self.adata if adata is None else adata).obs_names
+            index = obs_names if indices is None else obs_names.to_numpy()[list(indices)]
+            return pd.DataFrame(probability, index=index, columns=self._annotation["labels"])
+        return names
+
+    def _name_cells(
+        self,
+        adata: ad.AnnData | None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        *,
+        reject: float | None,
+        batch_size: int | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Names ``(cells,)`` and probabilities ``(cells, n_classes)``; see :meth:`predict`."""
+        if not self._annotation:
+            msg = "The model has no labels to give: call fine_tune first, or load a fine-tuned model."
+            raise RuntimeError(msg)
+        limits = None if reject is None else self._limits(reject)
+        logits, novelty = self._scores(adata, indices, batch_size)
+        probability = _softmax(logits)
+        names = np.asarray(self._annotation["labels"], dtype=object)[probability.argmax(axis=1)]
+        if limits is not None:
+            unknown = (novelty >= limits.novelty) | (probability.max(axis=1) <= limits.confidence)
+            names[unknown] = self.registry["setup_args"]["unlabeled_category"]
+        return names, probability
+
+    def _limits(self, reject: float) -> Limits:
+        scores = {name: np.asarray(values) for name, values in self._annotation["calibration"].items()}
+        advice = "Fine-tune with more labelled cells or a larger calibration_size"
+        check_reject(reject, len(scores.get("novelty", ())), advice)
         return find_limits(**scores, reject=reject)
 
 

@@ -83,7 +83,7 @@ class _Gather(torch.autograd.Function):
 
 
 def trainer_defaults(strategy: Any) -> dict[str, Any]:
-    """Arguments of the trainer that several processes need; our samplers know whose cells are whose.
+    """Arguments of the trainer that differ from scvi-tools' own; our samplers know whose cells are whose.
 
     Raises
     ------
@@ -98,4 +98,5 @@ def trainer_defaults(strategy: Any) -> dict[str, Any]:
             "other cells: set scvi.settings.seed = 0, or another number, before the model is built."
         )
         raise RuntimeError(msg)
-    return {"use_distributed_sampler": False}
+    # of an epoch with fewer than 10 steps, Lightning warns that none would be logged
+    return {"use_distributed_sampler": False, "log_every_n_steps": 1}

@@ -237,9 +237,12 @@ class LoadableModel(BaseModelClass):
             type(self)._setup_adata_manager_store.pop(self.adata.uns["_scvi_uuid"], None)
         type(self)._per_instance_manager_store.pop(self.id, None)
 
-    def provenance(self) -> dict[str, Any]:
-        """Which weights the model has, and how much of the attached data it reads; for the record."""
-        match = None if self.adata is None else self._match_of(self.adata_manager)
+    def provenance(self, adata: ad.AnnData | None = None) -> dict[str, Any]:
+        """Which weights the model has, and how much of some data, by default the attached, it reads; for the record."""
+        match = None
+        if adata is not None or self.adata is not None:
+            with self._attached(adata) as manager:
+                match = self._match_of(manager)
         return {
             "model": type(self).__name__,
             **(self.pretrained_ or {}),

@@ -134,6 +134,11 @@ def test_a_model_of_genes_refuses_what_a_mudata_needs(mdata, arguments):
         cp.tl.embed(data, "cellplm-starter", **arguments)
 
 
+def test_annotate_points_to_the_transfer_of_labels(bundle, mdata):
+    with pytest.raises(ValueError, match="MultiomeCLIP, which names cells by its transfer_labels"):
+        cp.tl.annotate(mdata.mod["rna"], bundle)
+
+
 # on the command line
 
 

@@ -89,10 +89,11 @@ class OpenedModel(ContrastiveModel, LoadableModel):
     def _set_up(cls, adata: MuData | None) -> MuData | None:
         return None if adata is None else super()._set_up(adata)
 
-    def provenance(self) -> dict[str, Any]:
-        """Which weights the model has, and how much of the attached data it reads; for the record."""
+    def provenance(self, adata: Data | None = None) -> dict[str, Any]:
+        """Which weights the model has, and how much of some data, by default the attached, it reads; for the record."""
         found: dict[str, Any] = {"model": type(self).__name__, **(self.pretrained_ or {})}
-        for name, match in self._attached_match.items():
+        matches = self._attached_match if adata is None else self.feature_match(adata)
+        for name, match in matches.items():
             found |= {f"{name}_coverage": match.coverage, f"{name}_counts_share": match.counts_share}
         return {**found, "cellprior_version": version("cellprior")}
 

@@ -1,0 +1,137 @@
+"""`tl.annotate` and `cellprior annotate`: what the model class does, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import scvi
+from anndata import AnnData
+
+import cellprior as cp
+from cellprior.cli import main
+from cellprior.model import CellPLM
+from tests.contract.models import blood_cells
+
+STARTER, KEY = "cellplm-starter", "cellplm_label"
+QUICK: dict[str, Any] = {"max_epochs": 10, "enable_progress_bar": False}
+
+
+@pytest.fixture(autouse=True)
+def offline_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELLPRIOR_OFFLINE", "1")
+    scvi.settings.seed = 0
+
+
+@pytest.fixture
+def reference() -> AnnData:
+    return blood_cells()[:500].copy()
+
+
+@pytest.fixture
+def query() -> AnnData:
+    query = blood_cells()[500:].copy()
+    query = query[:, ::-1].copy()  # genes in another order
+    query.obs["truth"] = query.obs.pop("bulk_labels")
+    return query
+
+
+def test_the_names_are_those_of_the_model_class_and_their_origin_is_noted(reference, query):
+    setup = {"batch_key": "batch"}
+    by_hand = reference.copy()
+    CellPLM.setup_anndata(by_hand, **setup, labels_key="bulk_labels")
+    model = CellPLM.from_pretrained(STARTER, by_hand)
+    model.fine_tune(**QUICK)
+    scvi.settings.seed = 0
+    columns = list(query.obs)
+    assert cp.tl.annotate(query, STARTER, reference, "bulk_labels", **setup, **QUICK) is None
+    np.testing.assert_array_equal(query.obs[KEY], model.predict(query))
+    probability = model.predict(query, soft=True).max(axis=1)
+    np.testing.assert_allclose(query.obs[f"{KEY}_probability"], probability, rtol=1e-5)
+    assert (query.obs[KEY].astype(str) == query.obs["truth"].astype(str)).mean() > 0.6
+    added = [name for name in query.obs if name not in columns and not name.startswith("_scvi")]
+    assert added == [KEY, f"{KEY}_probability"]
+    record = query.uns["cellprior"][KEY]
+    coverage = model.gene_match.coverage
+    assert (record["model"], record["weights"], record["coverage"]) == ("CellPLM", STARTER, coverage)
+    assert record["params"] == {
+        "batch_key": "batch",
+        "min_coverage": 0.25,
+        "labels_key": "bulk_labels",
+        **QUICK,
+    }
+    assert "cellprior" not in reference.uns and KEY not in reference.obs
+
+
+def test_weights_that_have_learned_the_labels_need_no_reference(reference, query, tmp_path):
+    cp.tl.annotate(query, STARTER, reference, "bulk_labels", save=tmp_path / "taught", **QUICK)
+    later = query.copy()
+    del later.obs[KEY]
+    cp.tl.annotate(later, tmp_path / "taught", key_added="name")
+    np.testing.assert_array_equal(later.obs["name"], query.obs[KEY])
+    assert list(later.uns["cellprior"]) == [KEY, "name"]
+
+
+def test_a_cell_can_be_called_unknown_and_the_file_can_be_written(reference, query, tmp_path):
+    seen = reference[reference.obs["bulk_labels"] != "CD19+ B"].copy()
+    copy = cp.tl.annotate(
+        query, STARTER, seen, "bulk_labels", reject=0.3, copy=True, **{**QUICK, "max_epochs": 40}
+    )
+    assert KEY not in query.obs
+    copy.write_h5ad(tmp_path / "named.h5ad")
+    named = ad.read_h5ad(tmp_path / "named.h5ad")
+    unknown = named.obs[KEY] == "unknown"
+    is_b = named.obs["truth"] == "CD19+ B"
+    assert unknown[is_b].mean() > 0.5 > unknown[~is_b].mean()
+    assert named.uns["cellprior"][KEY]["params"]["reject"] == 0.3
+
+
+def test_what_makes_no_sense_is_refused_and_nothing_is_written(reference, query, tmp_path):
+    before = list(query.obs)
+    for arguments, error, message in (
+        ((STARTER, reference), ValueError, "needed together"),
+        ((STARTER, None, "bulk_labels"), ValueError, "needed together"),
+        ((STARTER,), RuntimeError, "no labels to give"),
+        ((STARTER, reference, "nope"), KeyError, "'nope' not found in adata.obs"),
+    ):
+        with pytest.raises(error, match=message):
+            cp.tl.annotate(query, *arguments)
+    with pytest.raises(ValueError, match=r"max_epochs, save: nothing is learned without reference="):
+        cp.tl.annotate(query, STARTER, max_epochs=3, save="folder")
+    with pytest.raises(FileExistsError, match="is there already: choose another folder"):
+        cp.tl.annotate(query, STARTER, reference, "bulk_labels", save=tmp_path)
+    with pytest.raises(ValueError, match="reject=2"):
+        cp.tl.annotate(query, STARTER, reference, "bulk_labels", reject=2, **{**QUICK, "max_epochs": 1})
+    assert [name for name in query.obs if not name.startswith("_scvi")] == before
+    assert "cellprior" not in query.uns
+
+
+# on the command line
+
+
+def test_annotate_writes_names_and_says_how_many_cells_have_each(reference, query, tmp_path, capsys):
+    reference.write_h5ad(tmp_path / "reference.h5ad")
+    query.write_h5ad(tmp_path / "query.h5ad")
+    paths = [str(tmp_path / name) for name in ("query.h5ad", "named.h5ad")]
+    taught = str(tmp_path / "taught")
+    learn = ["--reference", str(tmp_path / "reference.h5ad"), "--labels", "bulk_labels", "--max-epochs", "5"]
+    assert (
+        main(["annotate", *paths, "--weights", STARTER, *learn, "--trainable", "head", "--save", taught]) == 0
+    )
+    printed = capsys.readouterr().out
+    named = ad.read_h5ad(paths[1])
+    assert f"obs['{KEY}'], 200 cells" in printed
+    for name, n in named.obs[KEY].value_counts().items():
+        assert f"{name:40} {n:8,}" in printed
+    assert main(["annotate", *paths, "--weights", taught, "--key-added", "again"]) == 0
+    np.testing.assert_array_equal(ad.read_h5ad(paths[1]).obs["again"], named.obs[KEY])
+
+
+def test_annotate_without_anything_to_learn_from_says_so(query, tmp_path, capsys):
+    query.write_h5ad(tmp_path / "query.h5ad")
+    paths = [str(tmp_path / name) for name in ("query.h5ad", "named.h5ad")]
+    assert main(["annotate", *paths, "--weights", STARTER]) == 1
+    assert "cellprior annotate: The model has no labels to give" in capsys.readouterr().err
+    assert not (tmp_path / "named.h5ad").exists()
