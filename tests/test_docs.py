@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -184,3 +186,26 @@ def test_the_first_page_that_people_read_gives_an_embedding_a_map_and_a_record(q
 def test_a_page_whose_code_fails_would_be_noticed(quick):
     with pytest.raises(cp.model.NotCountsError):
         exec("import cellprior as cp\ncp.tl.embed(adata, 'cellplm-starter')", made_up())
+
+
+def test_a_link_or_an_image_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "index.html").write_text(
+        '<h1 id="top">a</h1><a href="#top"></a><a href="b/page.html#x%20y"></a><a href="https://scverse.org/nope"></a>'
+    )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "page.html").write_text('<p id="x y"></p><a href="../index.html"></a>')
+    command = [sys.executable, str(ROOT / "scripts" / "check_links.py"), str(tmp_path)]
+    whole = subprocess.run(command, capture_output=True, text=True)
+    assert (whole.returncode, whole.stdout) == (0, "4 links in 2 pages, 0 broken\n")
+    (tmp_path / "b" / "page.html").write_text(
+        '<a href="../index.html#no"></a><img src="no.png"><a href="no.html"></a>'
+    )
+    broken = subprocess.run(command, capture_output=True, text=True)
+    assert broken.returncode == 1
+    for link in (
+        "b/page.html: ../index.html#no",
+        "b/page.html: no.png",
+        "b/page.html: no.html",
+        "b/page.html#x%20y",
+    ):
+        assert link in broken.stdout
