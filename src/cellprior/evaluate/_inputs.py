@@ -44,7 +44,7 @@ def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray 
             "cells out, of the labels too, or find out where the embedding went wrong."
         )
         raise ValueError(msg)
-    return values - (values[0] if origin is None else origin)
+    return np.asarray(values - (values[0] if origin is None else origin))
 
 
 def as_codes(labels: Any, n_cells: int | None = None, *, name: str = "labels") -> tuple[np.ndarray, pd.Index]:

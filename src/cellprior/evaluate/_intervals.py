@@ -93,7 +93,7 @@ class Resampling:
 
     def _over_splits(self, scores: Sequence[np.ndarray]) -> Draws:
         """Mean over the splits that a draw takes."""
-        return (np.stack(scores, axis=1) * self._taken).sum(axis=1) / len(self.splits)
+        return np.asarray((np.stack(scores, axis=1) * self._taken).sum(axis=1) / len(self.splits))
 
 
 def _take(rng: np.random.Generator, units: Sequence[object], n_draws: int) -> np.ndarray:
@@ -132,7 +132,7 @@ def _class_scores(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray)
 
     def mean(of_label: np.ndarray) -> np.ndarray:
         """A label that a draw lacks has its score of all cells: left out, rare labels would pull the draws off."""
-        return np.where(there > 0, of_label, of_label[:, :1]).mean(axis=0)
+        return np.asarray(np.where(there > 0, of_label, of_label[:, :1]).mean(axis=0))
 
     return {
         "macro_f1": mean(2 * hit / np.maximum(there + given, 1)),

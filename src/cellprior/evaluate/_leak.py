@@ -66,4 +66,4 @@ def _predictability(embedding: np.ndarray, batch: np.ndarray, seed: int) -> floa
     probe = LogisticRegression(class_weight="balanced", max_iter=1000)
     folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed)
     predicted = cross_val_predict(probe, embedding / (scale if scale > 0 else 1.0), batch, cv=folds)
-    return balanced_accuracy_score(batch, predicted, adjusted=True)
+    return float(balanced_accuracy_score(batch, predicted, adjusted=True))

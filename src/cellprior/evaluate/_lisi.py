@@ -120,4 +120,4 @@ def neighbor_weights(distances: np.ndarray, perplexity: float) -> np.ndarray:
         entropy = np.log(total) + (scaled * weights).sum(axis=1, keepdims=True) / total
         wide = entropy > np.log(perplexity)
         low, high = np.where(wide, middle, low), np.where(wide, high, middle)
-    return weights / total
+    return np.asarray(weights / total)

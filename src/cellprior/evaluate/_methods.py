@@ -51,7 +51,7 @@ def pca(name: str, log: sp.csr_matrix, genes: np.ndarray | None = None) -> Metho
         used = highly_variable(log[rows]) if genes is None else genes
         chosen = log[:, used]
         n = min(N_COMPONENTS, len(rows) - 1, chosen.shape[1] - 1)
-        return PCA(n, svd_solver="arpack", random_state=seed).fit(chosen[rows]).transform(chosen)
+        return np.asarray(PCA(n, svd_solver="arpack", random_state=seed).fit(chosen[rows]).transform(chosen))
 
     return Method(name, "baseline", fit)
 
@@ -112,6 +112,6 @@ def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int) -> Metho
             model.train(
                 max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False
             )
-            return model.get_latent_representation(query)
+            return np.asarray(model.get_latent_representation(query))
 
     return Method("scVI", "baseline", fit)

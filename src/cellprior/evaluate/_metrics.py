@@ -66,7 +66,7 @@ def knn_predict(train: Any, train_labels: Any, test: Any, *, n_neighbors: int = 
     votes = np.zeros((len(test), n_labels), dtype=np.int64)
     np.add.at(votes, (np.arange(len(test))[:, None], neighbor), 1)
     wins = np.take_along_axis(votes, neighbor, axis=1) == votes.max(axis=1, keepdims=True)
-    return np.asarray(values)[neighbor[np.arange(len(test)), wins.argmax(axis=1)]]
+    return np.asarray(np.asarray(values)[neighbor[np.arange(len(test)), wins.argmax(axis=1)]])
 
 
 def accuracy(truth: Any, predicted: Any) -> float:
@@ -228,7 +228,7 @@ def silhouette(embedding: Any, labels: Any) -> float:
     return (float(silhouette_score(embedding, codes)) + 1) / 2
 
 
-class _ExactNeighbors(BaseEstimator):
+class _ExactNeighbors(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Neighbour search for scanpy, whose own exact one loses cells that are equal to others.
 
     Parameters

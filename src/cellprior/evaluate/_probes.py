@@ -67,7 +67,7 @@ def linear(
         model = LogisticRegressionCV(
             Cs=STRENGTHS, cv=inner, scoring="balanced_accuracy", max_iter=1000, tol=1e-3
         )
-    return _fitted(model, train, codes).predict(test)
+    return np.asarray(_fitted(model, train, codes).predict(test))
 
 
 def sparse_on_genes(train: Matrix, codes: np.ndarray, test: Matrix) -> np.ndarray:
@@ -84,14 +84,14 @@ def sparse_on_genes(train: Matrix, codes: np.ndarray, test: Matrix) -> np.ndarra
         Labels of the training cells.
     """
     model = LogisticRegression(l1_ratio=1, solver="liblinear", C=L1_STRENGTH, random_state=0)
-    return _fitted(OneVsRestClassifier(model), train, codes).predict(test)
+    return np.asarray(_fitted(OneVsRestClassifier(model), train, codes).predict(test))
 
 
 def nearest_centroid(train: np.ndarray, codes: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Label of the nearest mean of the training cells of a label, by Euclidean distance."""
     labels = np.unique(codes)
     centroids = np.stack([train[codes == label].mean(axis=0, dtype=np.float64) for label in labels])
-    return labels[cdist(test, centroids).argmin(axis=1)]
+    return np.asarray(labels[cdist(test, centroids).argmin(axis=1)])
 
 
 def largest(codes: np.ndarray, n_test: int) -> np.ndarray:

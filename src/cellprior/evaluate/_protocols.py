@@ -14,7 +14,7 @@ from cellprior.evaluate._structure import structure
 from cellprior.evaluate._task import PROBES, ZERO_SHOT, Embeddings, Task, ask, make_task, tabulate
 
 N_PER_CLASS = (5, 10, 20, 50)
-Protocol = TypeVar("Protocol", bound=Callable)
+Protocol = TypeVar("Protocol", bound=Callable[..., Any])
 
 PARAMETERS = """Parameters
     ----------

@@ -145,7 +145,7 @@ def label_distances(points: np.ndarray, label: np.ndarray, n_labels: int, *, tri
     centers = np.full((n_labels, points.shape[1]), np.nan)
     for code in np.unique(label[label >= 0]):
         centers[code] = trim_mean(points[label == code], trim, axis=0)
-    return cdist(centers, centers)
+    return np.asarray(cdist(centers, centers))
 
 
 def consensus_distances(
@@ -199,7 +199,7 @@ def _over_column_maximum(distances: np.ndarray) -> np.ndarray:
 def _without_small(codes: np.ndarray, minimum: int) -> np.ndarray:
     """Codes counted anew from 0, -1 for those of fewer cells."""
     large = np.bincount(codes) >= minimum
-    return np.where(large, np.cumsum(large) - 1, -1)[codes]
+    return np.asarray(np.where(large, np.cumsum(large) - 1, -1)[codes])
 
 
 def _n_varying(expression: Any) -> int:

@@ -260,7 +260,7 @@ class Spaces:
         """Share of each cell's nearest neighbours that are the same ``(cells,)``."""
         nearest = NearestNeighbors(n_neighbors=self.n_neighbors, metric="cosine", algorithm="brute")
         old, new = (nearest.fit(z).kneighbors(return_distance=False) for z in (before, after))
-        return (old[:, :, None] == new[:, None, :]).any(axis=2).mean(axis=1)
+        return np.asarray((old[:, :, None] == new[:, None, :]).any(axis=2).mean(axis=1))
 
 
 def _table(draws: Sequence[tuple[np.ndarray, Mapping[str, Moved]]], n_cells: int) -> pd.DataFrame:

@@ -40,7 +40,7 @@ READERS: dict[str, Reader] = {
     LINEAR: lambda train, codes, test, seed: probes.linear(train, codes, test, seed=seed),
     CENTROID: lambda train, codes, test, seed: probes.nearest_centroid(train, codes, test),
 }
-FEW_SHOT = {
+FEW_SHOT: dict[str, Reader] = {
     **READERS,
     LINEAR: lambda train, codes, test, seed: probes.linear(train, codes, test, tuned=False),
 }
@@ -206,7 +206,7 @@ def _checked(name: str, values: Any, n_obs: int) -> np.ndarray:
         row = int(np.argmin(np.isfinite(values.astype(np.float64)).all(axis=1)))
         msg = f"The embedding {name!r} is not finite, first in row {row}. Leave such cells out of the data."
         raise ValueError(msg)
-    return values.astype(np.float32)
+    return np.asarray(values.astype(np.float32))
 
 
 def _from_weights(
