@@ -84,3 +84,34 @@ def test_what_cannot_be_imputed_is_named(model, blood):
     with pytest.raises(ValueError, match="batch_key"):
         without.impute(["CD3D"], measured={"small": ["CD3D"]})
     assert isinstance(without.impute(["CD3D"]), pd.DataFrame)
+
+
+def hidden_loss(model, truth, genes, **options):
+    """Poisson loss of the counts of genes that the data do not have, up to what does not depend on the guess."""
+    guess = np.maximum(model.impute(genes, **options).to_numpy(), 1e-4)
+    return (guess - truth * np.log(guess)).mean()
+
+
+def test_covariates_that_fit_the_cells_predict_hidden_genes_better_than_their_mean_and_than_gene_means(blood):
+    hidden = np.arange(blood.n_vars) % 5 == 0
+    query = blood[:, ~hidden].copy()
+    cp.model.CellPLM.setup_anndata(query, layer="counts", batch_key="panel")
+    model = cp.model.CellPLM.from_pretrained("cellplm-starter", query)
+    genes = [name for name in blood.var_names[hidden] if name in set(model.genes["symbol"])]
+    truth = np.asarray(blood[:, genes].layers["counts"].todense())
+    depth = np.asarray(query.layers["counts"].sum(axis=1))
+    gene_means = depth * truth.sum(axis=0) / depth.sum()
+    fitted, mean = (hidden_loss(model, truth, genes, covariates=how) for how in ("fitted", "mean"))
+    assert fitted < mean
+    assert fitted < (gene_means - truth * np.log(np.maximum(gene_means, 1e-4))).mean()
+
+
+def test_the_covariates_are_those_of_a_cells_batch_whichever_cells_are_asked_for(model):
+    assert model.module.decoder.dataset is not None
+    whole = model.get_normalized_expression(gene_list=["CD3D", "LYZ"])
+    some = model.get_normalized_expression(gene_list=["CD3D", "LYZ"], indices=np.arange(120) >= 50)
+    np.testing.assert_allclose(some, whole.iloc[50:], rtol=1e-4)
+    mean = model.get_normalized_expression(gene_list=["CD3D", "LYZ"], covariates="mean")
+    assert not np.allclose(mean, whole, rtol=1e-2)
+    with pytest.raises(ValueError, match="covariates='median' is not known"):
+        model.get_normalized_expression(covariates="median")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
+from torch import Tensor
 
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import CountsManager, row_numbers
 from cellprior.model._genes import gene_rows, measured_genes, refuse_unmeasured
+from cellprior.model.cellplm._masked import MAX_CELLS, fit_covariates
 
 if TYPE_CHECKING:
     import anndata as ad
 
+Covariates: TypeAlias = Literal["fitted", "mean"]
 Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
 
 
@@ -30,9 +33,10 @@ class ExpressionMixin(PretrainedModel):
         *,
         gene_list: Sequence[str] | None = None,
         library_size: float = 1.0,
+        covariates: Covariates = "fitted",
         batch_size: int | None = None,
     ) -> pd.DataFrame:
-        """Decoder means, scaled to the same total in every cell; covariates are averaged over.
+        """Decoder means, scaled to the same total in every cell.
 
         Parameters
         ----------
@@ -44,6 +48,11 @@ class ExpressionMixin(PretrainedModel):
             Names of the data, symbols or Ensembl ids; by default the whole vocabulary.
         library_size
             Total over all vocabulary genes.
+        covariates
+            What the decoder is told of the data set and batch, of which it has learned a vector each: ``"fitted"``, for
+            each category of ``batch_key`` those of training that predict hidden genes of some of its cells best; or
+            ``"mean"``, the mean over all, the same for all cells, which takes differences between batches out but is
+            a place that the decoder has not seen: counts are predicted worse.
         batch_size
             Cells in memory at a time.
 
@@ -59,10 +68,14 @@ class ExpressionMixin(PretrainedModel):
         latent = self._embed(adata, indices, batch_size, "float32")
         with self._attached(adata) as manager:
             names, columns = self._named(gene_list, manager)
-            values = np.empty((len(latent), len(names)), dtype=np.float32)
-            for cells, mean in self._decoder_means(latent, batch_size):
-                values[cells] = mean[:, columns] * (library_size / mean.sum(axis=1, keepdims=True))
+            match = self._match_of(manager)
             rows = row_numbers(indices, manager.adata.n_obs)
+            codes = self._decoder_codes(
+                covariates, manager, rows, measured_genes(None, None, self.genes, match)
+            )
+            values = np.empty((len(latent), len(names)), dtype=np.float32)
+            for cells, mean in self._decoder_means(latent, codes, batch_size):
+                values[cells] = mean[:, columns] * (library_size / mean.sum(axis=1, keepdims=True))
             return pd.DataFrame(values, index=manager.adata.obs_names[rows], columns=names)
 
     def impute(
@@ -72,9 +85,10 @@ class ExpressionMixin(PretrainedModel):
         indices: Indices = None,
         *,
         measured: Mapping[str, Sequence[str]] | None = None,
+        covariates: Covariates = "fitted",
         batch_size: int | None = None,
     ) -> pd.DataFrame:
-        """Expected counts of genes, measured or not, at the depth of each cell; covariates are averaged over.
+        """Expected counts of genes, measured or not, at the depth of each cell.
 
         The decoder's means of a cell are scaled so that those of its measured genes add up to its counts of them.
 
@@ -89,6 +103,8 @@ class ExpressionMixin(PretrainedModel):
         measured
             For panels that differ between batches: the genes measured in each category of ``batch_key``. The counts of
             the others must be 0 there. By default all genes of the data were measured everywhere.
+        covariates
+            See :meth:`get_normalized_expression`.
         batch_size
             Cells in memory at a time.
 
@@ -113,32 +129,67 @@ class ExpressionMixin(PretrainedModel):
             if measured is not None:
                 panel = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
             values = np.empty((len(latent), len(names)), dtype=np.float32)
-            for cells, mean in self._decoder_means(latent, batch_size):
-                loader = self._data_loader_cls(
-                    manager,
-                    indices=rows[cells],
-                    batch_size=len(mean),
-                    data_and_attributes=[REGISTRY_KEYS.X_KEY],
-                    column=match.index,
-                    n_columns=len(self.genes),
-                    dense=True,
-                )
-                (batch,) = loader
-                counts, known = batch[REGISTRY_KEYS.X_KEY].numpy(), seen[panel[cells]]  # (cells, n_genes)
+            codes = self._decoder_codes(covariates, manager, rows, seen)
+            for cells, mean in self._decoder_means(latent, codes, batch_size):
+                counts = self._dense_counts(manager, rows[cells]).numpy()  # (cells, n_genes)
+                known = seen[panel[cells]]
                 refuse_unmeasured(counts, known, self.genes)
                 depth = counts.sum(axis=1, keepdims=True)
                 values[cells] = mean[:, columns] * (depth / (mean * known).sum(axis=1, keepdims=True))
             return pd.DataFrame(values, index=manager.adata.obs_names[rows], columns=names)
 
+    def _dense_counts(self, manager: CountsManager, rows: np.ndarray) -> Tensor:
+        """Raw counts of cells over the vocabulary ``(cells, n_genes)``."""
+        loader = self._data_loader_cls(
+            manager,
+            indices=rows,
+            batch_size=len(rows),
+            data_and_attributes=[REGISTRY_KEYS.X_KEY],
+            column=self._match_of(manager).index,
+            n_columns=len(self.genes),
+            dense=True,
+        )
+        (batch,) = loader
+        return batch[REGISTRY_KEYS.X_KEY]
+
+    def _decoder_codes(
+        self, covariates: Covariates, manager: CountsManager, rows: np.ndarray, seen: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Category of each cell for each covariate of the decoder, none where it is averaged over ``(cells,)``."""
+        if covariates not in get_args(Covariates):
+            msg = f'covariates={covariates!r} is not known; choose "fitted" or "mean".'
+            raise ValueError(msg)
+        if covariates == "mean":
+            return {}
+        batch = np.zeros(manager.adata.n_obs, dtype=np.int64)
+        if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
+            batch = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
+        fitted: dict[int, dict[str, int]] = {}
+        for code in np.unique(batch[rows]):
+            cells = np.flatnonzero(
+                batch == code
+            )  # all, so that the choice does not depend on those asked for
+            cells = cells[np.unique(np.linspace(0, len(cells) - 1, MAX_CELLS).astype(np.int64))]
+            counts = {
+                REGISTRY_KEYS.X_KEY: self._dense_counts(manager, cells),
+                REGISTRY_KEYS.BATCH_KEY: torch.tensor([code]),
+            }
+            known = torch.from_numpy(seen[code if len(seen) > 1 else 0]).to(self.module.device)
+            fitted |= fit_covariates(self.module, [counts], known)
+        names = {name for of_batch in fitted.values() for name in of_batch}
+        return {name: np.array([fitted[code][name] for code in batch[rows]]) for name in names}
+
     @torch.inference_mode()
     def _decoder_means(
-        self, latent: np.ndarray, batch_size: int | None
+        self, latent: np.ndarray, codes: Mapping[str, np.ndarray], batch_size: int | None
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Decoder means ``(cells, n_genes)`` of a few cells at a time."""
-        step = batch_size or self.default_batch_size
+        step, device = batch_size or self.default_batch_size, self.module.device
         for start in range(0, len(latent), step):
             cells = slice(start, start + step)
-            mean, _ = self.module.decode(torch.from_numpy(latent[cells]).to(self.module.device))
+            z = torch.from_numpy(latent[cells]).to(device)
+            of_cells = {name: torch.from_numpy(code[cells]).to(device) for name, code in codes.items()}
+            mean, _ = self.module.decode(z, **of_cells)
             yield cells, mean.cpu().numpy()
 
     def _named(self, names: Sequence[str] | None, manager: CountsManager) -> tuple[list[str], np.ndarray]:
