@@ -13,13 +13,57 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellprior.evaluate import Report
+    from cellprior.genes import GeneMatch
     from cellprior.model._base import PretrainedModel
 
-__all__ = ["report", "training"]
+__all__ = ["gene_match", "report", "training"]
 
 # of what is evaluated, and of baselines and controls in the order in which they come
 EVALUATED = (("C1", "D"), ("C3", "D"), ("C2", "D"), ("C8", "D"))
 COMPARED = (("C0", "o"), ("C9", "s"), ("C4", "^"), ("C5", "v"), ("0.2", "P"), ("C6", "<"), ("C7", ">"))
+
+
+def gene_match(match: GeneMatch, *, n_lost: int = 5, ax: Axes | None = None) -> Axes:
+    """Draw how the genes of the data were found, how many of the counts are theirs, and which ones were lost.
+
+    Parameters
+    ----------
+    match
+        Of a model, ``model.gene_match``, or of :func:`cellprior.genes.match`.
+    n_lost
+        Lost genes that are named, those with most counts first.
+    ax
+        Axes to draw on; new ones by default.
+
+    Returns
+    -------
+    The axes: for each route, and for what was not found, the share of the data's columns, and of its counts if they
+    are known.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    names = {**{route: route.replace("_", " ") for route in match.routes}, "": "not found"}
+    kinds = {"columns": np.ones(len(match.index))}
+    if match.counts_share is not None and match.gene_counts is not None:
+        kinds["counts"] = match.gene_counts
+    height = 0.8 / len(kinds)
+    for i, (kind, weight) in enumerate(kinds.items()):
+        share = [float(weight[match.route == route].sum() / weight.sum()) for route in names]
+        place = np.arange(len(names)) + (i - (len(kinds) - 1) / 2) * height
+        bars = ax.barh(place, share, height, color=f"C{i}", label=f"share of the {kind}")
+        ax.bar_label(bars, [f"{value:.1%}" for value in share], padding=3, fontsize=8)
+    ax.set_yticks(range(len(names)), names.values())
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.15), title=f"{match.n_matched:,} of {len(match.vocabulary):,} genes of the vocabulary")
+    ax.set_xticks(np.linspace(0, 1, 6))
+    if lost := [str(name) for name in match.lost_genes(n_lost)["name"]]:
+        most = "lost, most counts first" if "counts" in kinds else "lost"
+        ax.set_xlabel(f"{most}: {', '.join(lost)}{', ...' if (match.index < 0).sum() > n_lost else ''}")
+    ax.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    return ax
 
 
 def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None = None) -> Axes:
