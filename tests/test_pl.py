@@ -14,11 +14,8 @@ from tests.contract.models import blood_cells
 def test_the_plot_of_a_gene_match_shows_each_route_and_names_what_was_lost(with_counts):
     adata = blood_cells()
     counts = np.asarray(adata.X.sum(axis=0)).ravel() if with_counts else None
-    match = cp.genes.match(
-        adata.var,
-        cp.weights.read_bundle(cp.weights.fetch("cellplm-starter")).vocabulary["genes"],
-        gene_counts=counts,
-    )
+    genes = cp.weights.read_bundle(cp.weights.fetch("cellplm-starter")).vocabulary["genes"]
+    match = cp.genes.match(adata.var, genes, gene_counts=counts)
     ax = cp.pl.gene_match(match, n_lost=2, ax=Figure().subplots())
     routes = [*match.routes, ""]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["symbol", "retired symbol", "not found"]
