@@ -14,7 +14,7 @@ from torch import Tensor
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import CountsManager, row_numbers
 from cellprior.model._genes import gene_rows, measured_genes, refuse_unmeasured
-from cellprior.model.cellplm._masked import MAX_CELLS, fit_covariates
+from cellprior.model.cellplm._masked import MAX_CELLS, decoded, fit_covariates
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -50,9 +50,9 @@ class ExpressionMixin(PretrainedModel):
             Total over all vocabulary genes.
         covariates
             What the decoder is told of the data set and batch, of which it has learned a vector each: ``"fitted"``, for
-            each category of ``batch_key`` those of training that predict hidden genes of some of its cells best; or
-            ``"mean"``, the mean over all, the same for all cells, which takes differences between batches out but is
-            a place that the decoder has not seen: counts are predicted worse.
+            each category of ``batch_key`` what predicts hidden genes of some of its cells best; or ``"mean"``, the mean
+            of all, the same for all cells. That takes differences between batches out, but the decoder knows the mean
+            only if :meth:`train` has trained it on batches that it has no vector for: else counts are predicted worse.
         batch_size
             Cells in memory at a time.
 
@@ -68,13 +68,11 @@ class ExpressionMixin(PretrainedModel):
         latent = self._embed(adata, indices, batch_size, "float32")
         with self._attached(adata) as manager:
             names, columns = self._named(gene_list, manager)
-            match = self._match_of(manager)
             rows = row_numbers(indices, manager.adata.n_obs)
-            codes = self._decoder_codes(
-                covariates, manager, rows, measured_genes(None, None, self.genes, match)
-            )
+            seen = measured_genes(None, None, self.genes, self._match_of(manager))
+            groups = self._decoder_groups(covariates, manager, rows, seen)
             values = np.empty((len(latent), len(names)), dtype=np.float32)
-            for cells, mean in self._decoder_means(latent, codes, batch_size):
+            for cells, mean in self._decoder_means(latent, groups, batch_size):
                 values[cells] = mean[:, columns] * (library_size / mean.sum(axis=1, keepdims=True))
             return pd.DataFrame(values, index=manager.adata.obs_names[rows], columns=names)
 
@@ -129,8 +127,8 @@ class ExpressionMixin(PretrainedModel):
             if measured is not None:
                 panel = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
             values = np.empty((len(latent), len(names)), dtype=np.float32)
-            codes = self._decoder_codes(covariates, manager, rows, seen)
-            for cells, mean in self._decoder_means(latent, codes, batch_size):
+            groups = self._decoder_groups(covariates, manager, rows, seen)
+            for cells, mean in self._decoder_means(latent, groups, batch_size):
                 counts = self._dense_counts(manager, rows[cells]).numpy()  # (cells, n_genes)
                 known = seen[panel[cells]]
                 refuse_unmeasured(counts, known, self.genes)
@@ -152,45 +150,41 @@ class ExpressionMixin(PretrainedModel):
         (batch,) = loader
         return batch[REGISTRY_KEYS.X_KEY]
 
-    def _decoder_codes(
+    def _decoder_groups(
         self, covariates: Covariates, manager: CountsManager, rows: np.ndarray, seen: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Category of each cell for each covariate of the decoder, none where it is averaged over ``(cells,)``."""
+    ) -> list[tuple[np.ndarray, dict[str, int]]]:
+        """Positions of the cells that are decoded with the same covariates, and these; none where it is their mean."""
         if covariates not in get_args(Covariates):
             msg = f'covariates={covariates!r} is not known; choose "fitted" or "mean".'
             raise ValueError(msg)
         if covariates == "mean":
-            return {}
+            return [(np.arange(len(rows)), {})]
         batch = np.zeros(manager.adata.n_obs, dtype=np.int64)
         if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
             batch = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
-        fitted: dict[int, dict[str, int]] = {}
+        groups = []
         for code in np.unique(batch[rows]):
             cells = np.flatnonzero(
                 batch == code
             )  # all, so that the choice does not depend on those asked for
             cells = cells[np.unique(np.linspace(0, len(cells) - 1, MAX_CELLS).astype(np.int64))]
-            counts = {
-                REGISTRY_KEYS.X_KEY: self._dense_counts(manager, cells),
-                REGISTRY_KEYS.BATCH_KEY: torch.tensor([code]),
-            }
+            counts = {REGISTRY_KEYS.X_KEY: self._dense_counts(manager, cells)}
             known = torch.from_numpy(seen[code if len(seen) > 1 else 0]).to(self.module.device)
-            fitted |= fit_covariates(self.module, [counts], known)
-        names = {name for of_batch in fitted.values() for name in of_batch}
-        return {name: np.array([fitted[code][name] for code in batch[rows]]) for name in names}
+            fitted = fit_covariates(self.module, [counts], known)
+            groups.append((np.flatnonzero(batch[rows] == code), fitted.get(0, {})))
+        return groups
 
     @torch.inference_mode()
     def _decoder_means(
-        self, latent: np.ndarray, codes: Mapping[str, np.ndarray], batch_size: int | None
-    ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Decoder means ``(cells, n_genes)`` of a few cells at a time."""
-        step, device = batch_size or self.default_batch_size, self.module.device
-        for start in range(0, len(latent), step):
-            cells = slice(start, start + step)
-            z = torch.from_numpy(latent[cells]).to(device)
-            of_cells = {name: torch.from_numpy(code[cells]).to(device) for name, code in codes.items()}
-            mean, _ = self.module.decode(z, **of_cells)
-            yield cells, mean.cpu().numpy()
+        self, latent: np.ndarray, groups: list[tuple[np.ndarray, dict[str, int]]], batch_size: int | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Decoder means ``(cells, n_genes)`` of a few cells at a time, and their positions."""
+        step = batch_size or self.default_batch_size
+        for positions, covariates in groups:
+            for cells in np.array_split(positions, -(-len(positions) // step)):
+                z = torch.from_numpy(latent[cells]).to(self.module.device)
+                mean, _ = decoded(self.module, z, covariates)
+                yield cells, mean.cpu().numpy()
 
     def _named(self, names: Sequence[str] | None, manager: CountsManager) -> tuple[list[str], np.ndarray]:
         """Names of genes, by default all of the vocabulary, and their rows in it."""

@@ -74,7 +74,7 @@ def masked_scores(
     )
     z = _latent(module, counts, hidden)
     predictions = {
-        MODEL: _decoded(module, z, fitted.covariates.get(batch, {})),
+        MODEL: decoded(module, z, fitted.covariates.get(batch, {})),
         "gene_means": (floor.share[i], floor.dispersion[i]),
         "equal_shares": (torch.ones_like(floor.share[i]), floor.dispersion[i]),
     }
@@ -89,10 +89,10 @@ def masked_scores(
 def fit_covariates(
     module: CellPLMModule, batches: Iterable[Mapping[str, Tensor]], measured: Tensor
 ) -> dict[int, dict[str, int]]:
-    """The data set and batch of pretraining whose decoder fits the cells of each batch best, by Poisson loss.
+    """The data set and batch of training with which the decoder fits the cells of each batch best, by Poisson loss.
 
-    The data set first, then the batch; on the first cells of each batch. To average over the categories, as where
-    none is given, fits no cells well: the decoder has never seen it.
+    The data set first, then the batch; on the first cells of each batch. Their mean, as where none is given, may fit
+    best only if the decoder was trained with it: on data of no batch that it knows.
 
     Parameters
     ----------
@@ -119,11 +119,12 @@ def fit_covariates(
         z = _latent(module, counts, hidden)
         chosen: dict[str, int] = {}
         for name, n_categories in categories.items():
+            candidates = [chosen, *({**chosen, name: category} for category in range(n_categories))]
             losses = [
-                _loss("poisson", counts, hidden, measured, *_decoded(module, z, {**chosen, name: category}))
-                for category in range(n_categories)
+                _loss("poisson", counts, hidden, measured, *decoded(module, z, candidate))
+                for candidate in candidates
             ]
-            chosen[name] = int(torch.stack(losses).sum(1).argmin())
+            chosen = candidates[int(torch.stack(losses).sum(1).argmin())]
         found[code] = chosen
     return found
 
@@ -133,7 +134,7 @@ def _latent(module: CellPLMModule, counts: Tensor, hidden: Tensor) -> Tensor:
     return module.latent.mean(state)
 
 
-def _decoded(module: CellPLMModule, z: Tensor, covariates: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+def decoded(module: CellPLMModule, z: Tensor, covariates: Mapping[str, int]) -> tuple[Tensor, Tensor]:
     """Means up to a factor per cell ``(cells, n_genes)``, and dispersions ``(n_genes,)``."""
     codes = {name: torch.full((len(z),), category, device=z.device) for name, category in covariates.items()}
     return module.decode(z, **codes)
