@@ -1,6 +1,6 @@
 """Cost of an embedding that is streamed from disk to disk, by number of cells, beside what the machine allows.
 
-    python benchmarks/scale.py [--models cellplm-starter scbert-starter ...] [--cells 1000 10000 100000]
+    python benchmarks/scale.py [--models cellplm-starter scbert-starter ...] [--cells 1000 3000 10000 20000 100000]
         [--folder scale] [--plot scale.png] [--hidden] [--threads 1]
 
 One table per model, one process per row, so that peak memory is its own. Counts are made up, 2,000 values per cell with
@@ -31,7 +31,7 @@ import numpy as np
 N_GENES, N_PEAKS, N_EXPRESSED = 19_374, 60_000, 2_000
 N_PROFILES = 2_000  # different cells; the others are copies of them
 ROWS = 10_000  # cells that are written at a time
-LARGEST = {"scbert-starter": 10_000}  # cells, of what takes hours on a CPU
+LARGEST = {"scbert-starter": 3_000, "cellplm-85m": 20_000}  # cells, of what takes hours on a CPU
 MODELS = ("cellplm-starter", "cellplm-85m", "scbert-starter", "multiomeclip")
 BATCH_SIZES = (256, 1024, 4096, 8192)
 
@@ -291,7 +291,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--cells", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--cells", type=int, nargs="+", default=[1_000, 3_000, 10_000, 20_000, 100_000])
     parser.add_argument("--folder", type=Path, default=Path("scale"), help="for the made-up cells; gigabytes")
     parser.add_argument("--plot", type=Path, help="picture to draw")
     parser.add_argument("--hidden", action="store_true")
