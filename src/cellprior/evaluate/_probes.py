@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.multiclass import OneVsRestClassifier
+from threadpoolctl import threadpool_limits
 
 Matrix: TypeAlias = np.ndarray | sp.csr_matrix
 
@@ -101,7 +102,8 @@ def largest(codes: np.ndarray, n_test: int) -> np.ndarray:
 
 
 def _fitted(model: Any, x: Matrix, codes: np.ndarray) -> Any:
-    with warnings.catch_warnings():
+    # the products are so small that several threads of BLAS spend their time on waiting for each other
+    with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
         # weak penalties need not converge to be compared; the chosen one is as good as its held-out score
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", FutureWarning)  # attributes that are not read here change their shape
