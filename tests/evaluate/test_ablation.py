@@ -245,7 +245,7 @@ def test_an_arm_that_was_still_improving_is_reported(knowing, monkeypatch):
     monkeypatch.setattr("cellprior.evaluate._arms.RISING", -1.0)  # what else is a matter of the seed
     options = {**QUICK, "max_epochs": 2}
     with pytest.warns(UserWarning, match="still improving at the last epoch in 2 of 2 fits: give a larger"):
-        pretraining_ablation(attach(knowing), seeds=2, arms=[CONTROL], **options)
+        pretraining_ablation(attach(knowing), seeds=2, arms=["pretrained + all"], **options)
 
 
 @pytest.mark.parametrize(
