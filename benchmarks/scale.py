@@ -276,9 +276,10 @@ def draw(tables: dict[str, Any], path: Path) -> None:
     for model, table in tables.items():
         (line,) = cost.loglog(table.index, table["CPU ms/cell"], marker="o", label=model)
         cost.loglog(table.index, table["floor ms/cell"], linestyle=":", color=line.get_color())
-        memory.loglog(table.index, table["peak MB"], marker="o", label=model)
+        memory.semilogx(table.index, table["peak MB"], marker="o", label=model)
     cost.set(xlabel="cells", ylabel="CPU milliseconds per cell", title="cost (dotted: floor)")
     memory.set(xlabel="cells", ylabel="MB", title="peak memory of the process")
+    memory.set_ylim(0)
     cost.legend()
     figure.savefig(path, dpi=120)
 
