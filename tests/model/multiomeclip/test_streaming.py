@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -88,7 +89,10 @@ def files(mdata, tmp_path) -> tuple[Path, Path]:
     with without_pulled_columns():
         found = found[np.random.default_rng(0).permutation(N_CELLS)].copy()
         found.write_h5mu(tmp_path / "cells.h5mu")
-        found.write_zarr(tmp_path / "cells.zarr")
+        with warnings.catch_warnings():
+            # mudata 0.4 asks anndata 0.13 for a setting of which it has announced the end
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found.write_zarr(tmp_path / "cells.zarr")
     return tmp_path / "cells.h5mu", tmp_path / "cells.zarr"
 
 
