@@ -104,11 +104,10 @@ def show_imputation(adata: ad.AnnData, query: str, epochs: int, seed: int) -> No
         )
         known = model.gene_match.index >= 0
         genes = adata.var_names[hidden & known]
-        for covariates in ("fitted", "mean"):
-            imputed = model.impute(genes, indices=is_query, measured=measured, covariates=covariates)
-            guess = np.full_like(truth, np.nan)
-            guess[:, adata.var_names[hidden].isin(genes)] = imputed.to_numpy()
-            guesses[f"{name}, covariates={covariates!r}"] = guess
+        imputed = model.impute(genes, indices=is_query, measured=measured).to_numpy()
+        guess = np.full_like(truth, np.nan)
+        guess[:, adata.var_names[hidden].isin(genes)] = imputed
+        guesses[name] = guess
     found = (truth > 0).mean(axis=0) >= 0.01
     found &= ~np.any([np.isnan(guess).any(axis=0) for guess in guesses.values()], axis=0)
     print(f"## Imputation of {found.sum()} hidden genes in {len(truth):,} cells of {query}, seed {seed}\n")

@@ -45,7 +45,8 @@ def open_counts(
     try:
         root = _open_zarr(path) if path.is_dir() else h5py.File(path)
     except (OSError, ValueError) as error:  # HDF5 does not say which file
-        msg = f"{path} cannot be read as {'a zarr folder' if path.is_dir() else 'an h5ad or h5mu file'}: {error}"
+        kind = "a zarr folder" if path.is_dir() else f"an {'h5mu' if path.suffix == '.h5mu' else 'h5ad'} file"
+        msg = f"{path} cannot be read as {kind}: {error}"
         raise ValueError(msg) from error
     if "mod" not in root:
         layers = set(layer.values()) if isinstance(layer, Mapping) else {layer}
