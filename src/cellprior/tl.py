@@ -108,6 +108,7 @@ def embed(
     """
     from cellprior.model import model_class
     from cellprior.model._embedding import in_memory
+    from cellprior.model._on_disk import open_counts
     from cellprior.model._streaming import stream
 
     cls = model_class(weights)
@@ -115,7 +116,7 @@ def embed(
         if out is None:
             msg = f"{os.fspath(adata)!r} is a path: name a folder to write to, out=, or read the data first."
             raise ValueError(msg)
-        adata = cls._open_counts(adata, layer, modalities, as_dask=client is not None)
+        adata = open_counts(adata, cls._layers_on_disk(layer, modalities), as_dask=client is not None)
     if out is not None and copy:
         msg = "out= writes to a folder, and copy= returns a copy: choose one of them."
         raise ValueError(msg)

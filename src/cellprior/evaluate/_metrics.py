@@ -66,7 +66,7 @@ def knn_predict(train: Any, train_labels: Any, test: Any, *, n_neighbors: int = 
     votes = np.zeros((len(test), n_labels), dtype=np.int64)
     np.add.at(votes, (np.arange(len(test))[:, None], neighbor), 1)
     wins = np.take_along_axis(votes, neighbor, axis=1) == votes.max(axis=1, keepdims=True)
-    return np.asarray(np.asarray(values)[neighbor[np.arange(len(test)), wins.argmax(axis=1)]])
+    return np.asarray(values[neighbor[np.arange(len(test)), wins.argmax(axis=1)]])
 
 
 def accuracy(truth: Any, predicted: Any) -> float:

@@ -30,9 +30,7 @@ class Worker:
     Attributes
     ----------
     module
-        The network, on the CPU as it is sent.
-    device
-        Where it runs; ``"auto"`` is the worker's first GPU if it has one.
+        The network, on the CPU as it is sent; it runs on the worker's first GPU if it has one.
     encode
         Of the model class, of which it reads ``module`` only.
     to_vocabulary
@@ -46,7 +44,6 @@ class Worker:
     """
 
     module: torch.nn.Module
-    device: str
     encode: Callable[..., Iterable[Tensor]]
     to_vocabulary: ToVocabulary
     gene_index: np.ndarray | None
@@ -57,10 +54,7 @@ class Worker:
 
     def ready(self) -> Any:
         """The network, where it runs."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self.module.to(device)
+        return on_device_here(self.module)
 
     def autocast(self) -> torch.autocast:
         """What makes products in the precision asked for."""
@@ -103,6 +97,11 @@ class Worker:
             except torch.cuda.OutOfMemoryError as error:
                 self.size.halve(error)
             torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
+
+
+def on_device_here(module: torch.nn.Module) -> torch.nn.Module:
+    """A network that was sent, on the first GPU of this machine if there is one."""
+    return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def embed_unit(worker: Worker, block: Any, position: np.ndarray, names: np.ndarray) -> np.ndarray:

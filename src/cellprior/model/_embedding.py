@@ -144,7 +144,6 @@ class Embedding:
         adata, layer = self.manager.adata, self.manager.data_registry["X"]["attr_key"]
         return Worker(
             module=self.model.module,
-            device="auto",
             encode=type(self.model)._encode,
             to_vocabulary=ToVocabulary(self.column, len(self.used)),
             gene_index=None if self.gene_index is None else self.used,

@@ -17,7 +17,7 @@ from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from cellprior.model._data import without_view
-from cellprior.model._on_disk import open_counts, with_frames
+from cellprior.model._on_disk import with_frames
 from cellprior.weights import (
     Bundle,
     InertCheckpoint,
@@ -125,17 +125,12 @@ class LoadableModel(BaseModelClass):
             if users is not None:
                 cls.register_manager(users)
 
-    @classmethod
-    def _open_counts(
-        cls,
-        path: str | os.PathLike[str],
-        layer: str | Mapping[str, str | None] | None,
-        modalities: Mapping[str, str] | None,
-        *,
-        as_dask: bool,
-    ) -> Any:
-        """Data of a file, of which the counts stay there; see :func:`cellprior.model._on_disk.open_counts`."""
-        return open_counts(path, layer, as_dask=as_dask)
+    @staticmethod
+    def _layers_on_disk(
+        layer: str | Mapping[str, str | None] | None, modalities: Mapping[str, str] | None
+    ) -> str | Mapping[str, str | None] | None:
+        """Layer as :func:`cellprior.model._on_disk.open_counts` takes it."""
+        return layer
 
     @classmethod
     def _set_up(cls, adata: ad.AnnData) -> ad.AnnData:

@@ -11,6 +11,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
+from cellprior.genes import GeneMatch
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import CountsManager, row_numbers
 from cellprior.model._genes import gene_rows, measured_genes, refuse_unmeasured
@@ -67,10 +68,11 @@ class ExpressionMixin(PretrainedModel):
         """
         latent = self._embed(adata, indices, batch_size, "float32")
         with self._attached(adata) as manager:
-            names, columns = self._named(gene_list, manager)
+            match = self._match_of(manager)
+            names, columns = self._named(gene_list, match)
             rows = row_numbers(indices, manager.adata.n_obs)
-            seen = measured_genes(None, None, self.genes, self._match_of(manager))
-            groups = self._decoder_groups(covariates, manager, rows, seen)
+            seen = measured_genes(None, None, self.genes, match)
+            groups = self._decoder_groups(covariates, manager, match.index, rows, seen)
             values = np.empty((len(latent), len(names)), dtype=np.float32)
             for cells, mean in self._decoder_means(latent, groups, batch_size):
                 values[cells] = mean[:, columns] * (library_size / mean.sum(axis=1, keepdims=True))
@@ -119,31 +121,31 @@ class ExpressionMixin(PretrainedModel):
         """
         latent = self._embed(adata, indices, batch_size, "float32")
         with self._attached(adata) as manager:
-            names, columns = self._named(genes, manager)
-            rows = row_numbers(indices, manager.adata.n_obs)
             match = self._match_of(manager)
+            names, columns = self._named(genes, match)
+            rows = row_numbers(indices, manager.adata.n_obs)
             seen = measured_genes(measured, manager, self.genes, match)
             panel = np.zeros(len(rows), dtype=np.int64)
             if measured is not None:
                 panel = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
             values = np.empty((len(latent), len(names)), dtype=np.float32)
-            groups = self._decoder_groups(covariates, manager, rows, seen)
+            groups = self._decoder_groups(covariates, manager, match.index, rows, seen)
             for cells, mean in self._decoder_means(latent, groups, batch_size):
-                counts = self._dense_counts(manager, rows[cells]).numpy()  # (cells, n_genes)
+                counts = self._dense_counts(manager, match.index, rows[cells]).numpy()  # (cells, n_genes)
                 known = seen[panel[cells]]
                 refuse_unmeasured(counts, known, self.genes)
                 depth = counts.sum(axis=1, keepdims=True)
                 values[cells] = mean[:, columns] * (depth / (mean * known).sum(axis=1, keepdims=True))
             return pd.DataFrame(values, index=manager.adata.obs_names[rows], columns=names)
 
-    def _dense_counts(self, manager: CountsManager, rows: np.ndarray) -> Tensor:
-        """Raw counts of cells over the vocabulary ``(cells, n_genes)``."""
+    def _dense_counts(self, manager: CountsManager, column: np.ndarray, rows: np.ndarray) -> Tensor:
+        """Raw counts of cells over the vocabulary ``(cells, n_genes)``; ``column`` is the index of the gene match."""
         loader = self._data_loader_cls(
             manager,
             indices=rows,
             batch_size=len(rows),
             data_and_attributes=[REGISTRY_KEYS.X_KEY],
-            column=self._match_of(manager).index,
+            column=column,
             n_columns=len(self.genes),
             dense=True,
         )
@@ -151,24 +153,29 @@ class ExpressionMixin(PretrainedModel):
         return batch[REGISTRY_KEYS.X_KEY]
 
     def _decoder_groups(
-        self, covariates: Covariates, manager: CountsManager, rows: np.ndarray, seen: np.ndarray
+        self,
+        covariates: Covariates,
+        manager: CountsManager,
+        column: np.ndarray,
+        rows: np.ndarray,
+        seen: np.ndarray,
     ) -> list[tuple[np.ndarray, dict[str, int]]]:
         """Positions of the cells that are decoded with the same covariates, and these; none where it is their mean."""
         if covariates not in get_args(Covariates):
             msg = f'covariates={covariates!r} is not known; choose "fitted" or "mean".'
             raise ValueError(msg)
-        if covariates == "mean":
+        decoder = self.module.decoder
+        if covariates == "mean" or (decoder.dataset is None and decoder.batch is None):
             return [(np.arange(len(rows)), {})]
         batch = np.zeros(manager.adata.n_obs, dtype=np.int64)
         if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
             batch = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
         groups = []
         for code in np.unique(batch[rows]):
-            cells = np.flatnonzero(
-                batch == code
-            )  # all, so that the choice does not depend on those asked for
+            # of all cells, so that the choice does not depend on those asked for
+            cells = np.flatnonzero(batch == code)
             cells = cells[np.unique(np.linspace(0, len(cells) - 1, MAX_CELLS).astype(np.int64))]
-            counts = {REGISTRY_KEYS.X_KEY: self._dense_counts(manager, cells)}
+            counts = {REGISTRY_KEYS.X_KEY: self._dense_counts(manager, column, cells)}
             known = torch.from_numpy(seen[code if len(seen) > 1 else 0]).to(self.module.device)
             fitted = fit_covariates(self.module, [counts], known)
             groups.append((np.flatnonzero(batch[rows] == code), fitted.get(0, {})))
@@ -186,9 +193,9 @@ class ExpressionMixin(PretrainedModel):
                 mean, _ = decoded(self.module, z, covariates)
                 yield cells, mean.cpu().numpy()
 
-    def _named(self, names: Sequence[str] | None, manager: CountsManager) -> tuple[list[str], np.ndarray]:
+    def _named(self, names: Sequence[str] | None, match: GeneMatch) -> tuple[list[str], np.ndarray]:
         """Names of genes, by default all of the vocabulary, and their rows in it."""
         if names is not None:
-            return list(names), gene_rows(names, self.genes, self._match_of(manager))
+            return list(names), gene_rows(names, self.genes, match)
         symbols, ids = self.genes["symbol"], self.genes["ensembl_id"]
         return symbols.where(symbols != "", ids).tolist(), np.arange(len(ids))

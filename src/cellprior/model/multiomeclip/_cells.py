@@ -238,10 +238,8 @@ class CountsOf:
         """Counts of cells, by the match of their features and the vocabulary."""
         adata, layer = cells.data[modality], cells.layers[modality]
         x = counts_matrix(adata, layer)
-        if isinstance(
-            x, sp.csc_matrix | sp.csc_array
-        ):  # once, as rows of CSC cost a pass over the matrix each
-            x = x.tocsr()
+        # once, as rows of CSC cost a pass over the matrix each
+        x = x.tocsr() if isinstance(x, sp.csc_matrix | sp.csc_array) else x
         return cls(adata, modality, layer, x, cells.rows[modality], match.index, n_features)
 
     def read(self, cells: np.ndarray) -> sp.csr_matrix:

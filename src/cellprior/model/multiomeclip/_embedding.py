@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._cluster import block_of, parts_on_cluster, refuse_here
+from cellprior.model._cluster import block_of, on_device_here, parts_on_cluster, refuse_here
 from cellprior.model._data import csr_tensor
 from cellprior.model._embedding import BatchSize, Part
 from cellprior.model.multiomeclip._cells import CountsOf
@@ -102,7 +102,7 @@ class Worker(Encoder):
 
     def latents(self, parts: list[tuple[Any, np.ndarray, np.ndarray]]) -> np.ndarray:
         """Latents ``(cells, n_latent)`` of one unit, of which each modality has a block, rows in it, and names."""
-        self.module.to("cuda" if torch.cuda.is_available() else "cpu")
+        on_device_here(self.module)
         counts = []
         for of_modality, (block, row, names) in zip(self.counts, parts, strict=True):
             labels = SimpleNamespace(**vars(of_modality.adata), obs_names=names)

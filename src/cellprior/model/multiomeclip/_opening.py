@@ -15,7 +15,6 @@ import torch
 from mudata import MuData
 
 from cellprior.model._loading import LoadableModel, load_strictly
-from cellprior.model._on_disk import open_counts
 from cellprior.model.multiomeclip._cells import codes_of, modality_keys
 from cellprior.model.multiomeclip._checkpoint import read_scclip
 from cellprior.model.multiomeclip._module import MODALITIES
@@ -71,19 +70,13 @@ class OpenedModel(ContrastiveModel, LoadableModel):
         codes_of(adata.obs, batch_key)
         yield model
 
-    @classmethod
-    def _open_counts(
-        cls,
-        path: str | os.PathLike[str],
-        layer: str | Mapping[str, str | None] | None,
-        modalities: Mapping[str, str] | None,
-        *,
-        as_dask: bool,
-    ) -> Any:
-        """Data of a file, of which the counts stay there."""
+    @staticmethod
+    def _layers_on_disk(
+        layer: str | Mapping[str, str | None] | None, modalities: Mapping[str, str] | None
+    ) -> Mapping[str, str | None]:
+        """Layer of each modality, by its name in the file."""
         layers = _layers(layer)
-        by_key = {key: layers.get(name) for name, key in modality_keys(modalities).items()}
-        return open_counts(path, by_key, as_dask=as_dask)
+        return {key: layers.get(name) for name, key in modality_keys(modalities).items()}
 
     @classmethod
     def _set_up(cls, adata: MuData | None) -> MuData | None:
