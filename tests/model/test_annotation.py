@@ -423,7 +423,7 @@ def test_names_of_whole_runs_are_wrong_as_rarely_as_promised_in_nine_of_ten(weig
 
 
 def test_a_smaller_reject_rejects_fewer_cells_for_novelty(fine_tuned):
-    limits = [fine_tuned._limits(reject, soft=False).novelty for reject in (0.05, 0.1, 0.3)]
+    limits = [fine_tuned._limits(reject).novelty for reject in (0.05, 0.1, 0.3)]
     assert limits == sorted(limits, reverse=True)
 
 
