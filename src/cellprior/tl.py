@@ -215,6 +215,7 @@ def annotate(
     import pandas as pd
 
     from cellprior.model import model_class
+    from cellprior.model._rejection import check_share
 
     cls = model_class(weights)
     if not hasattr(cls, "fine_tune"):
@@ -230,18 +231,20 @@ def annotate(
     if save is not None and os.path.lexists(save):
         msg = f"{os.fspath(save)} is there already: choose another folder for what is learned."
         raise FileExistsError(msg)
+    if reject is not None:
+        check_share(reject)
     if copy:
         adata = _copy(adata)
     key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
     setup: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
     options = {**setup, "min_coverage": min_coverage, "device": device}
     with cls.opened(weights, adata if reference is None else reference, **options) as model:
+        record = model.provenance(adata)  # first: genes that do not match are told before anything is learned
         if reference is not None:
             model.fine_tune(labels_key, **fine_tune)
-        names, probability = model._name_cells(adata, reject=reject, batch_size=batch_size)
-        record = model.provenance(adata)
         if save is not None:
             model.save_pretrained(save)
+        names, probability = model._name_cells(adata, reject=reject, batch_size=batch_size)
     adata.obs[key] = pd.Categorical(names)
     adata.obs[f"{key}_probability"] = probability.max(axis=1).astype(np.float32)
     learned = {name: value for name, value in fine_tune.items() if isinstance(value, str | int | float)}

@@ -29,6 +29,13 @@ def cells_needed(reject: float) -> int:
     return n
 
 
+def check_share(reject: float) -> None:
+    """Refuse with a ValueError what is no share."""
+    if not 0 < reject < 1:
+        msg = f"reject={reject}; a share between 0 and 1 is needed, such as 0.1."
+        raise ValueError(msg)
+
+
 def check_reject(reject: float, n_cells: int, advice: str) -> None:
     """Refuse a share that is none, or that so few calibration cells cannot promise.
 
@@ -37,9 +44,7 @@ def check_reject(reject: float, n_cells: int, advice: str) -> None:
     ValueError
         With the number of cells needed, and the advice.
     """
-    if not 0 < reject < 1:
-        msg = f"reject={reject}; a share between 0 and 1 is needed, such as 0.1."
-        raise ValueError(msg)
+    check_share(reject)
     if n_cells < (needed := cells_needed(reject)):
         msg = (
             f"reject={reject} can be promised from {needed} calibration cells on; there are {n_cells}. {advice}, or "
