@@ -14,7 +14,6 @@ import re
 import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -43,6 +42,8 @@ PIECE = re.compile(
     r"^<!-- (?P<marker>run|not run):(?P<said>.*?)-->$|^```(?P<language>\w+)\n(?P<code>.*?)^```$",
     flags=re.MULTILINE | re.DOTALL,
 )
+# Two epochs are too few to be good, and the models say so.
+trained_too_little = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class Block(NamedTuple):
@@ -133,6 +134,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         scvi.settings.seed = seed
 
 
+@trained_too_little
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
     found = list(blocks(page.read_text(encoding="utf-8")))
@@ -146,15 +148,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
         if block.excuse is not None:
             assert len(block.excuse) > 10, f"{page}: say why it is not run"
         elif block.language == "python":
-            code = compile(block.code, f"{page.name}, block {number}", "exec")
-            with warnings.catch_warnings():
-                # two epochs are too few to be good, and the models say so
-                warnings.simplefilter("ignore", category=UserWarning)
-                exec(code, names)
+            exec(compile(block.code, f"{page.name}, block {number}", "exec"), names)
         elif block.language == "bash":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", category=UserWarning)
-                run_shell(block.code)
+            run_shell(block.code)
 
 
 def run_shell(code: str) -> None:
@@ -167,13 +163,12 @@ def run_shell(code: str) -> None:
             assert (ROOT / words[1]).is_file(), line
 
 
+@trained_too_little
 def test_the_first_page_that_people_read_gives_an_embedding_a_map_and_a_record(quick):
     names = made_up()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)  # as above
-        for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
-            if block.language == "python":
-                exec(compile(block.code, "README.md", "exec"), names)
+    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+        if block.language == "python":
+            exec(compile(block.code, "README.md", "exec"), names)
     adata = names["adata"]
     embedding = adata.obsm["X_cellplm"]
     assert embedding.shape[0] == adata.n_obs
