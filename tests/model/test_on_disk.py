@@ -12,6 +12,7 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
+from cellprior._compat import new_group
 from cellprior.model._on_disk import digest, digest_of_counts, refuse_vanished
 
 N_CELLS, N_GENES = 300, 40
@@ -82,14 +83,14 @@ def test_a_digest_tells_where_one_part_ends_and_the_next_begins():
 
 
 def test_of_zarr_stores_only_folders_can_vanish_unnoticed(counts, tmp_path):
-    root = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=2)
+    root = new_group(tmp_path / "x.zarr")
     ad.io.write_elem(root, "X", counts)
     x = ad.io.sparse_dataset(root["X"])
     refuse_vanished(x)
     (tmp_path / "x.zarr").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"x\.zarr/X was there when it was opened, and is gone"):
         refuse_vanished(x)
-    in_memory = zarr.open_group({}, mode="w", zarr_format=2)
+    in_memory = new_group(zarr.storage.MemoryStore())
     ad.io.write_elem(in_memory, "X", counts)
     refuse_vanished(ad.io.sparse_dataset(in_memory["X"]))
     bucket = type("FsspecStore", (), {"path": "bucket/x.zarr"})()

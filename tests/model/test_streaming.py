@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 import zarr
@@ -22,6 +23,7 @@ from anndata import AnnData
 from filelock import FileLock
 
 import cellprior as cp
+from cellprior._compat import new_group
 from cellprior.model import CellPLM, _data, _files, _on_disk, _streaming
 from cellprior.model._embedding import Embedding
 from cellprior.model._streaming import LatentStore
@@ -363,7 +365,7 @@ def test_what_is_none_of_ours_is_never_replaced(adata, counts, tmp_path, what):
         out.mkdir()
         (out / "thesis.txt").write_text("precious")
     else:
-        ad.io.write_elem(zarr.open_group(out, mode="w", zarr_format=2), "obs", adata.obs)
+        ad.io.write_elem(new_group(out), "obs", adata.obs)
     before = sorted(out.rglob("*"))
     with pytest.raises(FileExistsError, match="out.zarr is there already, and is not an embedding"):
         stream(counts, out, overwrite=True)
@@ -503,6 +505,15 @@ def test_a_model_that_looks_at_one_cell_at_a_time_has_no_hidden_states_to_keep(c
         stream(counts, tmp_path / "out.zarr", tiny_scbert(), hidden="scratch")
 
 
+def write_null(path: Path) -> None:
+    """A file without a matrix, as anndata 0.12 writes it."""
+    AnnData(obs=blood_cells().obs).write_h5ad(path)
+    with h5py.File(path, "a") as file:
+        file.pop("X", None)
+        file["X"] = h5py.Empty("f4")
+        file["X"].attrs["encoding-type"] = "null"
+
+
 @pytest.mark.parametrize(
     ("write", "layer", "message"),
     [
@@ -511,8 +522,9 @@ def test_a_model_that_looks_at_one_cell_at_a_time_has_no_hidden_states_to_keep(c
         (lambda path: None, None, "cannot be read as an h5ad file"),
         (lambda path: blood_cells()[:9].copy().write_h5ad(path), "nope", "no layers/nope.* layers are log"),
         (lambda path: AnnData(obs=blood_cells().obs).write_h5ad(path), None, "has no X; it holds"),
+        (write_null, None, "has no X; it holds"),
     ],
-    ids=["text", "empty folder", "nothing", "no layer", "no matrix"],
+    ids=["text", "empty folder", "nothing", "no layer", "no matrix", "null"],
 )
 def test_a_file_without_counts_is_an_error_that_says_what_it_holds(tmp_path, write, layer, message):
     write(tmp_path / "input")

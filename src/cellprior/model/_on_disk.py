@@ -73,7 +73,9 @@ def open_counts(
 
 def _open_anndata(path: Path, root: Any, layer: str | None, as_dask: bool) -> ad.AnnData:
     where = "X" if layer is None else f"layers/{layer}"
-    if missing := [name for name in ("obs", "var", where) if name not in root]:
+    names = ("obs", "var", where)
+    # "null" is how anndata 0.12 writes that there is no X
+    if missing := [n for n in names if n not in root or root[n].attrs.get("encoding-type") == "null"]:
         msg = f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(root))}."
         if layer is not None and "layers" in root:
             msg += f" Its layers are {', '.join(sorted(root['layers'])) or 'none'}."
