@@ -106,16 +106,19 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_written(reference, query,
     assert "cellprior" not in query.uns
 
 
-def test_what_cannot_be_named_is_said_before_anything_is_learned(reference, query, tmp_path, monkeypatch):
+def test_what_cannot_be_named_is_said_before_anything_is_learned(reference, query, monkeypatch):
     def learn(*args: Any, **kwargs: Any) -> None:
         pytest.fail("The model began to learn.")
 
+    before = list(query.obs)
     monkeypatch.setattr(CellPLM, "fine_tune", learn)
     with pytest.raises(ValueError, match="reject=2"):
         cp.tl.annotate(query, STARTER, reference, "bulk_labels", reject=2)
     query.var_names = [f"locus{i}" for i in range(query.n_vars)]
     with pytest.raises(cp.genes.GeneMatchError):
         cp.tl.annotate(query, STARTER, reference, "bulk_labels")
+    assert [name for name in query.obs if not name.startswith("_scvi")] == before
+    assert "cellprior" not in query.uns
 
 
 def test_what_was_learned_is_saved_even_if_naming_fails(reference, query, tmp_path):
