@@ -68,7 +68,46 @@ def test_a_hash_that_is_none_is_refused():
         weights.resolve("https://example.org/my.ckpt", known_hash="abc")
 
 
-def test_the_fingerprint_of_a_bundle_is_that_of_its_tensors(tmp_path: Path):
-    (tmp_path / "model.safetensors").write_bytes(GOOD)
-    (tmp_path / "README.md").write_bytes(b"anything")
-    assert weights.sha256(tmp_path) == weights.sha256(tmp_path / "model.safetensors") == HASH
+def bundle(folder: Path, peaks: bytes | None = None) -> Path:
+    folder.mkdir()
+    files = {"model.safetensors": GOOD, "config.json": b"{}", "genes.tsv": b"g", "README.md": b"anything"}
+    for name, content in (files | ({} if peaks is None else {"peaks.tsv": peaks})).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "genes.tsv", "peaks.tsv"])
+def test_the_hash_of_a_bundle_is_another_whatever_file_of_it_is_changed(tmp_path: Path, name: str):
+    folder = bundle(tmp_path / "b", peaks=b"p")
+    before = weights.sha256(folder)
+    assert weights.resolve(folder, known_hash=before) == folder
+    (folder / name).write_bytes(b"edited")
+    with pytest.raises(weights.WeightsError, match=f"another folder.*needed is {before}"):
+        weights.resolve(folder, known_hash=before)
+
+
+def test_the_hash_of_a_bundle_does_not_depend_on_its_place_or_its_card(tmp_path: Path):
+    first, second = bundle(tmp_path / "a"), bundle(tmp_path / "b")
+    (second / "README.md").write_bytes(b"another text")
+    assert weights.sha256(first) == weights.sha256(second)
+
+
+def test_the_hash_of_a_bundle_is_that_of_the_list_of_its_hashes(tmp_path: Path):
+    folder = bundle(tmp_path / "b", peaks=b"p")
+    names = ["config.json", "genes.tsv", "model.safetensors", "peaks.tsv"]
+    listed = "".join(
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names
+    )
+    assert weights.sha256(folder) == hashlib.sha256(listed.encode()).hexdigest()
+    assert weights.sha256(*(folder / name for name in names)) == weights.sha256(folder)
+
+
+def test_a_hash_of_the_tensors_alone_is_refused_with_how_to_find_that_of_the_folder(tmp_path: Path):
+    folder = bundle(tmp_path / "b")
+    with pytest.raises(weights.WeightsError, match=r"model\.safetensors alone.*weights\.sha256\("):
+        weights.resolve(folder, known_hash=HASH)
+
+
+def test_a_folder_that_is_no_bundle_has_no_hash(tmp_path: Path):
+    with pytest.raises(weights.WeightsError, match=r"is no bundle, it lacks config\.json, genes\.tsv"):
+        weights.resolve(tmp_path, known_hash=HASH)

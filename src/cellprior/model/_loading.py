@@ -33,6 +33,7 @@ class LoadableModel(BaseModelClass):
     """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
 
     obsm_key: str
+    # what :meth:`from_pretrained` was given, and the sha256 of all that was read: tensors, configuration, vocabulary
     pretrained_: dict[str, str] | None = None
     _setup_method = "setup_anndata"
 
@@ -61,7 +62,7 @@ class LoadableModel(BaseModelClass):
         device
             ``"auto"`` is the first GPU if there is one, else the CPU.
         known_hash
-            sha256 of the file.
+            sha256 of the file, or of the whole folder, see :func:`cellprior.weights.sha256`.
 
         Raises
         ------
@@ -71,14 +72,14 @@ class LoadableModel(BaseModelClass):
             If too few genes match.
         """
         path = resolve(weights, known_hash=known_hash)
-        bundle, hashed = cls._read_weights(path)
+        bundle, file = cls._read_weights(path)
         adata = cls._set_up(adata)
         with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
             arguments = {**bundle.config["network"], **bundle.vocabulary}
             model = cls(adata, min_coverage=min_coverage, **arguments)
             model.annotation_ = bundle.config.get("annotation", {})
         load_strictly(model.module, bundle.state_dict, str(weights))
-        model.pretrained_ = {"weights": str(weights), "sha256": sha256(hashed)}
+        model.pretrained_ = {"weights": str(weights), "sha256": sha256(*(bundle.files or (file,)))}
         model.training_state_ = bundle.config.get("training_state", {})
         model.is_trained_ = True
         if device == "auto":

@@ -51,6 +51,9 @@ class Bundle:
     peaks: list[str] | None = None
     """Names of peaks in order, if the model reads ATAC."""
 
+    files: tuple[Path, ...] = ()
+    """What it was read from: the bundle folder, or a checkpoint and what lay beside it; for `sha256`."""
+
     @property
     def vocabulary(self) -> dict[str, Any]:
         """Arguments of the model besides those of its network: `genes`, and `peaks` if there are any."""
@@ -171,7 +174,9 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     state_dict = {
         name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()
     }
-    return Bundle(state_dict, config, genes, (folder / "README.md").read_text(encoding="utf-8"), peaks)
+    return Bundle(
+        state_dict, config, genes, (folder / "README.md").read_text(encoding="utf-8"), peaks, (folder,)
+    )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from cellprior.settings import settings
+from cellprior.weights._digest import sha256
 from cellprior.weights._registry import Entry, FileEntry, WeightsError, entries, get_entry, is_sha256, suggest
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def resolve(
         Registry name (which wins over a local folder of that name), path of a bundle or a checkpoint file, or
         http(s) address of a file.
     known_hash
-        sha256 that the file must have (of a bundle: its `model.safetensors`). Needed with an address.
+        sha256 that the file must have; of a bundle: that of all of it, see `sha256`. Needed with an address.
     progressbar
         Whether downloads show their progress on stderr.
 
@@ -99,16 +99,15 @@ def resolve(
         msg = f"{name!r} is neither a registry name nor an existing file or folder. {suggest(name)}"
         raise WeightsError(msg)
     if problem := _hash_problem(path, known_hash):
-        msg = f"{path} is another file than expected, or a damaged one: {problem}."
+        what = "folder" if path.is_dir() else "file"
+        msg = f"{path} is another {what} than expected, or a damaged one: {problem}."
+        if path.is_dir() and sha256(path / "model.safetensors") == known_hash:
+            msg += (
+                " What is given is the hash of model.safetensors alone. That of a folder covers its configuration and "
+                f"genes as well: cellprior.weights.sha256({str(path)!r})."
+            )
         raise WeightsError(msg)
     return path
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal; of a bundle folder: of its `model.safetensors`."""
-    path = Path(path)
-    with (path / "model.safetensors" if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_web_page(path: Path) -> bool:

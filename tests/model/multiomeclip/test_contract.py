@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from cellprior._compat import without_pulled_columns
 from cellprior.genes import GeneMatchError, PeakMatchError
 from cellprior.model import NotCountsError
 from cellprior.model.multiomeclip import MultiomeCLIP
-from cellprior.weights import WeightsError, read_bundle, write_bundle
+from cellprior.weights import WeightsError, read_bundle, sha256, write_bundle
 from tests.contract.shared import (
     FORMATS,
     NOT_COUNTS,
@@ -484,7 +483,7 @@ def test_the_bundle_of_an_older_version_with_its_peaks_in_the_config_is_read_for
 
 
 def test_weights_with_another_hash_than_the_known_one_are_refused(bundle, latent, mdata):
-    digest = hashlib.sha256((bundle / "model.safetensors").read_bytes()).hexdigest()
+    digest = sha256(bundle)
     with pytest.raises(WeightsError, match=f"it has sha256 {digest}, needed is {'0' * 64}"):
         MultiomeCLIP.from_pretrained(bundle, known_hash="0" * 64)
     right = MultiomeCLIP.from_pretrained(bundle, known_hash=digest)

@@ -82,7 +82,8 @@ def read_official(checkpoint: Path) -> Bundle:
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{config_path.name} is damaged or not CellPLM's ({error!r}). Get it again."
         raise WeightsError(msg) from error
-    return Bundle(state_dict, {"model": "CellPLM", "network": arguments}, genes, "")
+    files = (checkpoint, config_path)
+    return Bundle(state_dict, {"model": "CellPLM", "network": arguments}, genes, "", files=files)
 
 
 def rename(tensors: Any, file: str) -> dict[str, Tensor]:

@@ -70,17 +70,18 @@ def read_official(checkpoint: Path) -> Bundle:
         )
         raise WeightsError(msg)
     state_dict["embedder.gene_vectors"] = vectors[:-1]
-    symbols = read_genes(checkpoint.parent, len(vectors) - 1)
+    symbols, gene_file = read_genes(checkpoint.parent, len(vectors) - 1)
     genes = pd.DataFrame({"ensembl_id": "", "symbol": symbols, "previous_symbols": ""})
-    return Bundle(state_dict, {"model": "ScBERT", "network": arguments}, genes, "")
+    files = (checkpoint, gene_file)
+    return Bundle(state_dict, {"model": "ScBERT", "network": arguments}, genes, "", files=files)
 
 
-def read_genes(folder: Path, n_genes: int) -> list[str]:
-    """Gene symbols in the order of the gene vectors, from the text file in a checkpoint's folder."""
+def read_genes(folder: Path, n_genes: int) -> tuple[list[str], Path]:
+    """Gene symbols in the order of the gene vectors, and the text file in a checkpoint's folder that has them."""
     for path in [folder / GENE_FILE, *sorted(folder.glob("*gene*.txt"))]:
         symbols = path.read_text().split() if path.is_file() else []
         if len(symbols) == n_genes:
-            return symbols
+            return symbols, path
     found = sorted(path.name for path in folder.glob("*gene*.txt"))
     msg = (
         f"The checkpoint has vectors for {n_genes:,} genes, but not their names, and in {folder} there is "
