@@ -45,6 +45,8 @@ def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> Pretra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = cls(adata, genes=model.genes, min_coverage=model.min_coverage, **model._network())
+    for name in cls._input_buffers:
+        twin.module.get_buffer(name).copy_(model.module.get_buffer(name))
     twin.pretrained_ = {"weights": RANDOM_WEIGHTS, "seed": str(seed)}
     twin.is_trained_ = True
     twin.to_device(model.device)

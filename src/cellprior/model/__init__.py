@@ -13,11 +13,13 @@ from cellprior.model._convert import convert
 from cellprior.model._data import NotCountsError
 from cellprior.model._loading import LoadableModel
 from cellprior.model.cellplm import CellPLM
+from cellprior.model.geneformer import Geneformer
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.scbert import ScBERT
 
 __all__ = [
     "CellPLM",
+    "Geneformer",
     "MultiomeCLIP",
     "NotCountsError",
     "PretrainedModel",
@@ -26,7 +28,7 @@ __all__ = [
     "model_class",
 ]
 
-MODELS: tuple[type[LoadableModel], ...] = (CellPLM, ScBERT, MultiomeCLIP)
+MODELS: tuple[type[LoadableModel], ...] = (CellPLM, ScBERT, MultiomeCLIP, Geneformer)
 
 
 def models() -> Iterator[type[LoadableModel]]:

@@ -1,0 +1,121 @@
+"""Genes in the context of cells: their vectors, and the attention between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._genes import gene_rows
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
+
+FEW = 16  # cells whose hidden states are in memory at a time
+
+
+def gene_vectors(
+    model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, *, layer: int, precision: Precision
+) -> pd.DataFrame:
+    """See :meth:`cellprior.model.Geneformer.get_gene_representation`."""
+    module = model.module
+    module.checked_layer(layer)
+    total = torch.zeros(module.n_genes, module.n_hidden, dtype=torch.float64)
+    n_cells = torch.zeros(module.n_genes, dtype=torch.float64)
+
+    def add(tokens: Tensor) -> None:
+        states = module.states(tokens, layer=layer)
+        here = tokens >= module.first_gene
+        gene = (tokens[here] - module.first_gene).cpu()
+        total.index_add_(0, gene, states[here].double().cpu())
+        n_cells.index_add_(0, gene, torch.ones(len(gene), dtype=torch.float64))
+
+    _for_cells(model, adata, indices, precision, add)
+    rows, names = _known_genes(model, adata)
+    mean = (total[rows] / n_cells[rows][:, None]).float().numpy()  # 0 / 0 is NaN
+    return pd.DataFrame(mean, index=names)
+
+
+def attention_between(
+    model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, genes: Sequence[str] | None
+) -> pd.DataFrame | pd.Series:
+    """See :meth:`cellprior.model.Geneformer.get_attention`."""
+    module = model.module
+    if genes is not None:
+        with model._attached(adata) as manager:
+            chosen = gene_rows(genes, model.genes, model._match_of(manager))
+        place_of = torch.full((module.n_tokens,), -1)
+        place_of[torch.from_numpy(np.unique(chosen)) + module.first_gene] = torch.arange(len(np.unique(chosen)))
+        size: tuple[int, ...] = (len(np.unique(chosen)),) * 2
+    else:
+        place_of = torch.arange(module.n_tokens) - module.first_gene
+        size = (module.n_genes,)
+    total, n_cells = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+
+    def add(tokens: Tensor) -> None:
+        for cell in tokens:
+            cell = cell[cell != 0][None]
+            place = place_of[cell[0].cpu()]
+            here = (place >= 0).nonzero()[:, 0]
+            if not len(here):
+                continue
+            paid = module.attention(cell).double().cpu()  # (queries, keys)
+            if genes is None:
+                total.index_add_(0, place[here], paid.mean(0)[here])
+                n_cells.index_add_(0, place[here], torch.ones(len(here), dtype=torch.float64))
+            else:
+                row, column = place[here][:, None], place[here][None]
+                total[row, column] += paid[here][:, here]
+                n_cells[row, column] += 1
+
+    _for_cells(model, adata, indices, "float32", add)
+    mean = (total / n_cells).float().numpy()
+    if genes is None:
+        rows, names = _known_genes(model, adata)
+        return pd.Series(mean[rows], index=names, name="attention")
+    order = np.searchsorted(np.unique(chosen), chosen)
+    return pd.DataFrame(mean[np.ix_(order, order)], index=list(genes), columns=list(genes))
+
+
+def _known_genes(model: PretrainedModel, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
+    """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
+    with model._attached(adata) as manager:
+        match = model._match_of(manager)
+    known = match.index >= 0
+    return match.index[known], match.var_names[known]
+
+
+def _for_cells(
+    model: PretrainedModel,
+    adata: ad.AnnData | None,
+    indices: Indices,
+    precision: Precision,
+    function: Callable[[Tensor], None],
+) -> None:
+    """Call a function with the tokens of a few cells at a time, each cell once.
+
+    Raises
+    ------
+    ValueError
+        If there are no cells.
+    """
+
+    def read(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
+        for counts in chunks:
+            for tokens in model.module.tokens(counts, gene_index=gene_index).split(FEW):
+                function(tokens)
+                yield torch.zeros(len(tokens), 1)
+
+    if not len(model._embed(adata, indices, None, precision, encode=read, width=1)):
+        msg = "indices names no cells; a mean needs at least one."
+        raise ValueError(msg)
+
+
+

@@ -1,0 +1,257 @@
+"""Geneformer's face to AnnData."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+
+from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._masked import MaskedScores
+from cellprior.model.geneformer._checkpoint import find_official, read_official
+from cellprior.model.geneformer._context import Indices, attention_between, gene_vectors
+from cellprior.model.geneformer._floors import RankFloors
+from cellprior.model.geneformer._inputs import nonzero_medians
+from cellprior.model.geneformer._masked import masked_scores
+from cellprior.model.geneformer._module import GeneformerModule, Pooling
+from cellprior.weights import Bundle, WeightsError
+
+SCALE_CELLS = 10_000  # training cells that medians are taken over, at least, where there are so many
+
+
+class Geneformer(PretrainedModel):
+    """Geneformer: a cell is the list of its genes, most remarkable first, read by a BERT [Theodoris23]_.
+
+    A gene's place is that of its count over its median in the corpus. A cell's embedding depends on that cell only.
+
+    Parameters
+    ----------
+    adata
+        AnnData registered with :meth:`setup_anndata`.
+    registry
+        Registry of a saved model, instead of data.
+    genes
+        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
+        data.
+    min_coverage
+        Least share of genes that must match, see :func:`cellprior.genes.match`.
+    n_hidden, n_layers, n_heads, n_feedforward, n_positions, special_tokens, dropout_rate
+        Of the network, see :class:`~cellprior.model.geneformer._module.GeneformerModule`.
+
+    Examples
+    --------
+    >>> Geneformer.setup_anndata(adata, layer="counts")
+    >>> model = Geneformer.from_pretrained("geneformer-v1-10m", adata)
+    >>> adata.obsm["X_geneformer"] = model.get_latent_representation()
+
+    References
+    ----------
+    .. [Theodoris23] Theodoris et al., Transfer learning enables predictions in network biology, Nature 618:616, 2023.
+    """
+
+    _module_cls = GeneformerModule
+    obsm_key = "X_geneformer"
+    default_batch_size = 512
+    _alike = True  # most of a mean over hundreds of genes is the same in all cells
+    _input_buffers = ("gene_scale",)
+    objectives = {"masked": {}}
+
+    def __init__(
+        self,
+        adata: ad.AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        genes: pd.DataFrame | Sequence[str] | None = None,
+        min_coverage: float = 0.25,
+        n_hidden: int = 256,
+        n_layers: int = 6,
+        n_heads: int = 4,
+        n_feedforward: int = 512,
+        n_positions: int = 2048,
+        special_tokens: bool = False,
+        dropout_rate: float = 0.02,
+    ) -> None:
+        super().__init__(adata, registry, genes, min_coverage)
+        self._finish_init(locals())
+        self.module = GeneformerModule(len(self.genes), **self._network())
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a folder, or the file of weights in it, is one that the authors' code has written."""
+        return find_official(path) is not None
+
+    @classmethod
+    def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
+        checkpoint = find_official(path)
+        if checkpoint is None:
+            msg = (
+                f"{path} holds no Geneformer: needed is a bundle, or a folder with config.json (model_type bert) and "
+                "model.safetensors or pytorch_model.bin, as the authors release them."
+            )
+            raise WeightsError(msg)
+        return read_official(checkpoint), checkpoint
+
+    def get_latent_representation(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Indices = None,
+        batch_size: int | None = None,
+        *,
+        pooling: Pooling | None = None,
+        layer: int = -1,
+        precision: Precision = "float32",
+    ) -> np.ndarray:
+        """Embed cells.
+
+        Parameters
+        ----------
+        adata
+            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
+        indices
+            Cells to embed, as numbers or a mask; the result is in this order.
+        batch_size
+            Cells that are read at a time, at least 16; a few of them, of nearly equal length, go through the network
+            together. Never changes the result.
+        pooling
+            ``"mean"`` over the genes of a cell, or ``"cls"``, the first token of V2; by default the authors' choice,
+            the mean for V1 and the token for V2.
+        layer
+            As the authors count: 0 is the output of the last layer, which is closest to what pretraining asks for; -1,
+            their choice, that of the layer before it. ``-n_layers`` is what goes into the first.
+        precision
+            ``"bfloat16"`` computes the large products in half the bits, faster on recent hardware.
+
+        Returns
+        -------
+        Float32 array ``(n_cells, n_hidden)``. A mean over no genes, of a cell without counts, is zeros.
+
+        Raises
+        ------
+        RuntimeError
+            If the model has neither been trained nor loaded from weights.
+        ValueError
+            If there is no such layer, or no such token.
+        NotCountsError, GeneMatchError
+            If the data are not raw counts, or too few of their genes are known.
+        """
+        self.module.checked_layer(layer)
+        pooling = self.module.checked_pooling(pooling)
+        return self._embed(adata, indices, batch_size, precision, pooling=pooling, layer=layer)
+
+    def get_gene_representation(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Indices = None,
+        *,
+        layer: int = -1,
+        precision: Precision = "float32",
+    ) -> pd.DataFrame:
+        """Vectors of genes in context: each gene's hidden state, mean over the cells that have it among their tokens.
+
+        Parameters
+        ----------
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask; a type of cells gives the genes' vectors in that type.
+        layer, precision
+            See :meth:`get_latent_representation`.
+
+        Returns
+        -------
+        Genes of the data that are in the vocabulary, under the data's names, by ``n_hidden``; float32, NaN for a gene
+        that none of the cells has.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells.
+        """
+        return gene_vectors(self, adata, indices, layer=layer, precision=precision)
+
+    def get_attention(
+        self, adata: ad.AnnData | None = None, indices: Indices = None, *, genes: Sequence[str] | None = None
+    ) -> pd.DataFrame | pd.Series:
+        """Attention between genes, mean over heads, layers, and the cells that have them.
+
+        Parameters
+        ----------
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask. Each is computed by itself.
+        genes
+            Names of the data, symbols or Ensembl ids.
+
+        Returns
+        -------
+        With ``genes``, what these (rows) pay to each other (columns), as shares of all that they pay. Without, what
+        each gene of the data receives, mean over all positions of a cell. NaN where no cell has them.
+
+        Raises
+        ------
+        KeyError
+            If a gene is not in the vocabulary.
+        ValueError
+            If there are no cells.
+        """
+        return attention_between(self, adata, indices, genes)
+
+    def fine_tune(self, labels_key: str | None = None, **options: Any) -> None:
+        """Learn the labels of the attached data, see :meth:`cellprior.model.CellPLM.fine_tune`.
+
+        The head reads the mean over the genes behind the last layer but one, as the embedding does; ``"last"`` trains
+        that layer, ``"lora"`` the projections of it and of those before it.
+
+        Parameters
+        ----------
+        labels_key
+            Column of ``obs``; by default the one given to ``setup_anndata``.
+        **options
+            All other arguments of that method.
+        """
+        if not self.is_trained_ and self.adata is not None:
+            cells, _ = self._attached_cells(None, train_size=1.0, validation_size=None, batch_size=512)
+            self._learn_scale(cells.train_dataloader())
+        super().fine_tune(labels_key, **options)
+
+    def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> RankFloors:
+        if not self.is_trained_:
+            batches = self._learn_scale(batches)
+        module = self.module
+        tokens = (module.tokens(batch[REGISTRY_KEYS.X_KEY].to(module.device)) for batch in batches)
+        return RankFloors.fit(
+            tokens, n_genes=module.n_genes, n_positions=module.n_positions, first=module.first_gene
+        )
+
+    def _learn_scale(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
+        """Take each gene's median from the first minibatches; gives all of them back."""
+        waiting, read, n_cells = iter(batches), [], 0
+        for batch in waiting:
+            read.append(batch)
+            n_cells += len(batch[REGISTRY_KEYS.X_KEY])
+            if n_cells >= SCALE_CELLS:
+                break
+        medians = nonzero_medians([batch[REGISTRY_KEYS.X_KEY] for batch in read], len(self.genes))
+        self.module.gene_scale.copy_(torch.from_numpy(medians))
+        return chain(read, waiting)
+
+    def _masked_scores(
+        self,
+        counts: Tensor,
+        fitted: Any,
+        *,
+        share: float,
+        rng: np.random.Generator,
+        measured: Tensor,
+        batch: int,
+    ) -> MaskedScores:
+        return masked_scores(self.module, counts, fitted, share=share, rng=rng)
