@@ -25,12 +25,18 @@ def main(folder: Path) -> None:
     table, notes = load("human")
     if table is None:
         sys.exit("\n".join(notes))
-    ours = table.complete(theirs.genes.assign(symbol=theirs.genes["symbol"].where(theirs.genes["ensembl_id"] == "", "")))
+    ours = table.complete(
+        theirs.genes.assign(symbol=theirs.genes["symbol"].where(theirs.genes["ensembl_id"] == "", ""))
+    )
     rows = ["ensembl_id\tsymbol\tprevious_symbols\tmedian"]
     for (identifier, symbol, previous), other, median in zip(
         ours.itertuples(index=False), theirs.genes.itertuples(index=False), theirs.scale, strict=True
     ):
-        free = [name for name in (other.symbol, *other.previous_symbols.split("|")) if name and name not in table.id_of]
+        free = [
+            name
+            for name in (other.symbol, *other.previous_symbols.split("|"))
+            if name and name not in table.id_of
+        ]
         known = [symbol, *previous.split("|"), *free] if identifier else [symbol]
         known = list(dict.fromkeys(name for name in known if name))
         symbol, previous = (known[0], known[1:]) if known else ("", [])

@@ -16,8 +16,9 @@ import torch
 from anndata import AnnData
 
 from cellprior import pp
-from cellprior.model import CellPLM, ScBERT
+from cellprior.model import CellPLM, Geneformer, ScBERT
 from cellprior.model._base import PretrainedModel
+from cellprior.model.geneformer._module import GeneformerModule
 from cellprior.model.scbert._module import ScBERTModule
 from cellprior.weights import fetch, read_bundle, write_bundle
 
@@ -91,15 +92,33 @@ def tiny_scbert() -> str:
 
     Its weights are random: the contract is about everything else.
     """
+    network = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8}
+    return _tiny("ScBERT", ScBERTModule, network)
+
+
+@cache
+def tiny_geneformer() -> str:
+    """A Geneformer of V2, with the token of the cell, of the same genes; random weights, ten times those of a start."""
+    network = {
+        "n_hidden": 16, "n_layers": 2, "n_heads": 2, "n_feedforward": 32, "n_positions": 128, "special_tokens": True,
+    }  # fmt: skip
+    return _tiny("Geneformer", GeneformerModule, network, scale=10.0)
+
+
+def _tiny(
+    name: str, module_cls: Callable[..., torch.nn.Module], network: dict[str, Any], *, scale: float = 1.0
+) -> str:
     genes = read_bundle(fetch("scbert-starter")).genes
     known = genes["symbol"].isin(_blood_cells().var_names) | (genes["previous_symbols"] != "")
     genes = genes[known].reset_index(drop=True)
-    network = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = ScBERTModule(len(genes), **network)
+        module = module_cls(len(genes), **network)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(scale if parameter.ndim > 1 else 1.0)
     folder = new_folder()
-    config = {"model": "ScBERT", "network": network}
+    config = {"model": name, "network": network}
     write_bundle(folder, state_dict=module.state_dict(), config=config, genes=genes, card="")
     return str(folder)
 
@@ -128,5 +147,6 @@ def _teach(entry: Entry) -> str:
 PRETRAINED = [
     Entry(CellPLM, cellplm_starter, blood_cells),
     Entry(ScBERT, tiny_scbert, blood_cells),
+    Entry(Geneformer, tiny_geneformer, blood_cells),
 ]
 MODELS = [*PRETRAINED, *(entry.taught for entry in PRETRAINED)]

@@ -65,6 +65,14 @@ def test_the_registry_has_the_promised_entries_each_with_a_licence_and_a_citatio
         "cellplm-20230926",
         "scbert-starter",
         "scbert-panglao",
+        "geneformer-v1-10m",
+        "geneformer-v2-104m",
+        "geneformer-v2-104m-clcancer",
+        "geneformer-v2-316m",
+        "geneformer-gf-12l-30m",
+        "geneformer-gf-12l-95m",
+        "geneformer-gf-12l-95m-clcancer",
+        "geneformer-gf-20l-95m",
         "gencode-human-48",
         "gencode-human-38",
         "gencode-mouse-M37",
@@ -83,7 +91,7 @@ def test_only_files_that_nobody_published_a_hash_for_lack_one():
         for file in entry.files
         if not file.sha256
     }
-    assert unknown == {"20230926_85M.best.ckpt"}
+    assert unknown == {"20230926_85M.best.ckpt", "config.json"}
 
 
 def test_every_registered_file_in_the_mirror_has_the_registered_hash(mirror: Path):

@@ -40,7 +40,7 @@ class GeneMatch:
         One name per vocabulary gene: its symbol, or its Ensembl id if it has none.
     route
         How each column was matched, shape `(n_vars,)`: "ensembl_id" or "symbol" (same on both sides),
-        "retired_symbol", "symbol_to_id", "id_to_symbol", or "" if it was not.
+        "retired_symbol", "retired_id", "symbol_to_id", "id_to_symbol", or "" if it was not.
     var_names
         Index of `var`.
     gene_counts
@@ -283,6 +283,8 @@ class _Lookup:
             if identifier:
                 row = self.by_id.get(identifier, -1)
                 route = "ensembl_id" if self.gives_id[row] else "id_to_symbol"
+                if row < 0:  # among the former names of a gene may be ids
+                    row, route = self.by_previous.get(identifier, -1), "retired_id"
             elif (row := self.by_symbol.get(name, -1)) >= 0:
                 route = "symbol" if self.gives_symbol[row] else "symbol_to_id"
             else:

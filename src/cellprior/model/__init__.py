@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -63,10 +62,10 @@ def model_class(weights: str | os.PathLike[str]) -> type[LoadableModel]:
         If no model knows them.
     """
     from cellprior.weights import WeightsError, resolve
+    from cellprior.weights._bundle import model_of
 
     path = resolve(weights)
-    config = path / "config.json"
-    name = json.loads(config.read_text()).get("model") if config.is_file() else None
+    name = model_of(path)
     known = []
     for model in models():
         known.append(model.__name__)

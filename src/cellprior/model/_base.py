@@ -39,7 +39,9 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
 
     _data_loader_cls = VocabularyLoader
     _sentences = False  # whether cells see each other
-    _input_buffers: tuple[str, ...] = ()  # of the module: how counts become its input, which no training changes
+    _input_buffers: tuple[
+        str, ...
+    ] = ()  # of the module: how counts become its input, which no training changes
     default_batch_size = 1024
     _unit_size = (
         1024  # cells after which a stream to disk can be cut short, where cells do not see each other

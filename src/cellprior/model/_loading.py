@@ -27,6 +27,7 @@ from cellprior.weights import (
     sha256,
     write_bundle,
 )
+from cellprior.weights._bundle import model_of
 
 
 class LoadableModel(BaseModelClass):
@@ -159,7 +160,7 @@ class LoadableModel(BaseModelClass):
     @classmethod
     def _read_weights(cls, path: Path) -> tuple[Bundle, Path]:
         """Contents of a bundle or an official checkpoint, and the file or folder that stands for it in a hash."""
-        if not (path / "config.json").is_file():
+        if model_of(path) is None:
             return cls._read_official(path)
         bundle = read_bundle(path)
         if bundle.config["model"] != cls.__name__:

@@ -179,6 +179,23 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     )
 
 
+def model_of(folder: str | os.PathLike[str]) -> str | None:
+    """Name of the model class of a bundle; None if the folder is none, whatever other `config.json` it may have.
+
+    Raises
+    ------
+    WeightsError
+        If its `config.json` is not JSON.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    content = _json(path)
+    if isinstance(content, dict) and not {"model", "format_version"} & content.keys():
+        return None
+    return str(content.get("model", "")) if isinstance(content, dict) else ""
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint that was written with `torch.save`; only tensors and plain containers, no code.
 
@@ -322,12 +339,16 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         msg = f"{path} is not JSON ({error})."
         raise WeightsError(msg) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    content = _json(path)
     config: dict[str, Any] = content if isinstance(content, dict) else {}
     found = config.get("format_version")
     if not isinstance(found, int):

@@ -1,7 +1,7 @@
 """A pickled dictionary of names and numbers, read without running it.
 
 A pickle is a program for a small machine. Here the machine knows only the instructions that a flat dictionary needs,
-and of the two names that NumPy's numbers are pickled with it looks up neither: they stand for functions of this file.
+and of the three names that NumPy's numbers are pickled with it looks up none: they stand for functions of this file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import pickle
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cellprior.weights._registry import WeightsError
 
@@ -19,11 +19,22 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 * 2**20
 _OPCODES = (
-    "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE NEWFALSE "
-    "BININT BININT1 BININT2 INT LONG1 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
-    "MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD"
+    "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE "
+    "NEWFALSE BININT BININT1 BININT2 INT LONG1 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES "
+    "SHORT_BINBYTES MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD"
 ).split()
-_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B"}
+_FORMATS = {
+    "f8": "d",
+    "f4": "f",
+    "i8": "q",
+    "i4": "i",
+    "i2": "h",
+    "i1": "b",
+    "u8": "Q",
+    "u4": "I",
+    "u2": "H",
+    "u1": "B",
+}
 
 
 class _Type:
@@ -42,24 +53,36 @@ def _number(kind: _Type, data: bytes) -> int | float:
     return value
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # in Python, as the one in C knows all instructions
-    dispatch = {
-        code: pickle._Unpickler.dispatch[code]  # type: ignore[attr-defined]
-        for code in (getattr(pickle, name)[0] for name in _OPCODES)
+def _bytes(text: str, encoding: str) -> bytes:
+    """In the place of what makes bytes of the text that old pickles keep them as."""
+    return text.encode("latin1")
+
+
+class _Refused(Exception):
+    """What no dictionary of names and numbers does."""
+
+
+class _Unpickler(pickle._Unpickler):  # in Python, as the one in C knows all instructions
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)
     }
+
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "dtype"):
             return _Type
         if name == "scalar" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return _number
-        raise pickle.UnpicklingError(f"it names {ascii(f'{module}.{name}')[1:-1]}")
+        if (module, name) == ("_codecs", "encode"):
+            return _bytes
+        raise _Refused(f"it names {ascii(f'{module}.{name}')[1:-1]}")
 
     def load_build(self) -> None:
         """Give a state to a type, and to nothing else."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _Type):
-            raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-1]).__name__}")
+            raise _Refused(f"it sets the state of a {type(self.stack[-1]).__name__}")
         self.stack[-1].__setstate__(state)
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -93,10 +116,10 @@ def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
     needed = "Needed: a pickled dictionary from names to numbers or names"
     try:
         found = _Unpickler(io.BytesIO(path.read_bytes())).load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         msg = f"{path} is refused, and nothing in it was executed: {error}. {needed}."
         raise WeightsError(msg) from error
-    except (EOFError, IndexError, struct.error) as error:
+    except (pickle.UnpicklingError, EOFError, IndexError, struct.error) as error:
         msg = f"{path} is truncated or damaged ({error!r}). Get it again."
         raise WeightsError(msg) from error
     except KeyError as error:  # an instruction, or a kind of number

@@ -191,7 +191,7 @@ def _obtain(entry: Entry, file: FileEntry, stage: Path, tried: list[str], progre
     """Put one verified file into the stage, from the first source that has it."""
     path = entry.folder / file.name
     known = _known_hash(path, file)
-    for place, packed in _sources(file, stage):
+    for place, packed in _sources(entry, file, stage):
         try:
             staged = _take(place, packed, file, stage, progressbar)
             problem = _hash_problem(staged, known)
@@ -216,16 +216,25 @@ def _nowhere(entry: Entry, file: FileEntry, tried: list[str]) -> str:
         *(f"  - {line}" for line in tried),
         f"Its address is {file.url}",
         f"If the host asks for a login, or there is no network here: visit {entry.page} and put",
-        f"{file.name}{archive} into the folder that CELLPRIOR_MIRROR (cellprior.settings.mirror) names.",
+        f"{_in_mirror(entry, file)}{archive} into the folder that CELLPRIOR_MIRROR (cellprior.settings.mirror) names.",
     ]
     if entry.type == "model":
         lines.append(f'Or pass its path: from_pretrained("path/to/{file.name}").')
     return "\n".join(lines)
 
 
-def _sources(file: FileEntry, stage: Path) -> Iterator[tuple[Path | str, bool]]:
+def _in_mirror(entry: Entry, file: FileEntry) -> str:
+    """Where a mirror has a file: by its name, or in a folder of the entry if another entry's has the same name."""
+    others = {
+        other for e in entries().values() if e.name != entry.name and not e.packaged for other in e.files
+    }
+    taken = any(other.name == file.name and other.sha256 != file.sha256 for other in others)
+    return f"{entry.name}/{file.name}" if taken else file.name
+
+
+def _sources(entry: Entry, file: FileEntry, stage: Path) -> Iterator[tuple[Path | str, bool]]:
     """Places that may have the file, best first, each with whether it is the archive around the file."""
-    names = [(file.name, False)] + ([(file.archive, True)] if file.archive else [])
+    names = [(_in_mirror(entry, file), False)] + ([(file.archive, True)] if file.archive else [])
     if file.archive and (stage / file.archive).is_file():
         # Downloaded a moment ago, for the file before this one.
         yield stage / file.archive, True

@@ -92,7 +92,9 @@ def read_official(checkpoint: Path) -> Bundle:
     state_dict = rename(_tensors(checkpoint), checkpoint.name)
     state_dict["gene_scale"] = torch.from_numpy(vocabulary.scale)
     arguments["special_tokens"] = vocabulary.special
-    return Bundle(state_dict, {"model": "Geneformer", "network": arguments}, vocabulary.genes, "")
+    files = (checkpoint, folder / "config.json", *vocabulary.files)
+    config = {"model": "Geneformer", "network": arguments}
+    return Bundle(state_dict, config, vocabulary.genes, "", files=files)
 
 
 def network(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

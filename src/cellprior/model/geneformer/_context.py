@@ -52,7 +52,9 @@ def attention_between(
         with model._attached(adata) as manager:
             chosen = gene_rows(genes, model.genes, model._match_of(manager))
         place_of = torch.full((module.n_tokens,), -1)
-        place_of[torch.from_numpy(np.unique(chosen)) + module.first_gene] = torch.arange(len(np.unique(chosen)))
+        place_of[torch.from_numpy(np.unique(chosen)) + module.first_gene] = torch.arange(
+            len(np.unique(chosen))
+        )
         size: tuple[int, ...] = (len(np.unique(chosen)),) * 2
     else:
         place_of = torch.arange(module.n_tokens) - module.first_gene
@@ -116,6 +118,3 @@ def _for_cells(
     if not len(model._embed(adata, indices, None, precision, encode=read, width=1)):
         msg = "indices names no cells; a mean needs at least one."
         raise ValueError(msg)
-
-
-

@@ -60,7 +60,9 @@ class RankFloors(nn.Module):
             counts += torch.bincount(place, minlength=len(counts)).float()
         return cls(counts.view(n_bins, n_genes))
 
-    def predict(self, tokens: Tensor, selected: Tensor, *, first: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def predict(
+        self, tokens: Tensor, selected: Tensor, *, first: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Log-probabilities of the right genes, and whether they are the most likely, ``(selected places,)`` each.
 
         Parameters

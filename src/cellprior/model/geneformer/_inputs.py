@@ -96,11 +96,12 @@ def nonzero_medians(counts: list[Tensor], n_genes: int) -> np.ndarray:
     """
     genes, values = [], []
     for part in counts:
-        row, gene = part.nonzero(as_tuple=True)
+        row, column = part.nonzero(as_tuple=True)
         total = part.double().sum(1).clamp(min=1.0)
-        genes.append(gene)
-        values.append(part[row, gene].double() * TARGET_SUM / total[row])
-    gene, value = (torch.cat(parts).cpu().numpy() for parts in (genes, values))
+        genes.append(column)
+        values.append(part[row, column].double() * TARGET_SUM / total[row])
+    gene: np.ndarray = torch.cat(genes).cpu().numpy()
+    value: np.ndarray = torch.cat(values).cpu().numpy()
     order = np.lexsort((value, gene))
     value, n_cells = value[order], np.bincount(gene, minlength=n_genes)
     seen = n_cells > 0

@@ -38,7 +38,13 @@ def masked_scores(
     """
     tokens = module.tokens(counts)
     drawn = mask_tokens(
-        tokens.cpu().numpy(), rng, n_tokens=module.n_tokens, special=module.special, rate=share, hide=1.0, swap=0.0
+        tokens.cpu().numpy(),
+        rng,
+        n_tokens=module.n_tokens,
+        special=module.special,
+        rate=share,
+        hide=1.0,
+        swap=0.0,
     )
     shown, selected = (torch.from_numpy(part).to(tokens.device) for part in drawn)
     scores = gene_scores(module, tokens, shown, selected)

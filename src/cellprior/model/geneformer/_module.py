@@ -116,7 +116,12 @@ class GeneformerModule(BaseModuleClass):
         return self.pool(self.tokens(counts, gene_index=gene_index), pooling, layer=layer)
 
     def pool(
-        self, tokens: Tensor, pooling: Pooling | None = None, *, layer: int = -1, left_out: Tensor | None = None
+        self,
+        tokens: Tensor,
+        pooling: Pooling | None = None,
+        *,
+        layer: int = -1,
+        left_out: Tensor | None = None,
     ) -> Tensor:
         """Embed cells from their tokens.
 

@@ -25,6 +25,7 @@ class Vocabulary(NamedTuple):
     genes: pd.DataFrame  # ensembl_id, symbol, previous_symbols; these with retired ids
     scale: np.ndarray  # median of each, float64 (n_genes,)
     special: bool  # whether there are <cls> and <eos>
+    files: tuple[Path, ...]  # that it was read from
 
 
 def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
@@ -72,14 +73,16 @@ def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
         )
         raise WeightsError(msg)
     if mapping := _only(place, "ensembl_mapping_dict*.pkl"):
-        found = found._replace(genes=with_retired_ids(found.genes, read_dictionary(mapping)))
+        genes = with_retired_ids(found.genes, read_dictionary(mapping))
+        found = found._replace(genes=genes, files=(*found.files, mapping))
     return found
 
 
 def shipped() -> Vocabulary:
     """The vocabulary of V1, of Genecorpus-30M."""
-    table = pd.read_csv(SHIPPED, sep="\t", keep_default_na=False, dtype={"median": np.float64})
-    return Vocabulary(table.drop(columns="median"), table["median"].to_numpy(), special=False)
+    # the default reads some numbers one bit off, and a stable order wants all of them
+    table = pd.read_csv(SHIPPED, sep="\t", keep_default_na=False, float_precision="round_trip")
+    return Vocabulary(table.drop(columns="median"), table["median"].to_numpy(), False, (SHIPPED,))
 
 
 def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocabulary:
@@ -106,8 +109,8 @@ def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocab
     found = sorted(token, key=lambda name: (not isinstance(token[name], int), token[name]))
     if found != expected or [token[name] for name in found] != list(range(len(token))):
         msg = (
-            f"{tokens} is not Geneformer's: needed are <pad> 0, <mask> 1, for V2 <cls> 2 and <eos> 3, and then all genes "
-            f"in the order of their names; found {len(token):,} entries that begin with "
+            f"{tokens} is not Geneformer's: needed are <pad> 0, <mask> 1, for V2 <cls> 2 and <eos> 3, and then all "
+            f"genes in the order of their names; found {len(token):,} entries that begin with "
             f"{', '.join(f'{name} {token[name]}' for name in found[:5])}."
         )
         raise WeightsError(msg)
@@ -121,7 +124,8 @@ def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocab
             f"({median.get(wrong)}): they are not of the same version."
         )
         raise WeightsError(msg)
-    return Vocabulary(_genes(ids, {} if names is None else read_dictionary(names)), scale, special)
+    genes = _genes(ids, {} if names is None else read_dictionary(names))
+    return Vocabulary(genes, scale, special, tuple(filter(None, (tokens, medians, names))))
 
 
 def with_retired_ids(genes: pd.DataFrame, mapping: Mapping[str, Any]) -> pd.DataFrame:
@@ -163,9 +167,7 @@ def _positive(value: Any) -> float:
 def _only(folder: Path, pattern: str) -> Path | None:
     found = sorted(folder.glob(pattern))
     if len(found) > 1:
-        msg = (
-            f"{folder} has {', '.join(path.name for path in found)}: leave the one that the network was trained with."
-        )
+        msg = f"{folder} has {', '.join(path.name for path in found)}: leave the one that the network was trained with."
         raise WeightsError(msg)
     return found[0] if found else None
 
