@@ -149,4 +149,5 @@ PRETRAINED = [
     Entry(ScBERT, tiny_scbert, blood_cells),
     Entry(Geneformer, tiny_geneformer, blood_cells),
 ]
-MODELS = [*PRETRAINED, *(entry.taught for entry in PRETRAINED)]
+# what training leaves behind is the same code in all of them; Geneformer's is put to it in tests/model/geneformer
+MODELS = [*PRETRAINED, *(entry.taught for entry in PRETRAINED[:2])]
