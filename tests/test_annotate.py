@@ -79,6 +79,7 @@ def test_a_cell_can_be_called_unknown_and_the_file_can_be_written(reference, que
     copy = cp.tl.annotate(
         query, STARTER, seen, "bulk_labels", reject=0.3, copy=True, **{**QUICK, "max_epochs": 40}
     )
+    assert copy is not None
     assert KEY not in query.obs
     copy.write_h5ad(tmp_path / "named.h5ad")
     named = ad.read_h5ad(tmp_path / "named.h5ad")
@@ -86,6 +87,10 @@ def test_a_cell_can_be_called_unknown_and_the_file_can_be_written(reference, que
     is_b = named.obs["truth"] == "CD19+ B"
     assert unknown[is_b].mean() > 0.5 > unknown[~is_b].mean()
     assert named.uns["cellprior"][KEY]["params"]["reject"] == 0.3
+    assert sum(named.uns["cellprior"][KEY]["unknown"].values()) == unknown.sum()
+    guess = named.obs[f"{KEY}_best_guess"].astype(str)
+    assert "unknown" not in set(guess)
+    assert (guess == named.obs[KEY].astype(str)).equals(~unknown)
 
 
 def test_what_makes_no_sense_is_refused_and_nothing_is_written(reference, query, tmp_path):

@@ -264,6 +264,7 @@ def test_padding_gives_every_modality_all_cells_and_notes_which_rows_are_padding
         assert list(adata.obs_names) == list(mdata.obs_names)
         has = padded.obs[f"has_{key}"]
         assert has.dtype == bool and set(padded.obs_names[~has]) == {"rna": {"e"}, "atac": {"a"}}[key]
+        assert adata.obs[f"has_{key}"].dtype == bool and adata.obs[f"has_{key}"].equals(has)
         rows = padded.obs_names[has]
         np.testing.assert_array_equal(dense(adata[rows].X), dense(mdata.mod[key][rows].X))
         assert not dense(adata[~has.to_numpy()].X).any()

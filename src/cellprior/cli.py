@@ -220,6 +220,11 @@ def _annotate(args: argparse.Namespace) -> None:
     counts = adata.obs[key].value_counts()
     shown = "\n".join(f"{name:40} {n:8,}" for name, n in counts.items() if n)
     sys.stdout.write(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
+    if reasons := adata.uns["cellprior"][key].get("unknown"):
+        sys.stdout.write(
+            f"unknown: {reasons['too_far']:,} too far from every type, {reasons['too_uncertain']:,} too uncertain; "
+            f"obs[{key + '_best_guess'!r}] has the best guess for each cell\n"
+        )
 
 
 def _refuse_no_folder(path: Path) -> None:

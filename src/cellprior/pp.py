@@ -98,8 +98,8 @@ def pad_modalities(mdata: MuData) -> MuData:
     Returns
     -------
     A copy, all modalities with the cells of ``mdata`` in its order. ``obs["has_<modality>"]`` is False where a row is
-    padding; in the modalities' own ``obs`` it is empty there. ``obsm``, ``obsp`` and ``raw`` of the modalities are
-    left out, as there are no values to pad them with.
+    padding, in ``mdata`` and in the modality itself, whose other columns are empty there. ``obsm``, ``obsp`` and
+    ``raw`` of the modalities are left out, as there are no values to pad them with.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def pad_modalities(mdata: MuData) -> MuData:
         obs[column] = (row >= 0) & obs[column].to_numpy(dtype=bool) if column in obs else row >= 0
         padded[key] = AnnData(
             _with_empty_rows(adata.X, row),
-            obs=adata.obs.reindex(mdata.obs_names),
+            obs=adata.obs.reindex(mdata.obs_names).assign(**{column: obs[column].to_numpy(dtype=bool)}),
             var=adata.var.copy(),
             layers={
                 name: _with_empty_rows(layer, row) for name, layer in adata.layers.items() if name is not None

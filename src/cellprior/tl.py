@@ -192,7 +192,9 @@ def annotate(
     Returns
     -------
     ``None``, or with ``copy`` the copy. Written are ``obs[key_added]``, names; ``obs[key_added + "_probability"]``,
-    how probable the model finds the best name, float32; and ``uns["cellprior"][key_added]``, as of :func:`embed`.
+    how probable the model finds the best name, float32; with ``reject``, ``obs[key_added + "_best_guess"]``, the best
+    name of each cell, known or not; and ``uns["cellprior"][key_added]``, as of :func:`embed`, with the numbers of
+    cells that are unknown, by reason. A warning explains it if far more cells are unknown than should be.
 
     Raises
     ------
@@ -244,9 +246,13 @@ def annotate(
             model.fine_tune(labels_key, **fine_tune)
         if save is not None:
             model.save_pretrained(save)
-        names, probability = model._name_cells(adata, reject=reject, batch_size=batch_size)
-    adata.obs[key] = pd.Categorical(names)
-    adata.obs[f"{key}_probability"] = probability.max(axis=1).astype(np.float32)
+        guess = f"in obs[{key + '_best_guess'!r}]"
+        found = model._name_cells(adata, reject=reject, batch_size=batch_size, guess=guess)
+    adata.obs[key] = pd.Categorical(found.names)
+    adata.obs[f"{key}_probability"] = found.probability.max(axis=1).astype(np.float32)
+    if reject is not None:
+        adata.obs[f"{key}_best_guess"] = pd.Categorical(found.best_guess)
+        record["unknown"] = {"too_far": found.n_far, "too_uncertain": found.n_uncertain}
     learned = {name: value for name, value in fine_tune.items() if isinstance(value, str | int | float)}
     params = {**setup, "min_coverage": min_coverage, "labels_key": labels_key, "reject": reject, **learned}
     _note(adata, key, {**record, "params": params})

@@ -24,7 +24,14 @@ from cellprior.model._annotation_training import (
     macro_f1,
     split_cells,
 )
-from cellprior.model._rejection import cells_needed, find_limits
+from cellprior.model._rejection import (
+    Calibration,
+    cells_needed,
+    explain_unknown,
+    find_limits,
+    limits_of,
+    smallest_reject,
+)
 from cellprior.weights import WeightsError
 
 N_GENES = 40
@@ -371,12 +378,49 @@ def test_where_names_are_guesses_every_cell_is_unknown():
 
 def test_an_unseen_type_is_mostly_unknown_and_known_cells_are_mostly_named(fine_tuned):
     query = make_cells(1000, seed=2, types=(*TYPES[:3] * 3, "novel"))
-    names = fine_tuned.predict(query, reject=0.1)
+    names = fine_tuned.predict(
+        query, reject=0.1
+    )  # a tenth more unknown cells than usual are no reason to warn
     unknown = names == "unknown"
     novel = (query.obs["kind"] == "novel").to_numpy()
     assert unknown[novel].mean() > 0.8
     assert 0.02 < unknown[~novel].mean() < 0.3
     assert np.mean(names[~unknown & ~novel] == query.obs["kind"][~unknown & ~novel]) > 0.9
+
+
+def test_far_more_unknown_cells_than_promised_are_explained(fine_tuned):
+    strange = make_cells(200, seed=2, types=("novel",))
+    with pytest.warns(UserWarning, match="are called 'unknown'") as said:
+        found = fine_tuned._name_cells(strange, reject=0.1, batch_size=None, guess="here")
+    message = str(said[0].message)
+    n_unknown = int(np.sum(found.names == "unknown"))
+    assert f"{n_unknown} of 200 cells" in message and n_unknown == found.n_far + found.n_uncertain > 160
+    assert f"{found.n_far} are too far from every type, {found.n_uncertain} too uncertain" in message
+    assert "another protocol, depth, species" in message and "best guess for each cell is here" in message
+    np.testing.assert_array_equal(found.best_guess, fine_tuned.predict(strange))
+    named = found.names != "unknown"
+    np.testing.assert_array_equal(found.names[named], found.best_guess[named])
+
+
+def test_the_reject_that_is_told_names_as_many_cells_as_told_and_no_smaller_one_does():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(400)
+    calibration = Calibration(rng.random(400), confidence, rng.random(400) < confidence)
+    novelty, unsure = rng.random(100), 0.3 + 0.39 * rng.random(100)
+    reject, n_named = smallest_reject(calibration, novelty, unsure, share=0.5)
+
+    def named(reject: float) -> int:
+        return 100 - np.sum(limits_of(*calibration, reject=reject).unknown(novelty, unsure))
+
+    assert named(reject) == n_named > 50
+    assert all(named(r / 100) <= 50 for r in range(1, round(100 * reject)))
+    limits = limits_of(*calibration, reject=0.2)
+    told = f"that names half of the cells is {reject:g} .{n_named} of 100."
+    with pytest.warns(UserWarning, match=told) as said:
+        explain_unknown(calibration, limits, novelty, unsure, reject=0.2, unknown="?", guess="here")
+    far, uncertain = (int(x.sum()) for x in limits.unknown(novelty, unsure))
+    assert f"{far} are too far from every type, {uncertain} too uncertain" in str(said[0].message)
+    assert "lacks genes that tell types" in str(said[0].message) and uncertain > far
 
 
 def test_novelty_is_the_distance_to_the_nearest_type_in_the_embedding_over_the_type_s_spread(fine_tuned):
@@ -430,6 +474,9 @@ def test_a_smaller_reject_rejects_fewer_cells_for_novelty(fine_tuned):
 # saving
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.* cells are called 'unknown':UserWarning"
+)  # a quarter are of an unseen type
 @pytest.mark.parametrize("way", ["save", "save_pretrained"])
 def test_a_saved_model_gives_the_same_names_and_probabilities(fine_tuned, tmp_path, way):
     query = make_cells(60, seed=1, types=TYPES)

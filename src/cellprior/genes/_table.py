@@ -109,7 +109,12 @@ def read_vocabulary(vocabulary: Sequence[str] | pd.DataFrame) -> pd.DataFrame:
     ------
     ValueError
         No gene, or neither ids nor symbols.
+    TypeError
+        One text.
     """
+    if isinstance(vocabulary, str):
+        msg = f"genes={vocabulary!r} is one text; a list of names is needed: genes=[{vocabulary!r}]."
+        raise TypeError(msg)
     given = vocabulary if isinstance(vocabulary, pd.DataFrame) else pd.DataFrame({"symbol": list(vocabulary)})
     if len(given) == 0 or not {"ensembl_id", "symbol"} & set(given.columns):
         msg = (

@@ -10,6 +10,7 @@ from cellprior._plugins import plugins, warn_broken
 from cellprior.model._base import PretrainedModel
 from cellprior.model._convert import convert
 from cellprior.model._data import NotCountsError
+from cellprior.model._fitting import DivergedError
 from cellprior.model._loading import LoadableModel
 from cellprior.model.cellplm import CellPLM
 from cellprior.model.geneformer import Geneformer
@@ -18,6 +19,7 @@ from cellprior.model.scbert import ScBERT
 
 __all__ = [
     "CellPLM",
+    "DivergedError",
     "Geneformer",
     "MultiomeCLIP",
     "NotCountsError",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cellprior.model._annotation_training import (
     MIN_CELLS,
+    NO_CLASS,
     AnnotationCells,
     AnnotationHead,
     AnnotationPlan,
@@ -24,8 +26,22 @@ from cellprior.model._annotation_training import (
     split_cells,
 )
 from cellprior.model._distributed import from_first, trainer_defaults
-from cellprior.model._rejection import Limits, check_reject, find_limits
-from cellprior.model._training import run
+from cellprior.model._fitting import run
+from cellprior.model._holdout import keep_split, noted, recalled
+from cellprior.model._rejection import Calibration, Limits, check_reject, explain_unknown, find_limits
+
+
+class Names(NamedTuple):
+    """What cells are called ``(cells,)``, the best guess for each, and probabilities ``(cells, n_classes)``.
+
+    And how many cells are unknown for lying too far from every type, and for an uncertain name.
+    """
+
+    names: np.ndarray
+    best_guess: np.ndarray
+    probability: np.ndarray
+    n_far: int
+    n_uncertain: int
 
 
 class AnnotatingModel(BaseModelClass):
@@ -37,6 +53,7 @@ class AnnotatingModel(BaseModelClass):
 
     history_: dict[str, Any] | None
     is_trained_: bool
+    split_: dict[str, Any]
     _annotation: dict[str, Any] = {}
     _alike = False  # whether most of a hidden state is the same in all cells: the head then learns from what is left
 
@@ -97,7 +114,8 @@ class AnnotatingModel(BaseModelClass):
             Cells of a minibatch, within one category of ``batch_key``.
         validation_size, calibration_size
             Shares of the labelled cells held out, by class to choose the best epoch, and at random to calibrate
-            ``reject`` of :meth:`predict`. A class with fewer than 3 cells is trained on only.
+            ``reject`` of :meth:`predict`. A class with fewer than 3 cells is trained on only. The next call holds out
+            the same cells, if it can; else a warning says how many of them have been trained on.
         class_weights
             ``"auto"`` weighs a class of n cells by ``n ** -0.5``, which changes nothing where labels are even.
         patience
@@ -118,6 +136,8 @@ class AnnotatingModel(BaseModelClass):
             one of those above.
         KeyError
             If ``labels_key`` is not in ``obs``.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss, and no labels.
         """
         defaults = trainer_defaults(trainer_kwargs.get("strategy"))
         if min(validation_size, calibration_size) < 0 or validation_size + calibration_size >= 1:
@@ -144,6 +164,7 @@ class AnnotatingModel(BaseModelClass):
             calibration_size=calibration_size,
             rng=np.random.default_rng(seed),
         )
+        split = self._kept_split(split, code, [validation_size, calibration_size])
         self.annotation_ = {"labels": labels, "calibration": {}}
         if self._alike and self.is_trained_:
             width = self.module.n_hidden
@@ -188,9 +209,10 @@ class AnnotatingModel(BaseModelClass):
                 **{**defaults, **trainer_kwargs},
             )
             self.module.train()  # Lightning warns otherwise; the plan then sets the mode of each part
+            sizes = {"sizes": [validation_size, calibration_size]}
+            self.split_ = {**self.split_, "fine_tune": sizes | noted(self.adata.obs_names, split._asdict())}
             try:
-                before = self.history_ or {}
-                self.history_ = before | run(self, runner)
+                run(self, runner, operator.or_)
             except BaseException:
                 self.annotation_ = {}  # a head that has not learned would give names all the same
                 raise
@@ -232,6 +254,20 @@ class AnnotatingModel(BaseModelClass):
             warnings.warn(msg, UserWarning, stacklevel=3)
         code = pd.Index(labels).get_indexer(names)  # -1, NO_CLASS, for the unlabelled
         return labels.tolist(), code
+
+    def _kept_split(self, drawn: Split, code: np.ndarray, sizes: list[float]) -> Split:
+        """The split of the fine-tuning before, if it is one of these cells: calibration cells must not be learned."""
+        state, names = self.split_.get("fine_tune", {}), self.adata.obs_names
+        before, labelled = recalled(state, names), np.flatnonzero(code != NO_CLASS)
+        if before is not None and state["sizes"] == sizes:
+            new = np.setdiff1d(labelled, np.concatenate(list(before.values())))  # these are split as drawn
+            parts = {
+                part: np.union1d(np.intersect1d(before[part], labelled), np.intersect1d(rows, new))
+                for part, rows in drawn._asdict().items()
+            }
+            if len(np.unique(code[parts["train"]])) == code.max() + 1:
+                return Split(**parts)
+        return Split(**keep_split(state, names, drawn._asdict(), sizes_given=True, rows_given=True))
 
     @torch.no_grad()
     def _calibrate(self, code: np.ndarray, split: Split, transductive: bool) -> None:
@@ -302,7 +338,8 @@ class AnnotatingModel(BaseModelClass):
         Both hold on average over types, not for each; a rare type may be rejected more often. Other donors,
         protocols or shares of types void them, and so do, for models whose cells see each other, sentences unlike
         those of the calibration cells: if half of a sentence is of an unseen type, many known cells look strange
-        too. That an unseen type lies far from the known ones is likely, not promised.
+        too. That an unseen type lies far from the known ones is likely, not promised. A warning says so, and why, if
+        far more cells are unknown than of the calibration cells.
 
         Parameters
         ----------
@@ -334,12 +371,12 @@ class AnnotatingModel(BaseModelClass):
                 "soft=True gives the probabilities of all labels, reject= applies to names. Give one of them."
             )
             raise ValueError(msg)
-        names, probability = self._name_cells(adata, indices, reject=reject, batch_size=batch_size)
+        found = self._name_cells(adata, indices, reject=reject, batch_size=batch_size)
         if soft:
             obs_names = (self.adata if adata is None else adata).obs_names
             index = obs_names if indices is None else obs_names.to_numpy()[list(indices)]
-            return pd.DataFrame(probability, index=index, columns=self._annotation["labels"])
-        return names
+            return pd.DataFrame(found.probability, index=index, columns=self._annotation["labels"])
+        return found.names
 
     def _name_cells(
         self,
@@ -348,25 +385,36 @@ class AnnotatingModel(BaseModelClass):
         *,
         reject: float | None,
         batch_size: int | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Names ``(cells,)`` and probabilities ``(cells, n_classes)``; see :meth:`predict`."""
+        guess: str = "what is given without reject",
+    ) -> Names:
+        """Name cells; see :meth:`predict`. ``guess`` says in a warning where the best guesses are."""
         if not self._annotation:
             msg = "The model has no labels to give: call fine_tune first, or load a fine-tuned model."
             raise RuntimeError(msg)
         limits = None if reject is None else self._limits(reject)
         logits, novelty = self._scores(adata, indices, batch_size)
         probability = _softmax(logits)
-        names = np.asarray(self._annotation["labels"], dtype=object)[probability.argmax(axis=1)]
-        if limits is not None:
-            unknown = (novelty >= limits.novelty) | (probability.max(axis=1) <= limits.confidence)
-            names[unknown] = self.registry["setup_args"]["unlabeled_category"]
-        return names, probability
+        best = np.asarray(self._annotation["labels"], dtype=object)[probability.argmax(axis=1)]
+        if reject is None or limits is None:
+            return Names(best, best, probability, 0, 0)
+        unknown = str(self.registry["setup_args"]["unlabeled_category"])
+        confidence = probability.max(axis=1)
+        far, uncertain = limits.unknown(novelty, confidence)
+        explain_unknown(
+            self._calibration(), limits, novelty, confidence, reject=reject, unknown=unknown, guess=guess
+        )
+        names = np.where(far | uncertain, unknown, best).astype(object)
+        return Names(names, best, probability, int(far.sum()), int(uncertain.sum()))
+
+    def _calibration(self) -> Calibration:
+        scores = self._annotation["calibration"]
+        return Calibration(*(np.asarray(scores.get(name, ())) for name in Calibration._fields))
 
     def _limits(self, reject: float) -> Limits:
-        scores = {name: np.asarray(values) for name, values in self._annotation["calibration"].items()}
+        calibration = self._calibration()
         advice = "Fine-tune with more labelled cells or a larger calibration_size"
-        check_reject(reject, len(scores.get("novelty", ())), advice)
-        return find_limits(**scores, reject=reject)
+        check_reject(reject, len(calibration.novelty), advice)
+        return find_limits(*calibration, reject=reject)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -233,6 +234,7 @@ class AnnotationPlan(pl.LightningModule):
     """Cross-entropy with class weights; keeps the tensors of the epoch with the best macro-F1 on validation cells."""
 
     class_weights: Tensor
+    lr_argument = "lr={lr}"
 
     def __init__(
         self,
@@ -296,7 +298,7 @@ class AnnotationPlan(pl.LightningModule):
         score = macro_f1(truth, named)
         self.log("annotation_validation_macro_f1", score, prog_bar=True, sync_dist=True)
         reached = (score, -float(self.trainer.callback_metrics["annotation_validation_loss"]))
-        if reached > self.best:
+        if math.isfinite(reached[1]) and reached > self.best:
             self.best = reached
             trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
             self.best_tensors = {name: p.detach().clone() for name, p in trained}

@@ -22,6 +22,7 @@ from cellprior.model._annotation import AnnotatingModel
 from cellprior.model._cluster import Blocks, embed_unit
 from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, row_numbers, without_view
 from cellprior.model._embedding import Embedding, in_memory
+from cellprior.model._fitting import NOT_FINITE, DivergedError
 from cellprior.model._loading import LoadableModel
 from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
 from cellprior.model._training import TrainableModel
@@ -186,7 +187,10 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         with self._attached(adata) as manager:
             rows = row_numbers(indices, manager.adata.n_obs)
             sizes: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
-            return in_memory(Embedding(self, manager, rows, **sizes, **options))
+            found = in_memory(Embedding(self, manager, rows, **sizes, **options))
+        if not np.isfinite(found).all():
+            raise DivergedError(NOT_FINITE)
+        return found
 
     def _embedding(self, **options: Any) -> Embedding:
         """All attached cells, to be embedded."""

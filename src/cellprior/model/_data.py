@@ -243,6 +243,7 @@ class SentenceSampler(Sampler[list[int]]):
     """
 
     def __init__(self, rows: np.ndarray, group: np.ndarray | None, batch_size: int, shuffle: bool) -> None:
+        check_whole(batch_size=batch_size)
         codes = np.zeros(len(rows), dtype=np.int64) if group is None else group
         self.groups = [rows[codes == code] for code in np.unique(codes)]
         self.batch_size = batch_size
@@ -354,6 +355,17 @@ class VocabularySplitter(DataSplitter):
 
     data_loader_cls = VocabularyLoader
 
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        """Rows by what they are for, after ``setup``."""
+        return {"train": self.train_idx, "validation": self.val_idx, "test": self.test_idx}
+
+    def keep(self, parts: dict[str, np.ndarray]) -> None:
+        """Take these from now on; without a seed, each ``setup`` would draw others."""
+        self.external_indexing = [parts["train"], parts["validation"], parts["test"]]
+        self.n_train, self.n_val = len(parts["train"]), len(parts["validation"])
+        self.setup()
+
     def floor_minibatches(self) -> VocabularyLoader:
         """Training cells that predictors without biology are fitted to: all."""
         return self.train_dataloader()
@@ -368,6 +380,20 @@ def without_view(adata: ad.AnnData) -> ad.AnnData:
     if not adata.is_view:
         return adata
     return adata.to_memory() if adata.isbacked else adata.copy()
+
+
+def check_whole(**arguments: Any) -> None:
+    """Refuse arguments that are no whole numbers from 1 on.
+
+    Raises
+    ------
+    ValueError
+        With name and value.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            msg = f"{name}={value!r}; a whole number is needed, 1 or more."
+            raise ValueError(msg)
 
 
 def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:

@@ -43,6 +43,13 @@ def gather_objects(own: Any) -> list[Any]:
     return found
 
 
+def sum_over_processes(own: Tensor) -> Tensor:
+    """The sum of a number over all processes, in each of them."""
+    if rank_and_count()[1] > 1:
+        dist.all_reduce(own)
+    return own
+
+
 def gather_cells(own: Tensor) -> Tensor:
     """Rows of all processes, in order, with their gradient.
 

@@ -28,7 +28,12 @@ def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np
     ------
     KeyError
         If a gene is not in the vocabulary.
+    TypeError
+        If ``names`` is a text.
     """
+    if isinstance(names, str):
+        msg = f"genes={names!r} is one text; a list of names is needed: genes=[{names!r}]."
+        raise TypeError(msg)
     row = {name: i for column in ("ensembl_id", "symbol") for i, name in enumerate(genes[column]) if name}
     row.update({name: i for name, i in zip(match.var_names, match.index, strict=True) if i >= 0})
     if unknown := [name for name in names if name not in row]:

@@ -17,6 +17,7 @@ from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from cellprior.model._data import without_view
+from cellprior.model._fitting import DivergedError, not_finite
 from cellprior.model._on_disk import with_frames
 from cellprior.weights import (
     Bundle,
@@ -36,6 +37,7 @@ class LoadableModel(BaseModelClass):
     obsm_key: str
     # what :meth:`from_pretrained` was given, and the sha256 of all that was read: tensors, configuration, vocabulary
     pretrained_: dict[str, str] | None = None
+    split_: dict[str, Any] = {}  # by way of training, which cells were held out
     _setup_method = "setup_anndata"
 
     @classmethod
@@ -82,6 +84,7 @@ class LoadableModel(BaseModelClass):
         load_strictly(model.module, bundle.state_dict, str(weights))
         model.pretrained_ = {"weights": str(weights), "sha256": sha256(*(bundle.files or (file,)))}
         model.training_state_ = bundle.config.get("training_state", {})
+        model.split_ = bundle.config.get("split", {})
         model.is_trained_ = True
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,6 +211,7 @@ class LoadableModel(BaseModelClass):
         overwrite
             Replace a bundle that is already there.
         """
+        self._refuse_not_finite()
         if card is None:
             origin = f" Loaded from {self.pretrained_['weights']}." if self.pretrained_ else ""
             card = (
@@ -221,12 +225,31 @@ class LoadableModel(BaseModelClass):
                 "network": self._network(),
                 "training_state": self.training_state_,
                 "annotation": self.annotation_,
+                **({"split": self.split_} if self.split_ else {}),
             },
             genes=self.genes,
             peaks=getattr(self, "peaks", None),
             card=card,
             overwrite=overwrite,
         )
+
+    def save(self, dir_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write the model, to be loaded with ``load``; see :meth:`scvi.model.base.BaseModelClass.save`."""
+        self._refuse_not_finite()
+        super().save(dir_path, *args, **kwargs)
+
+    def _check_if_trained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to embed without training, and with weights that are not finite."""
+        super()._check_if_trained(*args, **kwargs)
+        self._refuse_not_finite()
+
+    def _refuse_not_finite(self) -> None:
+        if (name := not_finite(self.module)) is not None:
+            msg = (
+                f"The weights {name} are not finite, as after a training that diverged: nothing can be embedded, "
+                "predicted or saved with them. Load the weights anew, or train again with a smaller learning rate."
+            )
+            raise DivergedError(msg)
 
     def release(self) -> None:
         """Let go of the attached data; scvi-tools otherwise holds it for as long as the process runs."""

@@ -14,11 +14,30 @@ NAMED_SHARES = tuple(np.arange(4, 21) / 20)  # of the cells that look known, tri
 SPARE_ERRORS = 3  # of the first share tried, lest one unlucky cell among a few ends the search
 
 
+SURPRISE = (
+    0.05  # that as many unknown cells come about although no more than twice the usual share is expected
+)
+REJECTS = tuple(np.arange(1, 100) / 100)  # tried when it is said which of them names cells
+
+
 class Limits(NamedTuple):
     """A cell is unknown from this novelty on, or up to this confidence."""
 
     novelty: float
     confidence: float
+
+    def unknown(self, novelty: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which cells are too far, and which of the others too uncertain ``(cells,)``."""
+        far = novelty >= self.novelty
+        return far, ~far & (confidence <= self.confidence)
+
+
+class Calibration(NamedTuple):
+    """Scores of the calibration cells ``(cells,)``."""
+
+    novelty: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
 
 
 def cells_needed(reject: float) -> int:
@@ -59,6 +78,28 @@ def _named_needed(reject: float) -> int:
 
 
 def find_limits(novelty: np.ndarray, confidence: np.ndarray, correct: np.ndarray, *, reject: float) -> Limits:
+    """:func:`limits_of` calibration cells.
+
+    Warns
+    -----
+    UserWarning
+        If they call every cell unknown.
+    """
+    limits = limits_of(novelty, confidence, correct, reject=reject)
+    if limits.confidence == np.inf:
+        found = smallest_reject(Calibration(novelty, confidence, correct), novelty, confidence, share=0.0)
+        larger = (
+            "a larger reject" if found is None else f"a larger reject (from {found[0]:g} on, cells are named)"
+        )
+        msg = (
+            f"No share of the calibration cells is named with an error that is surely below reject={reject}: all cells "
+            f"are called unknown. Allow {larger}, or train longer or on more cells."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=4)
+    return limits
+
+
+def limits_of(novelty: np.ndarray, confidence: np.ndarray, correct: np.ndarray, *, reject: float) -> Limits:
     """Limits that keep ``reject`` on cells exchangeable with the calibration cells.
 
     The novelty of a new cell is among the k largest of n + 1 with probability k / (n + 1). Below a limit that is one of
@@ -89,10 +130,74 @@ def find_limits(novelty: np.ndarray, confidence: np.ndarray, correct: np.ndarray
         if binom.cdf(wrong[:m].sum(), m, reject) > 1 - ERROR_CONFIDENCE:
             break
         limit = confidence[m] if m < len(order) else -np.inf
-    if limit == np.inf:
-        msg = (
-            f"No share of the calibration cells is named with an error that is surely below reject={reject}: all cells "
-            "are called unknown. Allow a larger reject, or train longer or on more cells."
-        )
-        warnings.warn(msg, UserWarning, stacklevel=4)
     return Limits(float(far), float(limit))
+
+
+def smallest_reject(
+    calibration: Calibration, novelty: np.ndarray, confidence: np.ndarray, *, share: float
+) -> tuple[float, int] | None:
+    """The smallest reject that can be promised and names more than a share of some cells, and how many it names.
+
+    As ``reject`` grows, less certain names are given, and fewer cells are near enough.
+    """
+    for reject in REJECTS:
+        if len(calibration.novelty) >= cells_needed(reject):
+            far, uncertain = limits_of(*calibration, reject=reject).unknown(novelty, confidence)
+            if (n_named := int(np.sum(~far & ~uncertain))) > share * len(novelty):
+                return float(reject), n_named
+    return None
+
+
+def explain_unknown(
+    calibration: Calibration,
+    limits: Limits,
+    novelty: np.ndarray,
+    confidence: np.ndarray,
+    *,
+    reject: float,
+    unknown: str,
+    guess: str,
+) -> None:
+    """Say why, if far more cells are unknown than of cells like those calibrated on.
+
+    Parameters
+    ----------
+    calibration, limits, reject
+        Of the promise.
+    novelty, confidence
+        Of the cells that were named ``(cells,)``.
+    unknown
+        What they are called.
+    guess
+        Where the best guess of each cell is found, in words.
+
+    Warns
+    -----
+    UserWarning
+        With the number of cells that are too far and too uncertain, the likely cause, and a ``reject`` that names more.
+    """
+    far, uncertain = (int(x.sum()) for x in limits.unknown(novelty, confidence))
+    n_cells, n_unknown = len(novelty), far + uncertain
+    usual = float(np.mean(np.logical_or(*limits.unknown(calibration.novelty, calibration.confidence))))
+    most = min(2 * max(usual, reject), (1 + usual) / 2)
+    if n_unknown == 0 or binom.sf(n_unknown - 1, n_cells, most) > SURPRISE:
+        return
+    if far >= uncertain:
+        cause = (
+            "Cells of another protocol, depth, species or panel of genes than the reference's lie far from it, and so "
+            "do types that it lacks."
+        )
+    else:
+        cause = "Names are uncertain where the query is shallower than the reference, or lacks genes that tell types."
+    for share, what in ((0.5, "half of the cells"), (0.0, "any cell")):
+        if found := smallest_reject(calibration, novelty, confidence, share=share):
+            way_out = f"The smallest reject that names {what} is {found[0]:g} ({found[1]:,} of {n_cells:,})"
+            break
+    else:
+        way_out = "No reject names any cell"
+    msg = (
+        f"{n_unknown:,} of {n_cells:,} cells are called {unknown!r}; of cells like those of the calibration, about "
+        f"{usual:.0%} would be. {far:,} are too far from every type, {uncertain:,} too uncertain. {cause} {way_out}; "
+        f"but what reject promises does not hold for such cells. The best guess for each cell is {guess}."
+    )
+    warnings.warn(msg, UserWarning, stacklevel=4)

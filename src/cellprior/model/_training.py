@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRSc
 from cellprior.model._data import VocabularySplitter
 from cellprior.model._datamodule import StreamedCells
 from cellprior.model._distributed import from_first, rank_and_count, trainer_defaults
+from cellprior.model._fitting import run
 from cellprior.model._genes import measured_genes, refuse_unmeasured
+from cellprior.model._holdout import keep_split, noted, warn_of_other_cells
 from cellprior.model._masked import MaskedScores
 
 
@@ -164,6 +166,7 @@ class TrainableModel(BaseModelClass):
 
     is_trained_: bool
     history_: dict[str, Any] | None
+    split_: dict[str, Any]
     objectives: dict[str, dict[str, Any]] = {}  # by name, options of the training plan
 
     def train(
@@ -197,7 +200,9 @@ class TrainableModel(BaseModelClass):
         accelerator, devices
             See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
         train_size, validation_size, shuffle_set_split
-            Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on.
+            Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on. It is
+            kept with the weights: of the same cells, the next call holds out the same, unless another split is asked
+            for, and a warning says if cells that were trained on are held out.
         batch_size
             Cells of a minibatch, within one category of ``batch_key``; of each process, where several train.
         early_stopping
@@ -231,6 +236,8 @@ class TrainableModel(BaseModelClass):
             If several processes have no seed to begin alike.
         KeyError
             If ``measured`` lacks a batch, or names a gene that neither the data nor the vocabulary have.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss.
         """
         if self.adata is None and datamodule is None:
             msg = "The model was loaded without data; load it with the data to train on."
@@ -244,12 +251,26 @@ class TrainableModel(BaseModelClass):
             "batch_size": batch_size,
         }
         cells: VocabularySplitter | StreamedCells
+        held: dict[str, Any]
         if datamodule is None:
             cells, seen = self._attached_cells(measured, **split, **(datasplitter_kwargs or {}))
+            names = self.adata.obs_names
+            parts = keep_split(
+                self.split_.get("train", {}),
+                names,
+                cells.parts,
+                sizes_given=train_size is not None or validation_size is not None,
+                rows_given=not shuffle_set_split or "external_indexing" in (datasplitter_kwargs or {}),
+            )
+            cells.keep(parts)
+            held = noted(names, parts)
         else:
             refuse_with_datamodule(measured=measured, strategy=trainer_kwargs.get("strategy"))
             cells = StreamedCells(datamodule, self.genes, self.min_coverage, **split)
             seen = measured_genes(None, None, self.genes, cells.match)
+            held = {"cells": "of a datamodule", "n_cells": cells.n_train + cells.n_val}
+            if self.split_.get("train"):
+                warn_of_other_cells(self.split_["train"], held["n_cells"], stacklevel=2)
             if "covariate" in options:
                 options["covariate"] = [None]  # whose batch is not known
         plan = TrainingPlan(
@@ -273,8 +294,8 @@ class TrainableModel(BaseModelClass):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        before = self.history_ or {}
-        self.history_ = continued(before, run(self, runner))
+        self.split_ = {**self.split_, "train": held}
+        run(self, runner)
         warn_above_floor(self.history)
 
     def _attached_cells(
@@ -374,27 +395,6 @@ def refuse_with_datamodule(*, measured: Any, strategy: Any) -> None:
             "With datamodule=, each process would train on the same cells: use one process, or attached data."
         )
         raise ValueError(msg)
-
-
-def run(model: Any, runner: TrainRunner) -> dict[str, pd.DataFrame]:
-    """Train, and give the history of this run alone."""
-    was_trained = model.is_trained_
-    model.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
-    try:
-        runner()
-    finally:
-        model.is_trained_ = model.is_trained_ or was_trained
-    return model.history_ or {}
-
-
-def continued(before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """History of two runs: columns of both are joined, epochs counted on."""
-    joined = dict(before)
-    for name, values in after.items():
-        if name in before:
-            values = pd.concat([before[name], values], ignore_index=True).rename_axis(values.index.name)
-        joined[name] = values
-    return joined
 
 
 def losses_with_floors(history: Mapping[str, pd.DataFrame], stage: str) -> dict[str, dict[str, pd.Series]]:

@@ -44,6 +44,13 @@ def test_a_collapsed_embedding_is_chance_and_not_perfect():
     assert found["recall_at_10"] == pytest.approx(10 / 20)
 
 
+def test_what_is_not_a_number_is_no_match_and_not_a_perfect_one(scores):
+    nothing = latent_metrics(torch.full((9, 4), torch.nan), torch.full((9, 4), torch.nan))
+    assert all(np.isnan(value) for value in nothing.values())
+    scores[0, 1] = torch.nan
+    assert np.isnan(foscttm(scores)) and np.isnan(recall_at(scores, 1))
+
+
 def test_perfect_and_inverted_matches():
     assert foscttm(torch.eye(9)) == 0.0 and recall_at(torch.eye(9), 1) == 1.0
     assert foscttm(-torch.eye(9)) == 1.0

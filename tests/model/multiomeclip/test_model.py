@@ -8,8 +8,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from mudata import MuData
 
 from cellprior import pp
+from cellprior._compat import without_pulled_columns
 from cellprior.genes import PeakMatchError
 from cellprior.model import NotCountsError
 from cellprior.model.multiomeclip import MultiomeCLIP
@@ -145,8 +147,8 @@ def test_a_multiome_with_unpaired_cells_is_trained_on_and_embedded_by_what_each_
         with pytest.warns(UserWarning, match="24 of 160 cells lack atac"):
             atac = pd.DataFrame(model.get_latent_representation(modality="atac"), index=data.obs_names)
         assert set(atac.index[atac.isna().any(axis=1)]) == {f"cell{i}" for i in lacks["atac"]}
-        rna = pd.DataFrame(model.get_latent_representation(data["rna"]), index=data["rna"].obs_names)
         only = [f"cell{i}" for i in lacks["atac"]]
+        rna = pd.DataFrame(model.get_latent_representation(data["rna"][only]), index=only)
         np.testing.assert_allclose(found[how].loc[only], rna.loc[only], **CLOSE)
         assert len(model.match()) == N_CELLS - 24
     padded = found["padded"].loc[found["as it is"].index]
@@ -294,6 +296,64 @@ def test_a_missing_modality_is_named_with_those_that_there_are(trained, mdata):
         MultiomeCLIP.setup_mudata(renamed, modalities={"rna_layer": "gex"})
     with pytest.raises(ValueError, match="'rna' \\(RNA\\) or 'atac' \\(ATAC\\) is needed"):
         trained.get_latent_representation(multiome({"prot": mdata.mod["rna"]}))
+
+
+@pytest.mark.parametrize(("rna", "atac"), [("RNA", "atac"), ("rna", "ATAC"), ("Gene Expression", "atac")])
+def test_a_modality_under_another_name_is_not_left_out_in_silence(trained, mdata, rna, atac):
+    renamed = multiome({rna: mdata.mod["rna"], atac: mdata.mod["atac"]})
+    name = atac if rna == "rna" else rna
+    with pytest.raises(
+        ValueError, match=f"one called '{name}', which would be left out. Name it: modalities="
+    ):
+        trained.get_latent_representation(renamed)
+
+
+def test_other_modalities_are_named_where_one_is_missing_and_not_where_none_is(trained, latent, mdata):
+    protein = mdata.mod["rna"].copy()
+    protein.var_names = [f"protein {i}" for i in range(protein.n_vars)]
+    with pytest.warns(UserWarning, match="no modality 'rna'; 'prot' is not read"):
+        found = trained.get_latent_representation(multiome({"prot": protein, "atac": mdata.mod["atac"]}))
+    np.testing.assert_allclose(found, latent["atac"], **CLOSE)
+    both = multiome({**mdata.mod, "prot": protein})
+    np.testing.assert_allclose(trained.get_latent_representation(both), latent["joint"], **CLOSE)
+
+
+def test_modalities_that_share_features_are_refused(trained, mdata):
+    with without_pulled_columns():
+        mdata.mod["atac"].obs_names = [f"other {i}" for i in range(N_CELLS)]
+        stacked = MuData({"rna": mdata.mod["rna"], "atac": mdata.mod["atac"]}, axis=1)
+    for use in (MultiomeCLIP.setup_mudata, trained.get_latent_representation):
+        with pytest.raises(ValueError, match="has axis=1: its modalities share features"):
+            use(stacked)
+
+
+def test_padding_of_a_modality_that_was_taken_out_has_no_partner(trained, mdata):
+    ragged = multiome({"rna": mdata.mod["rna"], "atac": part(mdata, "atac", np.arange(20, N_CELLS))})
+    padded = pp.pad_modalities(ragged)
+    assert padded["atac"].n_obs == N_CELLS
+    found = trained.match(padded["atac"], padded["rna"])
+    assert set(found.index) == {f"cell{i}" for i in range(20, N_CELLS)}
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5, True])
+def test_a_number_of_neighbours_that_is_none_is_refused(trained, mdata, k):
+    rna, atac = mdata.mod["rna"], mdata.mod["atac"]
+    for use in (
+        lambda: trained.transfer_labels(mdata, atac, labels_key="type", n_neighbors=k),
+        lambda: trained.predict_modality(atac, rna, n_neighbors=k),
+    ):
+        with pytest.raises(ValueError, match=f"n_neighbors={k}; a whole number is needed, 1 or more"):
+            use()
+
+
+def test_sizes_of_minibatches_that_are_none_are_refused(mdata):
+    MultiomeCLIP.setup_mudata(mdata)
+    model = MultiomeCLIP(mdata, n_hidden=16, n_latent=8, n_components=(6, 8))
+    for size in ({"micro_batch_size": 0}, {"batch_size": 0}, {"batch_size": 2.5}):
+        with pytest.raises(ValueError, match="size=.*; a whole number is needed, 1 or more"):
+            model.train(max_epochs=1, **size, **QUIET)
+    with pytest.raises(TypeError, match=r"genes='CD3D' is one text; .* genes=\['CD3D'\]"):
+        MultiomeCLIP(mdata, genes="CD3D")
 
 
 def test_what_is_no_mudata_of_its_own_or_not_set_up_is_refused_with_what_to_do(mdata):

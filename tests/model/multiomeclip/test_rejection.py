@@ -7,7 +7,7 @@ import pytest
 
 from cellprior.model.multiomeclip import MultiomeCLIP
 
-from .data import cells, part
+from .data import N_CELLS, cells, multiome, part
 
 
 def rates(found, truth) -> tuple[float, float]:
@@ -36,7 +36,15 @@ def test_cells_unlike_those_of_the_reference_are_unknown(trained):
     rng = np.random.default_rng(0)
     for adata in query.mod.values():  # of no type: as many counts, anywhere
         adata.X = rng.multinomial(60, np.full(adata.n_vars, 1 / adata.n_vars), adata.n_obs).astype(np.float32)
-    strange, _ = rates(trained.transfer_labels(query=query, reject=0.2), query.obs["type"])
+    with pytest.warns(
+        UserWarning, match=r"of 200 cells are called 'unknown'.* too far from every type"
+    ) as said:
+        found = trained.transfer_labels(query=query, reject=0.2)
+    assert "reject promises does not hold" in str(said[0].message)
+    assert "unknown" not in set(found["best_guess"])
+    assert "best_guess" not in trained.transfer_labels(query=query)
+    assert set(found["label"][found["label"] != found["best_guess"]]) == {"unknown"}
+    strange, _ = rates(found, query.obs["type"])
     known, _ = rates(trained.transfer_labels(query=cells(200, seed=6), reject=0.2), query.obs["type"])
     assert strange > known + 0.4
 
@@ -57,6 +65,16 @@ def test_only_cells_that_the_model_was_not_trained_on_are_calibrated_on(trained,
     new.obs["type"] = np.where(np.arange(300) < 200, new.obs["type"].astype(str), "unknown")
     trained.transfer_labels(new, reject=0.2)
     assert len(asked[-1]) == 40 and asked[-1].max() < 200
+
+
+def test_held_out_cells_of_a_loaded_model_are_known_by_name_in_whatever_order(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "bundle")
+    loaded = MultiomeCLIP.from_pretrained(tmp_path / "bundle")
+    order = np.random.default_rng(0).permutation(N_CELLS)
+    again = multiome({name: adata[order].copy() for name, adata in cells().mod.items()})
+    rows = loaded._held_out(again, np.ones(again.n_obs, dtype=bool))
+    held_out = trained.adata.obs_names[trained.validation_indices]
+    assert set(again.obs_names[rows]) == set(held_out)
 
 
 def test_a_reference_of_its_own_serves_a_model_that_was_loaded(trained, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,7 @@ def cells_of(
     keys = modality_keys(setup_args["modalities"])
     layers = {name: setup_args[f"{name}_layer"] for name in MODALITIES}
     if isinstance(data, MuData):
+        refuse_other_axis(data)
         found = {name: data.mod[key] for name, key in keys.items() if key in data.mod}
         if not found:
             msg = (
@@ -101,6 +103,7 @@ def cells_of(
                 'needed. If they have other names: setup_mudata(mdata, modalities={"rna": ..., "atac": ...}).'
             )
             raise ValueError(msg)
+        say_what_is_left_out(data, keys)
     elif isinstance(data, ad.AnnData):
         found = {_modality_of(data.var, genes): data}
     else:
@@ -138,8 +141,12 @@ def cells_of(
             raise ValueError(msg)
     rows = {name: adata.obs_names.get_indexer(data.obs_names) for name, adata in found.items()}
     for name in rows:
-        if (column := presence_column(keys[name])) in data.obs:
+        column = presence_column(keys[name])
+        if column in data.obs:
             rows[name] = np.where(data.obs[column].to_numpy(dtype=bool), rows[name], -1)
+        if column in found[name].obs:  # of a modality of padded data, which may have been taken out of them
+            is_there = found[name].obs[column].to_numpy(dtype=bool)
+            rows[name] = np.where(is_there[rows[name]] & (rows[name] >= 0), rows[name], -1)
     return Cells(data.obs, found, {name: layers[name] for name in found}, rows)
 
 
@@ -156,6 +163,60 @@ def modality_keys(modalities: Mapping[str, str] | None) -> dict[Modality, str]:
         msg = f'modalities has the keys {sorted(unknown)}; needed: "rna" and "atac", with the names in the MuData.'
         raise ValueError(msg)
     return {name: given.get(name, name) for name in MODALITIES}
+
+
+ALIASES: dict[Modality, tuple[str, ...]] = {
+    "rna": ("rna", "gex", "geneexpression", "expression", "scrna", "snrna", "transcriptome", "genes"),
+    "atac": ("atac", "peaks", "scatac", "snatac", "chromatin", "chromatinaccessibility", "accessibility"),
+}
+
+
+def refuse_other_axis(mdata: MuData) -> None:
+    """Refuse a MuData whose modalities share features and not cells.
+
+    Raises
+    ------
+    ValueError
+        With how to make one that shares cells.
+    """
+    if getattr(mdata, "axis", 0) != 0:
+        msg = (
+            f"The MuData has axis={mdata.axis}: its modalities share features, and RNA and ATAC share cells. Make it "
+            'anew: mudata.MuData({"rna": rna, "atac": atac}), where axis is 0.'
+        )
+        raise ValueError(msg)
+
+
+def say_what_is_left_out(mdata: MuData, keys: Mapping[Modality, str]) -> None:
+    """Refuse a modality that is there under another name, and name others that are not read in its stead.
+
+    Raises
+    ------
+    ValueError
+        With the name that is needed.
+
+    Warns
+    -----
+    UserWarning
+        If a modality is missing, and there are others that are none of RNA and ATAC by name.
+    """
+    missing = [name for name, key in keys.items() if key not in mdata.mod]
+    others = [key for key in mdata.mod if key not in keys.values()]
+    for name in missing:
+        for key in others:
+            if "".join(filter(str.isalpha, key.lower())) in ALIASES[name]:
+                msg = (
+                    f"The MuData has no modality {keys[name]!r}, and one called {key!r}, which would be left out. Name "
+                    f"it: modalities={{{name!r}: {key!r}}} in setup_mudata or tl.embed, or for a query of a model that "
+                    f"is set up, mudata.MuData({{{keys[name]!r}: mdata[{key!r}], ...}})."
+                )
+                raise ValueError(msg)
+    if missing and others:
+        msg = (
+            f"The MuData has no modality {' and no '.join(repr(keys[name]) for name in missing)}; "
+            f"{', '.join(map(repr, others))} is not read. If it is that under another name, use modalities=."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=4)
 
 
 def refuse_swapped(adata: ad.AnnData, modality: Modality, key: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cellprior.model._cluster import block_of, on_device_here, parts_on_cluster, refuse_here
 from cellprior.model._data import csr_tensor
 from cellprior.model._embedding import BatchSize, Part
+from cellprior.model._fitting import NOT_FINITE, DivergedError
 from cellprior.model.multiomeclip._cells import CountsOf
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Encoder:
             except torch.cuda.OutOfMemoryError as error:
                 size.halve(error)
             torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
+        if not np.isfinite(result).all():
+            raise DivergedError(NOT_FINITE)
         return result
 
     def _joint(

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellprior.model._data import check_whole
+
 ROWS = 2048  # cells whose similarities to all others are in memory at a time
 N_ITERATIONS = 100
 REGULARISATION = 0.01  # of the transport, in units of the cosine distance; as MatchCLOT's
@@ -23,8 +25,14 @@ def nearest(queries: np.ndarray, references: np.ndarray, k: int) -> tuple[np.nda
     queries, references
         Unit vectors ``(cells, n_latent)``.
     k
-        How many; fewer if there are not as many references.
+        How many, 1 at least; fewer if there are not as many references.
+
+    Raises
+    ------
+    ValueError
+        If ``k`` is no whole number from 1 on.
     """
+    check_whole(n_neighbors=k)
     k = min(k, len(references))
     everything = torch.from_numpy(references)
     found = [(part @ everything.T).topk(k, dim=1) for part in torch.from_numpy(queries).split(ROWS)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from scipy.stats import rankdata
@@ -15,13 +17,17 @@ RECALL_AT = (1, 10)
 def partners_among_others(scores: Tensor) -> tuple[Tensor, Tensor]:
     """How many other cells score higher than a cell's own partner, and how many score the same ``(cells,)``.
 
+    Where a score of a cell is NaN, both are.
+
     Parameters
     ----------
     scores
         Similarity of cell i of one modality and cell j of the other ``(cells, cells)``.
     """
     own = scores.diagonal()[:, None]
-    return (scores > own).sum(1).double(), (scores == own).sum(1).double() - 1
+    higher, same = (scores > own).sum(1).double(), (scores == own).sum(1).double() - 1
+    unknown = scores.isnan().any(1)
+    return higher.masked_fill(unknown, math.nan), same.masked_fill(unknown, math.nan)
 
 
 def foscttm(scores: Tensor) -> float:

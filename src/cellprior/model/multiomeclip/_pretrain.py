@@ -12,7 +12,9 @@ from scvi.train import TrainRunner
 
 from cellprior.model._data import row_numbers
 from cellprior.model._distributed import from_first, trainer_defaults
-from cellprior.model._training import TrainingPlan, continued, run, warn_above_floor
+from cellprior.model._fitting import continued, run
+from cellprior.model._holdout import keep_split, noted
+from cellprior.model._training import TrainingPlan, warn_above_floor
 from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._module import MLPEncoder, Modality
 from cellprior.model.multiomeclip._pretraining import (
@@ -76,7 +78,7 @@ class PretrainableModel(ReadingModel):
         accelerator, devices
             See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
         train_size, validation_size, shuffle_set_split
-            Split of the cells with ATAC; by default 90 % are trained on.
+            Split of the cells with ATAC; by default 90 % are trained on. The next call holds out the same.
         batch_size
             Cells of a minibatch.
         plan_kwargs
@@ -90,6 +92,8 @@ class PretrainableModel(ReadingModel):
         ValueError
             If the model has been trained, or reads no components (``encoder="vit"``), ``mask_share`` is no share, or
             too few cells have ATAC.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss.
         NotCountsError, PeakMatchError
             If the data are not raw counts, or too few peaks are known.
         """
@@ -111,6 +115,14 @@ class PretrainableModel(ReadingModel):
             rng=np.random.default_rng(seed),
             having="ATAC",
         )
+        parts = keep_split(
+            self.split_.get("pretrain_atac", {}),
+            cells.obs.index,
+            {"train": train, "validation": held_out},
+            sizes_given=train_size is not None or validation_size is not None,
+            rows_given=not shuffle_set_split,
+        )
+        train, held_out = parts["train"], parts["validation"]
         counts = self._counts(adata, cells)["atac"]
         if not self.training_state_:
             self._fit_encoder(counts, "atac", train, np.random.default_rng(seed), seed)
@@ -140,11 +152,14 @@ class PretrainableModel(ReadingModel):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()
-        before = self.history_ or {}
-        after = run(self, runner)
-        masked.fold()
-        self.history_ = continued(before, as_pretraining(after))
-        self.is_trained_, self.training_state_ = was_trained, {PRETRAINED: "atac"}
+        self.split_ = {**self.split_, "pretrain_atac": noted(cells.obs.index, parts)}
+        try:
+            after = run(self, runner, lambda before, after: continued(before, as_pretraining(after)))
+        finally:
+            masked.fold()  # the layers have learned to read these components
+            if self.is_trained_:
+                self.training_state_ = {PRETRAINED: "atac"}
+            self.is_trained_ = was_trained
         warn_above_floor(after)
 
     def get_atac_representation(

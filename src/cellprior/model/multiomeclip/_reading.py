@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import anndata as ad
 import numpy as np
@@ -27,6 +27,7 @@ class ReadingModel(Encoder, BaseModelClass):
     peaks: list[str]
     min_coverage: float
     is_trained_: bool
+    split_: dict[str, Any]
     _attached_match: dict[Modality, Features]
     _opened: Data | None = None  # data that are read without having been set up
 

@@ -10,8 +10,9 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from cellprior.model._data import csr_tensor, read_rows
-from cellprior.model._rejection import check_reject, find_limits
+from cellprior.model._data import check_whole, csr_tensor, read_rows
+from cellprior.model._holdout import recalled
+from cellprior.model._rejection import Calibration, check_reject, explain_unknown, find_limits
 from cellprior.model.multiomeclip._cells import Cells, codes_of, counts_matrix
 from cellprior.model.multiomeclip._inputs import log_share, open_peaks
 from cellprior.model.multiomeclip._matching import Method, nearest, pairs
@@ -110,9 +111,9 @@ class RetrievalModel(ReadingModel):
         from all cells of the reference with probability at most ``reject``; and so that of the cells that get a name,
         at most a share ``reject`` has a wrong one, with 90 % confidence. Both hold on average over types, for cells
         exchangeable with those that it is calibrated on: cells of the reference with a label and both modalities, which
-        are named by the others and no longer vote. Of attached data that the model was trained on, these are the cells
-        that the last :meth:`train` held out; of other data, a fifth. Training data that are given anew as
-        ``reference`` are not recognised: with them, nothing is promised.
+        are named by the others and no longer vote. Of the data that the model was trained on, known by the names of all
+        cells, these are the cells that :meth:`train` held out; of other data, a fifth. A part of the training data is
+        not recognised: with it, nothing is promised.
 
         Parameters
         ----------
@@ -132,7 +133,9 @@ class RetrievalModel(ReadingModel):
 
         Returns
         -------
-        A row per cell of the query with the modality: ``label``, and ``score``, its share of the votes.
+        A row per cell of the query with the modality: ``label``, and ``score``, its share of the votes. With
+        ``reject``, also ``best_guess``, the name that most votes are for, unknown or not; and a warning that explains
+        it, if far more cells are unknown than of the calibration cells.
 
         Raises
         ------
@@ -142,6 +145,7 @@ class RetrievalModel(ReadingModel):
         KeyError
             If there is no such column.
         """
+        check_whole(n_neighbors=n_neighbors)  # before anything is embedded
         args = self.registry["setup_args"]
         key = args["labels_key"] if labels_key is None else labels_key
         if key is None:
@@ -163,19 +167,37 @@ class RetrievalModel(ReadingModel):
         voters = Voters(latent[votes], labels[rows[votes]], n_neighbors)
         asked, points, asked_rows = self._latents(query, target)
         label, share, novelty = voters.name(points)
+        found = {"label": label, "score": share}
         if reject is not None:
+            unknown = str(args["unlabeled_category"])
             own = self._embed(self._counts(reference, cells)[target], held_out)
             named, certain, far = voters.name(own)
-            correct = named == labels[held_out]
-            limits = find_limits(far, _without_ties(certain, far), correct, reject=reject)
-            unknown = (novelty >= limits.novelty) | (_without_ties(share, novelty) <= limits.confidence)
-            label[unknown] = args["unlabeled_category"]
-        return pd.DataFrame({"label": label, "score": share}, index=asked.obs.index[asked_rows])
+            calibration = Calibration(far, _without_ties(certain, far), named == labels[held_out])
+            limits = find_limits(*calibration, reject=reject)
+            certainty = _without_ties(share, novelty)
+            explain_unknown(
+                calibration,
+                limits,
+                novelty,
+                certainty,
+                reject=reject,
+                unknown=unknown,
+                guess='in the column "best_guess"',
+            )
+            found["label"] = np.where(np.logical_or(*limits.unknown(novelty, certainty)), unknown, label)
+            found["best_guess"] = label
+        return pd.DataFrame(found, index=asked.obs.index[asked_rows])
 
     def _held_out(self, reference: Data | None, candidates: np.ndarray) -> np.ndarray:
         """Numbers of the cells to calibrate on, of those that can be ``(cells,)``."""
         rows = np.flatnonzero(candidates)
-        if (reference is None or reference is self.adata) and self.validation_indices is not None:
+        names = self._cells(reference).obs.index
+        if (kept := recalled(self.split_.get("train", {}), names)) is not None:
+            return np.intersect1d(rows, kept["validation"])
+        is_attached = reference is None or reference is self.adata
+        if (
+            is_attached and not self.split_ and self.validation_indices is not None
+        ):  # saved by an older version
             return np.intersect1d(rows, self.validation_indices)
         return np.sort(np.random.default_rng(0).permutation(rows)[: len(rows) // 5])
 
@@ -209,6 +231,7 @@ class RetrievalModel(ReadingModel):
         -------
         AnnData with a row per cell of the query that has the other modality, and the reference's genes or peaks.
         """
+        check_whole(n_neighbors=n_neighbors)
         if target not in MODALITIES:
             msg = f'target={target!r} is not known; choose "rna" or "atac".'
             raise ValueError(msg)

@@ -10,8 +10,11 @@ import torch
 from scvi.train import TrainRunner
 from torch import Tensor
 
+from cellprior.model._data import check_whole
 from cellprior.model._distributed import from_first, trainer_defaults
-from cellprior.model._training import continued, run, warn_above_floor
+from cellprior.model._fitting import run
+from cellprior.model._holdout import keep_split, noted
+from cellprior.model._training import warn_above_floor
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, codes_of
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.model.multiomeclip._pretrain import MAX_FITTED, PRETRAINED, PretrainableModel
@@ -59,7 +62,9 @@ class ContrastiveModel(PretrainableModel):
         accelerator, devices
             See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
         train_size, validation_size, shuffle_set_split
-            Split of the complete cells; by default 90 % are trained on.
+            Split of the complete cells; by default 90 % are trained on. It is kept with the weights: of the same
+            cells, the next call holds out the same, unless another split is asked for, and a warning says if cells
+            that were trained on are held out.
         batch_size
             Cells of a minibatch, each the negative of the others, within one category of ``batch_key``; of each
             process, where several train, and then those of all are negatives.
@@ -76,10 +81,15 @@ class ContrastiveModel(PretrainableModel):
         Raises
         ------
         ValueError
-            If the model has no data, too few cells have both modalities, or early stopping has none held out.
+            If the model has no data, too few cells have both modalities, ``micro_batch_size`` is no whole number, or
+            early stopping has no cells held out.
         RuntimeError
             If several processes have no seed to begin alike.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss.
         """
+        if micro_batch_size is not None:
+            check_whole(micro_batch_size=micro_batch_size)
         if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)
@@ -93,6 +103,14 @@ class ContrastiveModel(PretrainableModel):
             shuffle=shuffle_set_split,
             rng=np.random.default_rng(seed),
         )
+        parts = keep_split(
+            self.split_.get("train", {}),
+            cells.obs.index,
+            {"train": train, "validation": held_out},
+            sizes_given=train_size is not None or validation_size is not None,
+            rows_given=not shuffle_set_split,
+        )
+        train, held_out = parts["train"], parts["validation"]
         if early_stopping and not len(held_out):
             msg = "early_stopping=True watches held-out cells, and there are none: lower train_size."
             raise ValueError(msg)
@@ -129,14 +147,17 @@ class ContrastiveModel(PretrainableModel):
             **{**defaults, **trainer_kwargs},
         )
         self.module.train()  # loaded weights are in eval mode, and Lightning leaves them there
-        before, pretrained = self.history_ or {}, self.training_state_
+        pretrained = self.training_state_
         self.training_state_ = {}  # before checkpoints are saved
+        self.split_ = {**self.split_, "train": noted(cells.obs.index, parts)}
         try:
             after = run(self, runner)
         except BaseException:
-            self.training_state_ = pretrained
+            if self.is_trained_:  # the weights have moved, and what is known of the modalities with them
+                self._align(counts, train, held_out)
+            else:
+                self.training_state_ = pretrained
             raise
-        self.history_ = continued(before, after)
         self._align(counts, train, held_out)
         warn_above_floor(after)
 

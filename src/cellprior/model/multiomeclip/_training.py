@@ -208,7 +208,7 @@ class ContrastivePlan(pl.LightningModule):
         reached = latent_metrics(rna, atac)
         for name, value in {**reached, **self.depth_only, "n_cells": float(len(rows))}.items():
             self.log(f"validation_{name}", value, prog_bar=name == "foscttm", sync_dist=True)
-        if self.keep_best and reached["foscttm"] < self.best:
+        if self.keep_best and reached["foscttm"] < self.best:  # NaN is not
             self.best = reached["foscttm"]
             self.best_tensors = {name: p.detach().clone() for name, p in self.module.named_parameters()}
 
