@@ -16,10 +16,11 @@ import torch
 from anndata import AnnData
 
 from cellprior import pp
-from cellprior.model import CellPLM, Geneformer, ScBERT
+from cellprior.model import CellPLM, Geneformer, ScBERT, ScGPT
 from cellprior.model._base import PretrainedModel
 from cellprior.model.geneformer._module import GeneformerModule
 from cellprior.model.scbert._module import ScBERTModule
+from cellprior.model.scgpt._module import ScGPTModule
 from cellprior.weights import fetch, read_bundle, write_bundle
 
 
@@ -105,6 +106,12 @@ def tiny_geneformer() -> str:
     return _tiny("Geneformer", GeneformerModule, network, scale=10.0)
 
 
+@cache
+def tiny_scgpt() -> str:
+    """A ScGPT of the same genes; random weights."""
+    return _tiny("ScGPT", ScGPTModule, {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_ff": 16})
+
+
 def _tiny(
     name: str, module_cls: Callable[..., torch.nn.Module], network: dict[str, Any], *, scale: float = 1.0
 ) -> str:
@@ -148,6 +155,7 @@ PRETRAINED = [
     Entry(CellPLM, cellplm_starter, blood_cells),
     Entry(ScBERT, tiny_scbert, blood_cells),
     Entry(Geneformer, tiny_geneformer, blood_cells),
+    Entry(ScGPT, tiny_scgpt, blood_cells),
 ]
 # what training leaves behind is the same code in all of them; Geneformer's is put to it in tests/model/geneformer
 MODELS = [*PRETRAINED, *(entry.taught for entry in PRETRAINED[:2])]

@@ -73,6 +73,8 @@ def test_the_registry_has_the_promised_entries_each_with_a_licence_and_a_citatio
         "geneformer-gf-12l-95m",
         "geneformer-gf-12l-95m-clcancer",
         "geneformer-gf-20l-95m",
+        "scgpt-human",
+        "scgpt-cp",
         "gencode-human-48",
         "gencode-human-38",
         "gencode-mouse-M37",
@@ -91,7 +93,7 @@ def test_only_files_that_nobody_published_a_hash_for_lack_one():
         for file in entry.files
         if not file.sha256
     }
-    assert unknown == {"20230926_85M.best.ckpt", "config.json"}
+    assert unknown == {"20230926_85M.best.ckpt", "config.json", "args.json"}
 
 
 def test_every_registered_file_in_the_mirror_has_the_registered_hash(mirror: Path):

@@ -16,6 +16,7 @@ from cellprior.model.cellplm import CellPLM
 from cellprior.model.geneformer import Geneformer
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.scbert import ScBERT
+from cellprior.model.scgpt import ScGPT
 
 __all__ = [
     "CellPLM",
@@ -25,11 +26,12 @@ __all__ = [
     "NotCountsError",
     "PretrainedModel",
     "ScBERT",
+    "ScGPT",
     "convert",
     "model_class",
 ]
 
-MODELS: tuple[type[LoadableModel], ...] = (CellPLM, ScBERT, MultiomeCLIP, Geneformer)
+MODELS: tuple[type[LoadableModel], ...] = (CellPLM, ScBERT, MultiomeCLIP, Geneformer, ScGPT)
 
 
 def models() -> Iterator[type[LoadableModel]]:

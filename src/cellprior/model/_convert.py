@@ -99,7 +99,7 @@ def _rewrite(cls: type[LoadableModel], path: Path, folder: str | os.PathLike[str
         state_dict=bundle.state_dict,
         config=bundle.config,
         genes=bundle.genes,
-        card=_card(cls, file, ()),
+        card=_card(cls, file, [bundle.card] if bundle.card else ()),
         overwrite=overwrite,
     )
 
