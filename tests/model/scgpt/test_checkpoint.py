@@ -74,7 +74,9 @@ def test_a_folder_or_a_file_is_recognised_and_found(tmp_path, case, name):
     assert recognises(tmp_path)
     assert recognises(file)
     assert model_class(str(tmp_path)) is model_class(str(file)) is ScGPT
-    assert len(read_official(file).genes) == 800
+    bundle = read_official(file)
+    assert len(bundle.genes) == 800
+    assert {path.name for path in bundle.files} == {name, "args.json", "vocab.json"}
 
 
 def test_a_saved_model_of_scvi_tools_is_not_taken_for_a_checkpoint(tmp_path):

@@ -108,7 +108,9 @@ def read_official(checkpoint: Path) -> Bundle:
     genes = pd.DataFrame({"ensembl_id": "", "symbol": names, "previous_symbols": ""})
     known_as = identify(len(vocabulary), arguments["n_official_classes"], names)
     warn_of_another_name(checkpoint, known_as)
-    return Bundle(state_dict, {"model": "ScGPT", "network": arguments}, genes, f"This is {known_as}.")
+    files = (checkpoint, checkpoint.with_name(ARGS), checkpoint.with_name(VOCABULARY))
+    config = {"model": "ScGPT", "network": arguments}
+    return Bundle(state_dict, config, genes, f"This is {known_as}.", files=files)
 
 
 def _read_json(path: Path, checkpoint: Path) -> dict[str, Any]:
