@@ -421,6 +421,13 @@ def test_the_reject_that_is_told_names_as_many_cells_as_told_and_no_smaller_one_
     far, uncertain = (int(x.sum()) for x in limits.unknown(novelty, unsure))
     assert f"{far} are too far from every type, {uncertain} too uncertain" in str(said[0].message)
     assert "lacks genes that tell types" in str(said[0].message) and uncertain > far
+    # cells that are too far are told even where all cells are unknown anyway; those of the calibration are not
+    guesses = Calibration(calibration.novelty, confidence, np.zeros(400, dtype=bool))
+    limits = limits_of(*guesses, reject=0.2)
+    assert limits.confidence == np.inf
+    with pytest.warns(UserWarning, match="100 are too far .*No reject names any cell"):
+        explain_unknown(guesses, limits, novelty + 1, unsure, reject=0.2, unknown="?", guess="here")
+    explain_unknown(guesses, limits, novelty, unsure, reject=0.2, unknown="?", guess="here")
 
 
 def test_novelty_is_the_distance_to_the_nearest_type_in_the_embedding_over_the_type_s_spread(fine_tuned):

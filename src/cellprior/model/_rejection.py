@@ -179,8 +179,13 @@ def explain_unknown(
     far, uncertain = (int(x.sum()) for x in limits.unknown(novelty, confidence))
     n_cells, n_unknown = len(novelty), far + uncertain
     usual = float(np.mean(np.logical_or(*limits.unknown(calibration.novelty, calibration.confidence))))
-    most = min(2 * max(usual, reject), (1 + usual) / 2)
-    if n_unknown == 0 or binom.sf(n_unknown - 1, n_cells, most) > SURPRISE:
+
+    def is_surprising(count: int, share: float) -> bool:
+        most = min(2 * max(share, reject), (1 + share) / 2)
+        return count > 0 and bool(binom.sf(count - 1, n_cells, most) <= SURPRISE)
+
+    # too far as well: where every cell is unknown for its name, it would not be noticed
+    if not is_surprising(n_unknown, usual) and not is_surprising(far, reject):
         return
     if far >= uncertain:
         cause = (
