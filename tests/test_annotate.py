@@ -93,6 +93,37 @@ def test_a_cell_can_be_called_unknown_and_the_file_can_be_written(reference, que
     assert (guess == named.obs[KEY].astype(str)).equals(~unknown)
 
 
+@pytest.mark.parametrize("by", ["python", "command line"])
+def test_the_word_for_no_label_can_be_said_and_its_spelling_is_warned_of(
+    by, reference, query, tmp_path, monkeypatch
+):
+    learned = []
+    monkeypatch.setattr(CellPLM, "fine_tune", lambda self, key, **options: learned.append(self._labels(key)))
+    reference.obs["label"] = reference.obs["bulk_labels"].astype(str)
+    reference.obs.loc[reference.obs_names[:90], "label"] = "Unknown"
+
+    def annotate(**options: Any) -> None:
+        if by == "python":
+            cp.tl.annotate(query, STARTER, reference, "label", **options)
+            return
+        reference.write_h5ad(tmp_path / "reference.h5ad")
+        query.write_h5ad(tmp_path / "query.h5ad")
+        paths = [str(tmp_path / name) for name in ("query.h5ad", "out.h5ad", "reference.h5ad")]
+        said = [arg for value in options.values() for arg in ("--unlabeled", value)]
+        names = ["--weights", STARTER, "--reference", paths[2], "--labels", "label", *said]
+        assert main(["annotate", *paths[:2], *names]) == 1
+        raise RuntimeError("no labels to give")
+
+    with pytest.warns(UserWarning, match="has the label 'Unknown'.*unlabeled_category='Unknown'"):
+        with pytest.raises(RuntimeError, match="no labels to give"):
+            annotate()
+    with pytest.raises(RuntimeError, match="no labels to give"):
+        annotate(unlabeled_category="Unknown")
+    labels, code = learned[1]
+    assert "Unknown" in learned[0][0] and "Unknown" not in labels
+    assert (code[:90] == -1).all() and (code[90:] >= 0).all()
+
+
 def test_what_makes_no_sense_is_refused_and_nothing_is_written(reference, query, tmp_path):
     before = list(query.obs)
     for arguments, error, message in (

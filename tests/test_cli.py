@@ -145,11 +145,11 @@ def test_cells_without_any_count_can_be_embedded(counts, capsys):
         (["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--layer", "log"], "recover_counts"),
         (
             ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--layer", "nope"],
-            "nope is not a valid key",
+            "There is no layer 'nope' in the AnnData; its layers are",
         ),
         (
             ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--batch-key", "nope"],
-            "nope not found in",
+            "'nope' not found in adata.obs; its columns are",
         ),
         (
             ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--gene-key", "nope"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ def without_pulled_columns() -> AbstractContextManager[Any]:
     if hasattr(mudata, "set_options"):  # until mudata 0.3
         return mudata.set_options(pull_on_update=False)
     return mudata.settings.override(pull_on_update=False)
+
+
+def with_nullable_strings() -> AbstractContextManager[Any]:
+    """For a while, anndata writes strings that may be missing, those of pandas 3, as it reads them."""
+    import anndata
+
+    if hasattr(anndata.settings, "allow_write_nullable_strings"):
+        return anndata.settings.override(allow_write_nullable_strings=True)
+    return nullcontext()
 
 
 def new_group(path: Path) -> Any:

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "input",
         type=Path,
-        help="h5ad file, or h5mu file with RNA and ATAC; or zarr folder, to stream; raw counts",
+        help="h5ad file, or h5mu file with RNA and ATAC; or zarr folder; raw counts",
     )
     command.add_argument(
         "output",
@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         "--gene-key", help="column of var with gene names, in both (default: found by itself)"
     )
     command.add_argument("--batch-key", help="column of obs with the batch of each cell, in both")
+    command.add_argument(
+        "--unlabeled",
+        help="label of the reference that stands for none, and name of rejected cells (unknown)",
+    )
     command.add_argument(
         "--reject", type=float, help="share that may be called unknown or be wrong, such as 0.1"
     )
@@ -214,6 +218,8 @@ def _annotate(args: argparse.Namespace) -> None:
     for name in ("trainable", "max_epochs"):  # the defaults are those of fine_tune
         if (value := getattr(args, name)) is not None:
             options[name] = value
+    if args.unlabeled is not None:
+        options["unlabeled_category"] = args.unlabeled
     tl.annotate(adata, args.weights, reference, args.labels, **options)
     _write(adata, args.output)
     key = next(reversed(adata.uns["cellprior"]))
@@ -239,16 +245,23 @@ def _read(path: Path) -> AnnData | MuData:
     import mudata as md
 
     from cellprior._compat import without_pulled_columns
+    from cellprior.model._on_disk import refuse_foreign
 
+    refuse_foreign(path)
     is_mudata = path.suffix == ".h5mu"
     problem: object = "it has no modalities"
     try:
         with without_pulled_columns():
-            data = md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
-    except (OSError, ValueError, TypeError) as error:  # none of which names the file
+            if path.is_dir():
+                data = None if (path / "mod").exists() else ad.read_zarr(path)
+                problem = "it holds a MuData, which is streamed: name an output that ends in .zarr"
+            else:
+                data = md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:  # none of which names the file
         data, problem = None, error
     if data is None or (is_mudata and not data.mod):
-        msg = f"{path} cannot be read as an {'h5mu' if is_mudata else 'h5ad'} file: {problem}"
+        kind = "a zarr folder" if path.is_dir() else f"an {'h5mu' if is_mudata else 'h5ad'} file"
+        msg = f"{path} cannot be read as {kind}: {problem}"
         raise ValueError(msg)
     return data
 
@@ -257,14 +270,14 @@ def _write(data: AnnData | MuData, path: Path) -> None:
     """Write an h5ad or h5mu file, which is there once it is whole."""
     from anndata import AnnData
 
-    from cellprior._compat import without_pulled_columns
+    from cellprior._compat import with_nullable_strings, without_pulled_columns
 
     partial = path.with_name(path.name + ".part")
     try:
-        if isinstance(data, AnnData):
-            data.write_h5ad(partial)
-        else:
-            with without_pulled_columns():
+        with with_nullable_strings(), without_pulled_columns():
+            if isinstance(data, AnnData):
+                data.write_h5ad(partial)
+            else:
                 data.write_h5mu(partial)
         partial.replace(path)
     finally:

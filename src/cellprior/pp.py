@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from cellprior._matrix import Matrix, matrix_of, refuse_damaged
+from cellprior._obs import read_presence
+
 if TYPE_CHECKING:
     from anndata import AnnData, Raw
     from mudata import MuData
@@ -32,7 +35,7 @@ def recover_counts(
     adata
         AnnData, or ``adata.raw``.
     layer
-        Layer with the values; ``None`` for ``X``.
+        Layer with the values; ``None`` for ``X``; ``"raw"`` for ``adata.raw``.
     base
         Base of the logarithm; by default that noted by :func:`scanpy.pp.log1p`, else e.
 
@@ -51,15 +54,18 @@ def recover_counts(
     >>> adata = adata.raw.to_adata()  # where X is scaled and raw is log-normalised
     >>> adata.layers["counts"] = cp.pp.recover_counts(adata)
     """
-    values: Any = adata.X if layer is None else adata.layers[layer]
+    matrix = matrix_of(adata, layer) if hasattr(adata, "layers") else Matrix(adata.X, adata.var, "raw.X")
+    values: Any = matrix.x
+    var_names, where = matrix.var.index, matrix.where
     if hasattr(values, "compute"):
         values = values.compute()
     elif hasattr(values, "to_memory"):
         values = values.to_memory()
+    if sp.issparse(values) and values.format in ("csr", "csc"):
+        refuse_damaged(values, where)
     log = sp.csr_matrix(values[:] if not sp.issparse(values) else values, dtype=np.float64, copy=True)
     log.sum_duplicates()
     log.eliminate_zeros()
-    where = "X" if layer is None else f"layers[{layer!r}]"
     _check_logarithms(log, where)
     if log.nnz == 0:
         return log.astype(np.float32)
@@ -71,7 +77,7 @@ def recover_counts(
     if bad.any():
         at = int(np.argmax(bad))
         cell = adata.obs_names[np.searchsorted(log.indptr, at, side="right") - 1]
-        gene = adata.var_names[log.indices[at]]
+        gene = var_names[log.indices[at]]
         n_cells = len(np.unique(np.searchsorted(log.indptr, np.flatnonzero(bad), side="right")))
         msg = (
             f"{where} is not log(1 + counts x factor) with one factor per cell: {n_cells} of {log.shape[0]} cells do "
@@ -124,7 +130,7 @@ def pad_modalities(mdata: MuData) -> MuData:
                 raise ValueError(msg)
         row = adata.obs_names.get_indexer(mdata.obs_names)
         column = presence_column(key)
-        obs[column] = (row >= 0) & obs[column].to_numpy(dtype=bool) if column in obs else row >= 0
+        obs[column] = (row >= 0) & read_presence(obs, column) if column in obs else row >= 0
         padded[key] = AnnData(
             _with_empty_rows(adata.X, row),
             obs=adata.obs.reindex(mdata.obs_names).assign(**{column: obs[column].to_numpy(dtype=bool)}),
@@ -173,7 +179,10 @@ def _check_logarithms(log: sp.csr_matrix, where: str) -> None:
         )
         raise ValueError(msg)
     if log.nnz and (log.data == np.rint(log.data)).all():
-        msg = f"{where} holds integers: these are counts already."
+        advice = (
+            ' Name them, layer="raw", or go on with adata = adata.raw.to_adata().' if where == "raw.X" else ""
+        )
+        msg = f"{where} holds integers: these are counts already.{advice}"
         raise ValueError(msg)
 
 

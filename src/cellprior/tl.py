@@ -44,7 +44,8 @@ def embed(
         Registry name (see :func:`cellprior.weights.available`), folder written by ``save_pretrained``, or official
         checkpoint file.
     layer
-        Layer with raw counts; ``None`` for ``X``. For a MuData the same in both modalities, or one of each:
+        Layer with raw counts; ``None`` for ``X``; ``"raw"`` for ``adata.raw`` and its genes, unless a layer has this
+        name. For a MuData the same in both modalities, or one of each:
         ``{"rna": "counts", "atac": None}``.
     gene_key
         Column of ``var`` with gene symbols or Ensembl ids; by default the place that matches best.
@@ -122,6 +123,8 @@ def embed(
         raise ValueError(msg)
     if copy:
         adata = _copy(adata)
+    elif out is None:
+        refuse_view_of_file(adata)
     key = key_added or cls.obsm_key
     setup: dict[str, Any] = {
         "layer": layer,
@@ -154,6 +157,7 @@ def annotate(
     layer: str | None = None,
     gene_key: str | None = None,
     batch_key: str | None = None,
+    unlabeled_category: str = "unknown",
     reject: float | None = None,
     key_added: str | None = None,
     batch_size: int | None = None,
@@ -176,11 +180,13 @@ def annotate(
         Labelled cells that the model learns from first, see :doc:`/user_guide/annotation`; genes are matched by name.
         ``layer``, ``gene_key`` and ``batch_key`` are those of both.
     labels_key
-        Column of ``reference.obs``; cells called ``"unknown"`` are not learned from.
+        Column of ``reference.obs``; cells of ``unlabeled_category`` are not learned from.
     layer, gene_key, batch_key, batch_size, min_coverage, device, copy
         As of :func:`embed`.
+    unlabeled_category
+        Label of the reference that stands for "not labelled", and the name of cells that are rejected.
     reject
-        Between 0 and 1: call a cell ``"unknown"`` at this calibrated rate, see
+        Between 0 and 1: call a cell ``unlabeled_category`` at this calibrated rate, see
         :meth:`cellprior.model.CellPLM.predict`. ``None`` names every cell.
     key_added
         Column of ``obs``; by default that of the model, such as ``cellplm_label``.
@@ -237,9 +243,12 @@ def annotate(
         check_share(reject)
     if copy:
         adata = _copy(adata)
+    else:
+        refuse_view_of_file(adata)
     key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
     setup: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
     options = {**setup, "min_coverage": min_coverage, "device": device}
+    options["unlabeled_category"] = unlabeled_category
     with cls.opened(weights, adata if reference is None else reference, **options) as model:
         record = model.provenance(adata)  # first: genes that do not match are told before anything is learned
         if reference is not None:
@@ -255,6 +264,8 @@ def annotate(
         record["unknown"] = {"too_far": found.n_far, "too_uncertain": found.n_uncertain}
     learned = {name: value for name, value in fine_tune.items() if isinstance(value, str | int | float)}
     params = {**setup, "min_coverage": min_coverage, "labels_key": labels_key, "reject": reject, **learned}
+    if unlabeled_category != "unknown":
+        params["unlabeled_category"] = unlabeled_category
     _note(adata, key, {**record, "params": params})
     return adata if copy else None
 
@@ -263,6 +274,16 @@ def _note(data: AnnData | MuData, key: str, record: Mapping[str, Any]) -> None:
     """Say in ``uns`` where a key comes from; the latest comes last."""
     others = {name: other for name, other in data.uns.get("cellprior", {}).items() if name != key}
     data.uns["cellprior"] = {**others, key: _stated(**record)}
+
+
+def refuse_view_of_file(data: AnnData | MuData) -> None:
+    """Refuse a part of data in a file, into which nothing can be written, before anything is computed."""
+    if getattr(data, "isbacked", False) and getattr(data, "is_view", False):
+        msg = (
+            f"This is a part of data in a file ({data.filename}), into which nothing can be written. Ask for a copy, "
+            "copy=True, read the part first, adata = adata.to_memory(), or stream it to a folder, out=."
+        )
+        raise ValueError(msg)
 
 
 def _copy(data: AnnData | MuData) -> AnnData | MuData:

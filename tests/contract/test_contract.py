@@ -457,7 +457,7 @@ def test_a_query_without_the_batch_column_is_an_error_that_names_it(entry):
     model = entry.attach(entry.make_data(), batch_key="batch")
     query = entry.make_data()
     del query.obs["batch"]
-    with pytest.raises(KeyError, match="batch not found in adata.obs"):
+    with pytest.raises(KeyError, match="'batch' not found in adata.obs"):
         model.get_latent_representation(query)
     model.release()
 

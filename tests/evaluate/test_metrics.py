@@ -81,7 +81,7 @@ def test_categories_and_mixed_types_are_compared_by_value():
     truth = pd.Categorical(["b", "a", "b"], categories=["b", "a"])
     predicted = pd.Series(["b", "a", "a"], index=[5, 6, 7], dtype="category")
     assert accuracy(truth, predicted) == pytest.approx(2 / 3)
-    assert accuracy([1, "1", 2], [1, "1", "2"]) == pytest.approx(2 / 3)
+    assert accuracy([1, "1", 2, 3.0], [1.0, 1, "2", "three"]) == pytest.approx(3 / 4)
 
 
 def test_clusters_are_compared_as_scikit_learn_does_and_the_resolution_picked_by_labels_is_marked(simulated):

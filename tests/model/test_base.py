@@ -85,8 +85,8 @@ def test_setup_refuses_a_view(adata):
     ("setup", "message"),
     [
         ({"gene_key": "nope"}, r"'nope' not found in adata\.var; its columns are \['name'\]"),
-        ({"batch_key": "nope"}, "nope not found in adata.obs"),
-        ({"labels_key": "nope"}, "nope not found in adata.obs"),
+        ({"batch_key": "nope"}, r"'nope' not found in adata\.obs; its columns are \['sample', 'kind'\]"),
+        ({"labels_key": "nope"}, r"'nope' not found in adata\.obs; its columns are \['sample', 'kind'\]"),
     ],
 )
 def test_a_column_that_does_not_exist_is_named(adata, setup, message):

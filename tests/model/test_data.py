@@ -225,7 +225,7 @@ def test_a_field_takes_other_data_with_any_number_of_genes(counts, layer):
 
 
 def test_a_layer_that_does_not_exist_is_named(counts):
-    with pytest.raises(ValueError, match="nope is not a valid key in adata.layers"):
+    with pytest.raises(ValueError, match="There is no layer 'nope' in the AnnData; its layers are none"):
         CellPLM.setup_anndata(as_anndata(counts), layer="nope")
 
 

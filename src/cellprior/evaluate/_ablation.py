@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from cellprior._obs import text_of
 from cellprior.evaluate._arms import ARMS, COMPARISONS, CONTROL, FROZEN, LARGEST, NETWORKS, Cells, Fit
 from cellprior.evaluate._intervals import CLASS_SCORES, Resampling, compared
 from cellprior.evaluate._splits import Split, batch_splits, label_codes, random_splits
@@ -194,7 +195,7 @@ def _labels(model: PretrainedModel, labels_key: str | None) -> tuple[np.ndarray,
         msg = "No labels: give labels_key, here or to setup_anndata, the column of adata.obs that holds them."
         raise ValueError(msg)
     labels = _column(model.adata, key).astype(object)
-    codes, names = label_codes(labels.mask(labels.astype(str) == str(args["unlabeled_category"])))
+    codes, names = label_codes(labels.mask(labels.map(text_of) == text_of(args["unlabeled_category"])))
     return codes, names, key
 
 

@@ -6,12 +6,14 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
+from cellprior._matrix import matrix_of
 from cellprior.model._data import read_rows
 
 
 def raw_counts(adata: ad.AnnData, layer: str | None) -> sp.csr_matrix:
-    """Raw counts of ``X`` or a layer ``(cells, genes)``."""
-    return read_rows(adata.X if layer is None else adata.layers[layer], np.arange(adata.n_obs))
+    """Raw counts of ``X``, a layer or ``raw`` ``(cells, genes)``."""
+    matrix = matrix_of(adata, layer)
+    return read_rows(matrix.x, np.arange(adata.n_obs), where=matrix.where)
 
 
 def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:

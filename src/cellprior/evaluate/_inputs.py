@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from cellprior._obs import text_of
+
 
 def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray | None = None) -> np.ndarray:
     """Check an embedding and move it so that ``origin``, by default its first cell, is zero.
@@ -72,6 +74,10 @@ def as_codes(labels: Any, n_cells: int | None = None, *, name: str = "labels") -
         msg = f"{name} has {labels.ndim} dimensions; give one value per cell, such as a single column of obs."
         raise ValueError(msg)
     codes, values = pd.factorize(pd.Series(labels))
+    place: dict[str, int] = {}
+    same = np.array([place.setdefault(text_of(value), len(place)) for value in values], dtype=np.int64)
+    if len(place) < len(values):  # 1 and "1" are one label, called as it comes first
+        codes, values = np.where(codes < 0, -1, same[codes]), values[np.unique(same, return_index=True)[1]]
     if len(codes) == 0 or n_cells not in (None, len(codes)):
         msg = f"{name} has {len(codes)} entries" + ("." if n_cells is None else f" for {n_cells} cells.")
         raise ValueError(f"{msg} Give one per cell, in the order of the cells.")

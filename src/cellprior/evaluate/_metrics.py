@@ -18,6 +18,7 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import NearestNeighbors
 
+from cellprior._obs import text_of
 from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
 
 RESOLUTIONS = tuple(round(0.1 * i, 1) for i in range(1, 21))  # scIB's grid
@@ -254,4 +255,5 @@ def _codes_of_both(truth: Any, predicted: Any) -> tuple[np.ndarray, np.ndarray, 
     """Codes of the true and the predicted labels, -1 for one that is true of no cell, and all codes of the former."""
     true, values = as_codes(truth, name="truth")
     guess, guessed = as_codes(predicted, len(true), name="predicted")
-    return true, pd.Index(values).get_indexer(pd.Index(guessed))[guess], np.arange(len(values))
+    known = pd.Index([text_of(value) for value in values])
+    return true, known.get_indexer([text_of(value) for value in guessed])[guess], np.arange(len(values))

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedShuffleSplit
 
+from cellprior._obs import numbered
+
 RANDOM, HELD_OUT = "random cells", "held-out batches"
 MAX_FOLDS = 10  # more batches than these are held out several at a time
 MIN_PER_LABEL = 5  # of a label in the whole data, for it to be asked about
@@ -39,7 +41,7 @@ def label_codes(labels: pd.Series | Sequence[str] | np.ndarray) -> tuple[np.ndar
     ValueError
         If fewer than two labels are left.
     """
-    names = pd.Series(np.asarray(labels, dtype=object)).astype("string")
+    names = _text(labels)
     n_cells = names.value_counts()
     kept = sorted(n_cells.index[n_cells >= MIN_PER_LABEL])
     if len(kept) < 2:
@@ -49,6 +51,12 @@ def label_codes(labels: pd.Series | Sequence[str] | np.ndarray) -> tuple[np.ndar
         )
         raise ValueError(msg)
     return pd.Index(kept).get_indexer(names.to_numpy()), [str(name) for name in kept]
+
+
+def _text(column: pd.Series | Sequence[str] | np.ndarray) -> pd.Series:
+    """Categories as text, NA where they are missing."""
+    codes, names = numbered(column)
+    return pd.Series([*names, pd.NA], dtype="string").take(codes).reset_index(drop=True)
 
 
 def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Split]:
@@ -97,7 +105,7 @@ def batch_splits(codes: np.ndarray, batches: pd.Series | Sequence[str] | np.ndar
     ValueError
         If a cell has no batch, there is one batch only, or no two share two labels.
     """
-    names = pd.Series(np.asarray(batches, dtype=object)).astype("string")
+    names = _text(batches)
     if names.isna().any():
         msg = f"{int(names.isna().sum())} cells have no batch. Name it, or leave these cells out."
         raise ValueError(msg)

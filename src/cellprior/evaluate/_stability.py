@@ -17,6 +17,7 @@ from sklearn.metrics.pairwise import paired_cosine_distances
 from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
+from cellprior._matrix import matrix_of
 from cellprior.evaluate._expression import log_normalised, raw_counts
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split
@@ -172,7 +173,8 @@ class Cells:
                 if has_batch
                 else np.zeros(len(rows), dtype=np.int64)
             )
-        self.obs, self.var, self.counts = some.obs, some.var, raw_counts(some, self.layer)
+        self.obs, self.var = some.obs, matrix_of(some, self.layer).var
+        self.counts = raw_counts(some, self.layer)
 
     def data(
         self,

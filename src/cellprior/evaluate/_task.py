@@ -16,6 +16,8 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm.auto import tqdm
 
+from cellprior._matrix import matrix_of
+from cellprior._obs import read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate import _probes as probes
 from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
@@ -138,9 +140,10 @@ def make_task(
         notes.append(
             f"{left_out} cells are not asked about: without a label, or of one with fewer than 5 cells."
         )
-    counts = read_rows(adata.X if layer is None else adata.layers[layer], rows)
+    matrix = matrix_of(adata, layer)
+    counts = read_rows(matrix.x, rows, where=matrix.where)
     check_counts(counts, rows, adata, layer)
-    cells = ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=adata.var.copy())
+    cells = ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=matrix.var.copy())
     if duplicates := _n_duplicates(counts):
         notes.append(
             f"{duplicates} cells have the same counts as another: a copy on the other side of a split is no test."
@@ -149,7 +152,7 @@ def make_task(
     splits = {RANDOM: random_splits(codes, seeds=seeds, test_size=test_size)}
     if batch_key is not None:
         splits = {HELD_OUT: batch_splits(codes, cells.obs[batch_key]), **splits}
-        batches = cells.obs[batch_key].astype(str).reset_index(drop=True)
+        batches = pd.Series(read_names(cells.obs, batch_key))
     log = methods.log_normalised(counts)
     task = Task(codes, labels, batches, log, [], splits, notes)
     shared = [methods.pca("PCA", log), methods.variable_genes(log)]
@@ -173,9 +176,11 @@ def _refuse_missing(adata: ad.AnnData, keys: Sequence[str | None], layer: str | 
         if key is not None and key not in adata.obs:
             msg = f"{key!r} not found in adata.obs; its columns are {list(adata.obs.columns)}."
             raise KeyError(msg)
-    if layer is not None and layer not in adata.layers:
-        msg = f"layer={layer!r} not found; the layers are {list(adata.layers)}."
-        raise KeyError(msg)
+    if layer is not None:
+        try:
+            matrix_of(adata, layer)
+        except ValueError as error:
+            raise KeyError(str(error)) from None
 
 
 def _named(embeddings: Embeddings, adata: ad.AnnData) -> dict[str, str | np.ndarray]:

@@ -15,6 +15,7 @@ from scvi.model.base import BaseModelClass
 from scvi.train import TrainRunner
 from torch import Tensor
 
+from cellprior._obs import read_names, text_of, warn_of_unlabeled
 from cellprior.model._annotation_training import (
     MIN_CELLS,
     NO_CLASS,
@@ -228,20 +229,13 @@ class AnnotatingModel(BaseModelClass):
         if key is None:
             msg = "No labels: give labels_key, here or to setup_anndata, the column of adata.obs that holds them."
             raise ValueError(msg)
-        if key not in self.adata.obs:
-            msg = f"{key!r} not found in adata.obs; its columns are {list(self.adata.obs.columns)}."
-            raise KeyError(msg)
-        column = self.adata.obs[key]
-        unknown = str(args["unlabeled_category"])
-        if column.isna().any():
-            first = self.adata.obs_names[int(np.argmax(column.isna()))]
-            msg = (
-                f"adata.obs[{key!r}] is NaN for {int(column.isna().sum())} cells, the first {first!r}. Call the cells "
-                f"without a label {unknown!r} (unlabeled_category of setup_anndata), or leave them out."
-            )
-            raise ValueError(msg)
-        names = column.astype(str).to_numpy()
-        labels, n_cells = np.unique(names[names != unknown], return_counts=True)
+        unknown = text_of(args["unlabeled_category"])
+        names = read_names(
+            self.adata.obs,
+            key,
+            advice=f"Call the cells without a label {unknown!r} (unlabeled_category), or leave them out.",
+        )
+        labels, n_cells = np.unique(names[names != unknown].astype(str), return_counts=True)
         if len(labels) < 2:
             found = f"only {labels[0]!r}" if len(labels) else f"only {unknown!r}, which stands for no label"
             msg = f"adata.obs[{key!r}] holds {found}; at least two labels are needed to tell apart."
@@ -252,6 +246,7 @@ class AnnotatingModel(BaseModelClass):
                 "nor calibrated. Expect them to be missed; merge or leave out such labels."
             )
             warnings.warn(msg, UserWarning, stacklevel=3)
+        warn_of_unlabeled(labels.tolist(), unknown, where=f"adata.obs[{key!r}]")
         code = pd.Index(labels).get_indexer(names)  # -1, NO_CLASS, for the unlabelled
         return labels.tolist(), code
 

@@ -11,16 +11,22 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
-import scipy.sparse as sp
 from scvi import REGISTRY_KEYS
-from scvi.data.fields import CategoricalObsField
 from torch import Tensor
 
 from cellprior import genes as gene_matching
+from cellprior._matrix import matrix_of, totals
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._annotation import AnnotatingModel
 from cellprior.model._cluster import Blocks, embed_unit
-from cellprior.model._data import CountsField, CountsManager, VocabularyLoader, row_numbers, without_view
+from cellprior.model._data import (
+    BatchField,
+    CountsField,
+    CountsManager,
+    VocabularyLoader,
+    row_numbers,
+    without_view,
+)
 from cellprior.model._embedding import Embedding, in_memory
 from cellprior.model._fitting import NOT_FINITE, DivergedError
 from cellprior.model._loading import LoadableModel
@@ -61,7 +67,8 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
             if adata is None:
                 msg = "A model without data needs its vocabulary: pass genes=."
                 raise ValueError(msg)
-            genes = list(adata.var_names if gene_key is None else adata.var[gene_key])
+            var = self.adata_manager.counts.var
+            genes = list(var.index if gene_key is None else var[gene_key])
         self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
         self.gene_match: gene_matching.GeneMatch | None = (
@@ -99,7 +106,8 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         adata
             Annotated data ``(cells, genes)``; not a view.
         layer
-            Layer with raw counts; ``None`` for ``X``.
+            Layer with raw counts; ``None`` for ``X``; ``"raw"`` for ``adata.raw`` and its genes, unless a layer has
+            this name.
         gene_key
             Column of ``var`` with gene symbols or Ensembl ids; by default the place that matches best.
         batch_key
@@ -125,15 +133,19 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
     def _manager(adata: ad.AnnData, setup_method_args: dict[str, Any], **kwargs: Any) -> CountsManager:
         """Manager of an AnnData, or of a query, for which ``source_registry`` is given."""
         args = setup_method_args["setup_args"]
-        if args["gene_key"] is not None and args["gene_key"] not in adata.var:
-            msg = f"{args['gene_key']!r} not found in adata.var; its columns are {list(adata.var.columns)}."
-            raise KeyError(msg)
+        if args["gene_key"] is not None:
+            var = matrix_of(adata, args["layer"]).var
+            if args["gene_key"] not in var:
+                frame = "adata.var" if var is adata.var else "adata.raw.var"
+                msg = f"{args['gene_key']!r} not found in {frame}; its columns are {list(var.columns)}."
+                raise KeyError(msg)
         fields: list[Any] = [CountsField(REGISTRY_KEYS.X_KEY, args["layer"])]
         if args["batch_key"] is not None:
-            fields.append(CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, args["batch_key"]))
+            fields.append(BatchField(REGISTRY_KEYS.BATCH_KEY, args["batch_key"]))
         # labels are no field: they are read when they are learned, and a query need not have them
         if args["labels_key"] not in (None, *adata.obs) and "source_registry" not in kwargs:
-            msg = f"{args['labels_key']} not found in adata.obs."
+            columns = list(adata.obs.columns)
+            msg = f"{args['labels_key']!r} not found in adata.obs; its columns are {columns}."
             raise KeyError(msg)
         manager = CountsManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
@@ -255,15 +267,12 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
 
     def _match(self, manager: CountsManager) -> gene_matching.GeneMatch:
         """Match the genes of an AnnData to the vocabulary."""
-        x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-        in_memory = isinstance(x, np.ndarray) or sp.issparse(
-            x
-        )  # else the totals would cost a pass over the file
+        counts = manager.counts
         return gene_matching.match(
-            manager.adata.var,
+            counts.var,
             self.genes,
             gene_key=manager.registry["setup_args"]["gene_key"],
-            gene_counts=np.asarray(x.sum(axis=0), dtype=np.float64).ravel() if in_memory else None,
+            gene_counts=totals(counts),
             min_coverage=self.min_coverage,
         )
 
@@ -271,7 +280,7 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         """Genes of a query, or of the attached data, matched already unless they have changed since."""
         if manager is not self.adata_manager:
             return self._match(manager)
-        if self.gene_match is None or not self.gene_match.var_names.equals(manager.adata.var_names):
+        if self.gene_match is None or not self.gene_match.var_names.equals(manager.counts.var.index):
             self.gene_match = self._match(manager)
         return self.gene_match
 

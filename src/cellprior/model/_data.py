@@ -20,17 +20,28 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi import settings as scvi_settings
 from scvi.data import AnnDataManager
-from scvi.data.fields import LayerField
+from scvi.data.fields import CategoricalObsField, LayerField
 from scvi.dataloaders import DataSplitter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from cellprior._matrix import (
+    Matrix,
+    damaged,
+    is_raw,
+    matrix_of,
+    refuse_damaged,
+    refuse_pointers,
+)
+from cellprior._obs import read_column, text_of
 from cellprior.model._distributed import from_first, rank_and_count
-from cellprior.model._on_disk import refuse_vanished
+from cellprior.model._on_disk import place_of, refuse_vanished
 
 N_CHECKED = (
     256  # cells whose counts are looked at before anything long begins; the others follow as they are read
 )
+LARGEST = 2.0**53  # a float64 cannot count beyond
+NEARLY = 1e-4  # of an integer: what a conversion leaves, not what a normalisation makes
 
 
 class NotCountsError(ValueError):
@@ -38,7 +49,7 @@ class NotCountsError(ValueError):
 
 
 class CountsField(LayerField):
-    """Raw counts in ``X`` or a layer, of whatever genes or peaks; ``argument`` of the setup names the layer."""
+    """Raw counts in ``X``, a layer or ``raw``, of any genes or peaks; ``argument`` of the setup names the layer."""
 
     def __init__(
         self, registry_key: str, layer: str | None, *, argument: str = "layer", feature: str = "gene"
@@ -47,23 +58,86 @@ class CountsField(LayerField):
         # scvi's own count check draws from the global random state, and its format correction replaces the user's X
         super().__init__(registry_key, layer, is_count_data=False, correct_data_format=False)
 
+    def get_field_data(self, adata: ad.AnnData) -> Any:
+        """The counts."""
+        return matrix_of(adata, self.attr_key, argument=self.argument).x
+
     def validate_field(self, adata: ad.AnnData) -> None:
         """Refuse data without cells, and data whose first cells are not counts."""
-        super().validate_field(adata)
-        if adata.n_obs == 0 or adata.n_vars == 0:
-            msg = f"The AnnData has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
+        matrix = matrix_of(adata, self.attr_key, argument=self.argument)
+        n_vars = len(matrix.var)
+        if adata.n_obs == 0 or n_vars == 0:
+            msg = f"The AnnData has {adata.n_obs} cells and {n_vars} genes; at least one of each is needed."
             raise ValueError(msg)
         rows = np.arange(min(N_CHECKED, adata.n_obs))
-        counts = read_rows(self.get_field_data(adata), rows)
+        counts = read_rows(matrix.x, rows, where=matrix.where)
         check_counts(counts, rows, adata, self.attr_key, argument=self.argument, feature=self.feature)
+
+    def register_field(self, adata: ad.AnnData) -> dict:
+        """Note the size of the data, and the names of the columns."""
+        names = matrix_of(adata, self.attr_key, argument=self.argument).var.index
+        found = super().register_field(adata)
+        return found | {self.N_VARS_KEY: len(names), self.COLUMN_NAMES_KEY: np.asarray(names)}
 
     def transfer_field(self, state_registry: dict, adata_target: ad.AnnData, **kwargs: Any) -> dict:
         """Register the target by itself: its genes are matched by name, their number need not agree."""
         return self.register_field(adata_target)
 
 
+class BatchField(CategoricalObsField):
+    """Batches, by their text: a query may have 1.0 or "1" where the attached data have 1."""
+
+    def validate_field(self, adata: ad.AnnData) -> None:
+        """Refuse data without the column, and cells without a batch."""
+        read_column(adata.obs, self._original_attr_key)
+
+    def register_field(self, adata: ad.AnnData) -> dict:
+        """Number the batches."""
+        return self._number(adata, [], extend=True)
+
+    def transfer_field(
+        self, state_registry: dict, adata_target: ad.AnnData, extend_categories: bool = False, **kwargs: Any
+    ) -> dict:
+        """Number the batches as in the data that were registered first; new ones come after them."""
+        known = [text_of(name) for name in state_registry[self.CATEGORICAL_MAPPING_KEY]]
+        return self._number(adata_target, known, extend=extend_categories)
+
+    def _number(self, adata: ad.AnnData, known: list[str], *, extend: bool) -> dict:
+        key = self._original_attr_key
+        codes, names = read_column(adata.obs, key)
+        if not extend:
+            present = [names[code] for code in np.unique(codes)]
+            if new := [name for name in present if name not in known]:
+                msg = (
+                    f"adata.obs[{key!r}] has the batch {new[0]!r}, which the data of the saved model did not have; "
+                    f"they had {known}. Load the model without data and pass these as a query, or set them up and "
+                    "load the weights with from_pretrained."
+                )
+                raise ValueError(msg)
+        place = {name: code for code, name in enumerate(known)}
+        new_codes = np.array([place.setdefault(name, len(place)) for name in names], dtype=int)
+        mapping = list(place)
+        adata.obs[self.attr_key] = pd.Categorical.from_codes(new_codes[codes], mapping).codes
+        return {
+            self.CATEGORICAL_MAPPING_KEY: np.array(mapping, dtype=object),
+            self.ORIGINAL_ATTR_KEY: key,
+        }
+
+
 class CountsManager(AnnDataManager):
-    """Manager whose dataset keeps counts sparse."""
+    """Manager that finds counts in ``raw`` as well, and whose dataset keeps them sparse."""
+
+    @property
+    def counts(self) -> Matrix:
+        """The counts, and the genes that their columns are."""
+        return matrix_of(self.adata, self.data_registry[REGISTRY_KEYS.X_KEY]["attr_key"])
+
+    def get_from_registry(self, registry_key: str) -> Any:
+        """Data of a field."""
+        found = self.data_registry[registry_key]
+        if registry_key == REGISTRY_KEYS.X_KEY and getattr(found, "mod_key", None) is None:
+            return self.counts.x
+        return super().get_from_registry(registry_key)
 
     def create_torch_dataset(
         self,
@@ -86,6 +160,7 @@ class CountsDataset(Dataset):
         self.data: dict[str, Any] = {key: manager.get_from_registry(key) for key in keys}
         x = self.data.get(REGISTRY_KEYS.X_KEY)
         if isinstance(x, sp.csc_matrix | sp.csc_array):
+            refuse_damaged(x, manager.counts.where)
             self.data[REGISTRY_KEYS.X_KEY] = (
                 x.tocsr()
             )  # once, as rows of CSC cost a pass over the matrix each
@@ -105,7 +180,7 @@ class CountsDataset(Dataset):
         return batch
 
 
-def read_rows(x: Any, rows: np.ndarray) -> sp.csr_matrix:
+def read_rows(x: Any, rows: np.ndarray, *, where: str = "of counts") -> sp.csr_matrix:
     """Rows of a matrix as float32 CSR, in the order asked for.
 
     Parameters
@@ -114,22 +189,31 @@ def read_rows(x: Any, rows: np.ndarray) -> sp.csr_matrix:
         Dense or sparse, in memory, backed by a file, or a dask array, ``(cells, genes)``.
     rows
         Row numbers in any order.
+    where
+        What errors call the matrix, if it is in memory.
 
     Raises
     ------
     OSError
         If the file cannot be read, or has gone.
+    ValueError
+        If the matrix is sparse, and its indices do not fit its shape.
     """
     contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
     if isinstance(x, np.ndarray) or sp.issparse(x):
-        return read_rows_of_block(x[int(rows[0]) : int(rows[-1]) + 1] if contiguous else x[rows])
+        _refuse_rows(x, rows, where)
+        return read_rows_of_block(x[int(rows[0]) : int(rows[-1]) + 1] if contiguous else x[rows], where)
     try:
+        where = _file_of(x) or where
+        if isinstance(x, ad.abc.CSCDataset):  # all is read in any case, and is checked before it is cut
+            return read_rows(x.to_memory(), rows, where=where)
+        _refuse_rows(x, rows, where)
         if contiguous:
-            found = read_rows_of_block(x[int(rows[0]) : int(rows[-1]) + 1])
+            found = read_rows_of_block(x[int(rows[0]) : int(rows[-1]) + 1], where)
         else:
             # files want increasing rows; anndata gives them back sorted and says nothing
             ordered, position = np.unique(rows, return_inverse=True)
-            found = read_rows_of_block(x[ordered])[position]
+            found = read_rows_of_block(x[ordered], where)[position]
         refuse_vanished(x)
     except OSError as error:
         msg = f"The counts of cells {rows.min()} to {rows.max()} cannot be read from the file: {error}"
@@ -137,15 +221,41 @@ def read_rows(x: Any, rows: np.ndarray) -> sp.csr_matrix:
     return found
 
 
-def read_rows_of_block(block: Any) -> sp.csr_matrix:
+def _refuse_rows(x: Any, rows: np.ndarray, where: str) -> None:
+    """Refuse rows of a sparse matrix that begin or end outside of its arrays, before compiled code goes there."""
+    if sp.issparse(x) and x.format == "csc":
+        refuse_damaged(x, where)
+        return
+    if sp.issparse(x) and x.format == "csr":
+        pointers, n = x.indptr, min(len(x.indices), len(x.data))
+    else:  # what anndata has read of a file once
+        pointers = getattr(x, "_indptr", None)
+        if not isinstance(pointers, np.ndarray):
+            return
+        n = min(x.group["indices"].shape[0], x.group["data"].shape[0])
+    if len(pointers) != x.shape[0] + 1:
+        raise damaged(where, f"indptr has {len(pointers)} entries, {x.shape[0] + 1} are needed")
+    refuse_pointers(pointers[rows], pointers[rows + 1], n, where)
+
+
+def _file_of(x: Any) -> str | None:
+    """Where a matrix on disk is, for errors."""
+    group = getattr(x, "group", None)
+    return None if group is None else f"{group.name} of {place_of(group)}"
+
+
+def read_rows_of_block(block: Any, where: str = "of counts") -> sp.csr_matrix:
     """A slice of any kind of matrix as float32 CSR without duplicates."""
     if hasattr(block, "compute"):
         block = block.compute()
     if isinstance(block, ad.abc.CSRDataset | ad.abc.CSCDataset):
         block = block.to_memory()
-    csr = sp.csr_matrix(block, dtype=np.float32)
-    if not csr.has_canonical_format:
-        csr.sum_duplicates()
+    if sp.issparse(block) and block.format in ("csr", "csc"):
+        refuse_damaged(block, where)
+    with np.errstate(over="ignore"):  # what a float32 does not hold becomes infinite, and is refused
+        csr = sp.csr_matrix(block, dtype=np.float32)
+        if not csr.has_canonical_format:
+            csr.sum_duplicates()
     return csr
 
 
@@ -163,28 +273,77 @@ def check_counts(
     Raises
     ------
     NotCountsError
-        For NaN, infinity, negative or fractional values.
+        For NaN, infinity, negative, fractional or huge values.
     """
-    bad = ~np.isfinite(counts.data) | (counts.data < 0) | (counts.data != np.rint(counts.data))
+    bad = _no_counts(counts.data)
     if not bad.any():
         return
     at = int(np.argmax(bad))
     value = counts.data[at]
     cell = adata.obs_names[rows[np.searchsorted(counts.indptr, at, side="right") - 1]]
-    name = adata.var_names[counts.indices[at]]
-    kind = "not finite" if not np.isfinite(value) else "negative" if value < 0 else "not an integer"
-    where = "X" if layer is None else f"layers[{layer!r}]"
-    others = [name for name in adata.layers if name is not None and name != layer]
-    named = f"{argument}={others[0]!r}" if others else f"{argument}=..."
-    advice = f"name it: {named}" if others else f"put them in a layer and name it: {named}"
-    msg = (
-        f"{where} does not hold raw counts: cell {cell!r}, {feature} {name!r} is {value:g}, which is {kind}. "
-        f"Raw counts are needed. If another layer has them, {advice} (layers here: {others or 'none'}). "
+    from_raw = is_raw(adata, layer)
+    name = (adata.raw if from_raw else adata).var_names[counts.indices[at]]
+    where = "X" if layer is None else "raw.X" if from_raw else f"layers[{layer!r}]"
+    wrong = counts.data[bad]
+    with np.errstate(invalid="ignore"):
+        nearly = bool((np.abs(wrong - np.rint(wrong)) <= NEARLY * np.maximum(wrong, 1)).all())
+    kind = (
+        "not finite"
+        if not np.isfinite(value)
+        else "negative"
+        if value < 0
+        else "too large for a count"
+        if value > LARGEST
+        else "not an integer"
+    )
+    msg = f"{where} does not hold raw counts: cell {cell!r}, {feature} {name!r} is {value:.9g}, which is {kind}. "
+    if kind == "not an integer" and nearly:
+        access = f"adata.{where}"
+        advice = (
+            f"It is within {NEARLY:g} of one, as a conversion leaves counts. If they were counts, round them first: "
+            f"{access} = np.rint({access})"
+        )
+        if from_raw:
+            advice = advice.replace(access, "adata.X").replace(
+                "first: ", "first: adata = adata.raw.to_adata(); "
+            )
+        raise NotCountsError(f"{msg}{advice}")
+    raise NotCountsError(f"{msg}{_way_out(adata, layer, argument)}")
+
+
+def _no_counts(values: np.ndarray) -> np.ndarray:
+    """Which values are no counts: negative, huge or infinite, fractional or NaN."""
+    return (values < 0) | (values > LARGEST) | (values != np.rint(values))
+
+
+def _way_out(adata: Any, layer: str | None, argument: str) -> str:
+    """Where the counts are instead, or where they could come from."""
+    layers = [name for name in adata.layers if name is not None and name != layer]
+    if isinstance(adata, ad.AnnData):
+        for other in [*layers, *(["raw"] if adata.raw is not None and "raw" not in layers else []), None]:
+            if other != layer and _seem_counts(adata, other):
+                if other is None:
+                    return f"X holds raw counts: leave out {argument}={layer!r}."
+                place = "adata.raw" if is_raw(adata, other) else f"layers[{other!r}]"
+                return f"{place} holds raw counts, name it: {argument}={other!r} (now {argument}={layer!r})."
+    named = f"{argument}={layers[0]!r}" if layers else f"{argument}=..."
+    advice = f"name it: {named}" if layers else f"put them in a layer and name it: {named}"
+    return (
+        f"Raw counts are needed. If another layer has them, {advice} (layers here: {layers or 'none'}). "
         "If only log-normalised values are left, cellprior.pp.recover_counts(adata) gives the counts back where "
         "that is possible exactly; it takes adata.raw too. Estimated counts, such as those of Salmon or RSEM, may "
         "be rounded first."
     )
-    raise NotCountsError(msg)
+
+
+def _seem_counts(adata: ad.AnnData, layer: str | None) -> bool:
+    """Whether the first cells of a matrix are counts, and not all of them empty."""
+    try:
+        x = matrix_of(adata, layer).x
+        found = read_rows(x, np.arange(min(N_CHECKED, adata.n_obs)))
+    except (ValueError, TypeError, OSError):  # there is none, or it is of no use
+        return False
+    return found.nnz > 0 and not _no_counts(found.data).any()
 
 
 @dataclass
@@ -379,6 +538,12 @@ def without_view(adata: ad.AnnData) -> ad.AnnData:
     """A copy of a view, which scvi-tools cannot register, in memory; other data as they are."""
     if not adata.is_view:
         return adata
+    whole = getattr(adata, "_adata_ref", None)  # a view is cut out of it by compiled code
+    for x in () if whole is None or whole.isbacked else (whole.X, *whole.layers.values()):
+        if sp.issparse(x) and x.format in ("csr", "csc"):
+            refuse_pointers(
+                x.indptr[:-1], x.indptr[1:], min(len(x.indices), len(x.data)), "of the whole data"
+            )
     return adata.to_memory() if adata.isbacked else adata.copy()
 
 

@@ -150,7 +150,9 @@ class Embedding:
             size=self.size,
             precision=self.precision,
             options=self.options,
-            labels=SimpleNamespace(var_names=adata.var_names, layers=list(adata.layers), layer=layer),
+            labels=SimpleNamespace(
+                var_names=self.manager.counts.var.index, layers=list(adata.layers), layer=layer, raw=None
+            ),
         )
 
     def submit(self, client: Any, worker: Any, cells: np.ndarray) -> list[tuple[Any, np.ndarray]]:

@@ -9,6 +9,7 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 
+from cellprior._obs import text_of
 from cellprior.genes import GeneMatch
 
 
@@ -80,7 +81,7 @@ def measured_genes(
         msg = "measured= names genes by batch, but setup_anndata() was not given a batch_key."
         raise ValueError(msg)
     categories = manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping
-    panels = {str(name): panel for name, panel in measured.items()}
+    panels = {text_of(name): panel for name, panel in measured.items()}
     present = np.unique(manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY))
     if missing := [str(categories[code]) for code in present if str(categories[code]) not in panels]:
         msg = f"measured= says nothing about the batches {', '.join(missing)}."

@@ -102,6 +102,7 @@ class LoadableModel(BaseModelClass):
         layer: str | Mapping[str, str | None] | None = None,
         gene_key: str | None = None,
         batch_key: str | None = None,
+        unlabeled_category: str = "unknown",
         modalities: Mapping[str, str] | None = None,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
@@ -121,7 +122,8 @@ class LoadableModel(BaseModelClass):
             raise ValueError(msg)
         adata = with_frames(without_view(adata))
         users = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))  # of a setup before this call
-        cls.setup_anndata(adata, layer=layer, gene_key=gene_key, batch_key=batch_key)
+        setup = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
+        cls.setup_anndata(adata, **setup, unlabeled_category=unlabeled_category)
         model = cls.from_pretrained(weights, adata, min_coverage=min_coverage, device=device)
         try:
             yield model

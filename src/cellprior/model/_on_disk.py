@@ -16,9 +16,11 @@ import scipy.sparse as sp
 from mudata import MuData
 
 from cellprior._compat import without_pulled_columns
+from cellprior._matrix import RAW, refuse_indices, refuse_pointers
 
 # stores of zarr 3 and of zarr 2 that are folders, and which of their attributes leads there
 FOLDERS = {"LocalStore": "root", "DirectoryStore": "path", "NestedDirectoryStore": "path"}
+N_INDICES = 2**22  # that are looked at in one go
 N_SAMPLED = 64  # cells of which every count goes into a fingerprint
 
 
@@ -32,7 +34,8 @@ def open_counts(
     path
         h5ad or h5mu file, or zarr folder.
     layer
-        Layer with the counts, ``None`` for ``X``; of a MuData, that of each modality that is wanted.
+        Layer with the counts, ``None`` for ``X``, ``"raw"`` for ``raw``; of a MuData, that of each modality that is
+        wanted.
     as_dask
         Give them as dask arrays, which workers read by themselves.
 
@@ -42,6 +45,7 @@ def open_counts(
         If it cannot be read, is neither of them, or has no such matrix.
     """
     path = Path(path)
+    refuse_foreign(path)
     try:
         root = _open_zarr(path) if path.is_dir() else h5py.File(path)
     except (OSError, ValueError) as error:  # HDF5 does not say which file
@@ -72,30 +76,117 @@ def open_counts(
 
 
 def _open_anndata(path: Path, root: Any, layer: str | None, as_dask: bool) -> ad.AnnData:
-    where = "X" if layer is None else f"layers/{layer}"
-    names = ("obs", "var", where)
-    # "null" is how anndata 0.12 writes that there is no X
-    if missing := [n for n in names if n not in root or root[n].attrs.get("encoding-type") == "null"]:
+    if isinstance(root.get("obs"), h5py.Dataset):
+        msg = (
+            f"{path} was written by an anndata older than 0.7, whose files cannot be read part by part. Write it anew "
+            "once: anndata.read_h5ad(path).write_h5ad(path)."
+        )
+        raise ValueError(msg)
+    layers = root["layers"] if "layers" in root else {}
+    raw = layer == RAW and RAW not in layers
+    where, var = ("raw/X", "raw/var") if raw else ("X" if layer is None else f"layers/{layer}", "var")
+    if missing := [name for name in ("obs", var, where) if not _holds(root, name)]:
         msg = f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(root))}."
         if layer is not None and "layers" in root:
-            msg += f" Its layers are {', '.join(sorted(root['layers'])) or 'none'}."
+            msg += f" Its layers are {', '.join(sorted(layers)) or 'none'}."
+        if layer != RAW and _holds(root, "raw/X"):
+            msg += ' Its raw is named as layer="raw".'
         raise ValueError(msg)
-    x = stored = root[where]
-    if as_dask:
-        x = ad.experimental.read_elem_lazy(stored)
-    elif not hasattr(stored, "shape"):
-        x = ad.io.sparse_dataset(stored)
+    x = _open_matrix(root[where], as_dask)
+    obs = ad.io.read_elem(root["obs"])
+    if raw:  # as a layer of that name, with the genes of raw
+        return ad.AnnData(obs=obs, var=ad.io.read_elem(root[var]), layers={RAW: x})
     data: dict[str, Any] = {"X": x} if layer is None else {"layers": {layer: x}}
-    return ad.AnnData(obs=ad.io.read_elem(root["obs"]), var=ad.io.read_elem(root["var"]), **data)
+    if _holds(root, "raw/X") and _holds(root, "raw/var"):  # for an error that finds the counts there
+        data["raw"] = {"X": _open_matrix(root["raw/X"], as_dask), "var": ad.io.read_elem(root["raw/var"])}
+    return ad.AnnData(obs=obs, var=ad.io.read_elem(root["var"]), **data)
+
+
+def _holds(root: Any, name: str) -> bool:
+    """Whether a part of a file is there; "null" is how anndata 0.12 writes that there is no X."""
+    return name in root and root[name].attrs.get("encoding-type") != "null"
+
+
+def _open_matrix(stored: Any, as_dask: bool) -> Any:
+    """A matrix that stays on disk; of a sparse one, where its rows begin is read and checked.
+
+    Raises
+    ------
+    ValueError
+        If they begin where no values are.
+    """
+    x = stored if hasattr(stored, "shape") else ad.io.sparse_dataset(stored)
+    if x is not stored:
+        where = f"{stored.name} of {place_of(stored)}"
+        pointers, indices = np.asarray(stored["indptr"][...]), stored["indices"]
+        refuse_pointers(pointers[:-1], pointers[1:], min(indices.shape[0], stored["data"].shape[0]), where)
+        if as_dask and x.format == "csc":  # which Dask cuts by cell before anybody sees it
+            for start in range(0, indices.shape[0], N_INDICES):
+                refuse_indices(np.asarray(indices[start : start + N_INDICES]), x.shape[0], where)
+    return ad.experimental.read_elem_lazy(stored) if as_dask else x
+
+
+def place_of(stored: Any) -> str:
+    """File or folder in which something is stored."""
+    if hasattr(stored, "file"):
+        return str(stored.file.filename)
+    store = getattr(stored, "store", None)
+    return str(getattr(store, FOLDERS.get(type(store).__name__, ""), store))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse files of other formats with counts, and say how to make an h5ad file of them.
+
+    Raises
+    ------
+    ValueError
+        With the line of code.
+    """
+    name = path.name.lower().removesuffix(".gz")
+    made = "sc.read_10x_mtx({!r})"
+    found = None
+    if name.endswith(".mtx"):
+        found = "a matrix of 10x Genomics (mtx)", made.format(str(path.parent))
+    elif path.is_dir() and any((path / f"matrix.mtx{end}").exists() for end in ("", ".gz")):
+        found = "a folder of 10x Genomics (mtx)", made.format(str(path))
+    elif name.endswith((".csv", ".tsv", ".txt")):
+        found = (
+            "a table of text",
+            f"sc.read_text({str(path)!r}).T if genes are rows, without .T if cells are,",
+        )
+    elif name.endswith((".rds", ".rdata", ".h5seurat")):
+        found = "a file of R", "a conversion in R, such as zellkonverter::writeH5AD,"
+    elif path.is_file() and h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            if "row_attrs" in file and "col_attrs" in file:
+                found = "a loom file", f"sc.read_loom({str(path)!r})"
+            elif any("barcodes" in file[key] for key in file if isinstance(file[key], h5py.Group)):
+                found = "a 10x file of Cell Ranger", f"sc.read_10x_h5({str(path)!r})"
+    if found is not None:
+        kind, read = found
+        msg = (
+            f"{path} is {kind}, not an h5ad file. Make one of it once, with scanpy (import scanpy as sc): {read} gives "
+            'adata; then adata.var_names_make_unique() and adata.write_h5ad("counts.h5ad").'
+        )
+        raise ValueError(msg)
 
 
 def with_frames(adata: ad.AnnData) -> ad.AnnData:
     """An AnnData whose ``obs`` and ``var`` are read, where anndata's ``read_lazy`` has left them in the file too."""
     if isinstance(adata.obs, pd.DataFrame) and isinstance(adata.var, pd.DataFrame):
         return adata
+    raw = adata.raw
     return ad.AnnData(
-        adata.X, obs=adata.obs.to_memory(), var=adata.var.to_memory(), layers=dict(adata.layers)
+        adata.X,
+        obs=_in_memory(adata.obs),
+        var=_in_memory(adata.var),
+        layers=dict(adata.layers),
+        raw=None if raw is None else {"X": raw.X, "var": _in_memory(raw.var)},
     )
+
+
+def _in_memory(frame: Any) -> pd.DataFrame:
+    return frame if isinstance(frame, pd.DataFrame) else frame.to_memory()
 
 
 def _open_zarr(path: Path) -> Any:

@@ -16,7 +16,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from cellprior._compat import new_array, new_group
+from cellprior._compat import new_array, new_group, with_nullable_strings
+from cellprior._obs import writable
 from cellprior.model._files import write_file
 from cellprior.model._on_disk import digest
 
@@ -119,7 +120,8 @@ class LatentStore:
                 root = new_group(self.folder / "store")
                 columns = [name for name in obs.columns if not str(name).startswith("_scvi_")]
                 noted = {"cellprior": {key: dict(record)}}
-                ad.io.write_elem(root, "/", ad.AnnData(obs=obs[columns], uns=noted))
+                with with_nullable_strings():
+                    ad.io.write_elem(root, "/", ad.AnnData(obs=writable(obs[columns]), uns=noted))
                 n_rows = min(max(CHUNK_BYTES // (4 * width), MIN_CHUNK_ROWS), max(len(obs), 1))
                 new_array(root["obsm"], key, shape=(len(obs), width), chunks=(n_rows, width))
                 self.state = {"fingerprint": self.fingerprint, **state}

@@ -202,8 +202,66 @@ def test_partners_are_found_within_batches(mdata):
     assert found["partner"].is_unique
     few = part(mdata, "rna", np.arange(10))
     few.obs["batch"] = "b1"
-    found = model.match(mdata, few, method="greedy")
+    with pytest.warns(
+        UserWarning, match=r"no partner: no cell with RNA is of their batch, obs\['batch'\] 'b0'"
+    ):
+        found = model.match(mdata, few, method="greedy")
     assert found["partner"].notna().sum() == 10 and found["partner"].isna()[batch == "b0"].all()
+
+
+def test_batches_of_two_data_are_compared_by_value(trained, mdata, monkeypatch):
+    monkeypatch.setitem(trained.registry["setup_args"], "batch_key", "run")
+    rows = np.arange(40)
+    atac, rna = part(mdata, "atac", rows), part(mdata, "rna", rows)
+    atac.obs["run"] = rows % 2 + 1
+    for kind in (float, str, "category", "Int64"):
+        rna.obs["run"] = (pd.Series(rows % 2 + 1, index=rna.obs_names)).astype(kind)
+        found = trained.match(atac, rna, method="greedy")["partner"]
+        assert (atac.obs["run"].loc[found].to_numpy() == atac.obs["run"].to_numpy()).all()
+    rna.obs["run"] = np.where(rows % 2, "s1", "s2")
+    with pytest.raises(ValueError, match=r"40 of 40 cells with ATAC have no partner.*'1', '2'.*'s1', 's2'"):
+        trained.match(atac, rna)
+    rna.obs.loc[rna.obs_names[:6], "run"] = None
+    with pytest.raises(ValueError, match=r"obs\['run'\] is missing \(NaN\) in 6 of 40 cells"):
+        trained.match(atac, rna)
+
+
+@pytest.mark.parametrize("kind", [str, "category", object, float, "boolean"])
+def test_cells_noted_as_padding_are_padding_however_the_note_is_stored(trained, kind):
+    data = cells()
+    data.mod["atac"] = data.mod["atac"][:100].copy()
+    padded = pp.pad_modalities(multiome(dict(data.mod)))
+    expected = trained.get_latent_representation(padded)
+    note = padded.obs["has_atac"]
+    padded.obs["has_atac"] = note.astype(str).astype(kind) if kind == "category" else note.astype(kind)
+    np.testing.assert_array_equal(trained.get_latent_representation(padded), expected)
+    assert pp.pad_modalities(padded).obs["has_atac"].sum() == 100
+    padded.obs["has_atac"] = note.astype(object).where(note, None)
+    with pytest.raises(ValueError, match=r"mdata\.obs\['has_atac'\] is missing \(NaN\) in 60 of 160 cells"):
+        trained.get_latent_representation(padded)
+
+
+def test_counts_of_both_modalities_may_be_in_raw(trained, latent):
+    data = cells()
+    for adata in data.mod.values():
+        adata.raw = adata.copy()
+        adata.X = sp.csr_matrix(adata.X / 2).log1p()
+    data = multiome({name: adata[:, ::2].copy() for name, adata in data.mod.items()}, data.obs)
+    MultiomeCLIP.setup_mudata(data, rna_layer="raw", atac_layer="raw")
+    model = MultiomeCLIP(data, n_hidden=32, n_latent=16, n_components=(12, 20))
+    assert len(model.genes) == data["rna"].raw.n_vars and len(model.peaks) == data["atac"].raw.n_vars
+    layers = {"rna_layer": "raw", "atac_layer": "raw"}
+    before = dict(trained.registry["setup_args"])
+    trained.registry["setup_args"] |= layers
+    try:
+        np.testing.assert_allclose(
+            trained.get_latent_representation(data, modality="rna"), latent["rna"], **CLOSE
+        )
+        np.testing.assert_allclose(trained.get_latent_representation(data["atac"]), latent["atac"], **CLOSE)
+    finally:
+        trained.registry["setup_args"] |= before
+    with pytest.raises(NotCountsError, match="adata.raw holds raw counts, name it: rna_layer='raw'"):
+        trained.get_latent_representation(data)
 
 
 def test_labels_are_transferred_across_modalities(trained, mdata):

@@ -12,6 +12,7 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
+from cellprior._obs import older_text, text_of
 from cellprior.model._base import Precision
 from cellprior.model._cluster import Blocks
 from cellprior.model._data import CountsManager
@@ -167,13 +168,15 @@ class CellPLM(ExpressionMixin):
         if not n_batches or REGISTRY_KEYS.BATCH_KEY not in self.adata_manager.data_registry:
             return [None]
         state = self.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY)
-        names = [str(name) for name in state.categorical_mapping]
+        names = [text_of(name) for name in state.categorical_mapping]
         if not self.is_trained_:
             if len(names) > n_batches:
                 msg = f"The data have {len(names)} batches, the model n_batches={n_batches}: build it with as many."
                 raise ValueError(msg)
             self._batches = names
-        return [self._batches.index(name) if name in self._batches else None for name in names]
+        learned = {older_text(name): code for code, name in enumerate(self._batches)}
+        learned |= {name: code for code, name in enumerate(self._batches)}
+        return [learned.get(name) for name in names]
 
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> GeneMeans:
         return GeneMeans.fit(batches, measured)

@@ -14,6 +14,8 @@ import scipy.sparse as sp
 from mudata import MuData
 from scvi.data.fields import BaseMuDataWrapperClass
 
+from cellprior._matrix import RAW, Matrix, is_raw, matrix_of, refuse_damaged
+from cellprior._obs import read_names, read_presence, warn_of_unlabeled
 from cellprior.genes import GeneMatch, PeakMatch
 from cellprior.genes._intervals import are_peaks, read_peaks
 from cellprior.genes._table import ensembl_id
@@ -112,25 +114,16 @@ def cells_of(
     found = {
         name: adata for name, adata in found.items() if adata.n_obs
     } or found  # of a part, one may be empty
-    for name, adata in found.items():
+    for name, adata in list(found.items()):
+        # errors say that X is missing, or the layer
+        matrix = matrix_of(adata, layers[name], argument=f"{name}_layer", name=keys[name])
+        if is_raw(adata, layers[name]):
+            found[name] = adata = _raw_as_layer(adata, matrix)
         refuse_swapped(adata, name, keys[name])
         if adata.n_obs == 0 or adata.n_vars == 0:
             msg = (
                 f"{keys[name]!r} has {adata.n_obs} cells and {adata.n_vars} {FEATURE[name]}s; at least one of each is "
                 "needed. A modality that is not there can be left out."
-            )
-            raise ValueError(msg)
-        if layers[name] is not None and layers[name] not in adata.layers:
-            there = [layer for layer in adata.layers if layer is not None]
-            msg = (
-                f"There is no layer {layers[name]!r} in {keys[name]!r}; its layers are {there}. The setup says raw "
-                "counts are there: a query holds them where the data of the setup did."
-            )
-            raise ValueError(msg)
-        if counts_matrix(adata, layers[name]) is None:
-            msg = (
-                f"{keys[name]!r} has no X; its layers are {[layer for layer in adata.layers if layer is not None]}. "
-                f"Name the one with raw counts in the setup: {name}_layer=..., or put them into X."
             )
             raise ValueError(msg)
         if not adata.obs_names.is_unique:
@@ -143,9 +136,9 @@ def cells_of(
     for name in rows:
         column = presence_column(keys[name])
         if column in data.obs:
-            rows[name] = np.where(data.obs[column].to_numpy(dtype=bool), rows[name], -1)
+            rows[name] = np.where(read_presence(data.obs, column), rows[name], -1)
         if column in found[name].obs:  # of a modality of padded data, which may have been taken out of them
-            is_there = found[name].obs[column].to_numpy(dtype=bool)
+            is_there = read_presence(found[name].obs, column, frame=f"mdata[{keys[name]!r}].obs")
             rows[name] = np.where(is_there[rows[name]] & (rows[name] >= 0), rows[name], -1)
     return Cells(data.obs, found, {name: layers[name] for name in found}, rows)
 
@@ -299,6 +292,8 @@ class CountsOf:
         """Counts of cells, by the match of their features and the vocabulary."""
         adata, layer = cells.data[modality], cells.layers[modality]
         x = counts_matrix(adata, layer)
+        if isinstance(x, sp.csc_matrix | sp.csc_array):
+            refuse_damaged(x, f"of {modality}")
         # once, as rows of CSC cost a pass over the matrix each
         x = x.tocsr() if isinstance(x, sp.csc_matrix | sp.csc_array) else x
         return cls(adata, modality, layer, x, cells.rows[modality], match.index, n_features)
@@ -320,7 +315,12 @@ class CountsOf:
 
 def counts_matrix(adata: ad.AnnData, layer: str | None) -> Any:
     """``X`` or a layer."""
-    return adata.X if layer is None else adata.layers[layer]
+    return matrix_of(adata, layer).x
+
+
+def _raw_as_layer(adata: ad.AnnData, raw: Matrix) -> ad.AnnData:
+    """The cells with the features of ``raw``, whose values stand in a layer of that name; nothing is copied."""
+    return ad.AnnData(obs=adata.obs, var=raw.var, layers={RAW: raw.x})
 
 
 def codes_of(obs: pd.DataFrame, key: str | None, *, unlabeled: str | None = None) -> np.ndarray | None:
@@ -335,14 +335,8 @@ def codes_of(obs: pd.DataFrame, key: str | None, *, unlabeled: str | None = None
     """
     if key is None:
         return None
-    if key not in obs:
-        msg = f"{key!r} not found in mdata.obs; its columns are {list(obs.columns)}."
-        raise KeyError(msg)
-    column = obs[key]
-    if column.isna().any():
-        first = obs.index[int(np.argmax(column.isna()))]
-        msg = f"mdata.obs[{key!r}] is NaN for {int(column.isna().sum())} cells, the first {first!r}. Fill it in first."
-        raise ValueError(msg)
-    names = column.astype(str).to_numpy()
-    codes, _ = pd.factorize(names)
+    names = read_names(obs, key, frame="mdata.obs")
+    codes, labels = pd.factorize(names)
+    if unlabeled is not None:
+        warn_of_unlabeled(labels, unlabeled, where=f"mdata.obs[{key!r}]")
     return np.where(names == unlabeled, -1, codes)

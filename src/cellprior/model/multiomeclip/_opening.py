@@ -57,6 +57,7 @@ class OpenedModel(ContrastiveModel, LoadableModel):
         layer: str | Mapping[str, str | None] | None = None,
         gene_key: str | None = None,
         batch_key: str | None = None,
+        unlabeled_category: str = "unknown",
         modalities: Mapping[str, str] | None = None,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
@@ -65,6 +66,7 @@ class OpenedModel(ContrastiveModel, LoadableModel):
         layers = _layers(layer)
         model = cls.from_pretrained(weights, min_coverage=min_coverage, device=device)
         model._read_from(layers, modalities=modalities, gene_key=gene_key)
+        model.registry["setup_args"]["unlabeled_category"] = unlabeled_category
         model._opened = adata
         model._attached_match = model.feature_match()
         codes_of(adata.obs, batch_key)

@@ -7,12 +7,12 @@ from typing import Any, TypeAlias
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from mudata import MuData
 from scvi.model.base import BaseModelClass
 
 from cellprior import genes as matching
-from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of, counts_matrix
+from cellprior._matrix import matrix_of, totals
+from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of
 from cellprior.model.multiomeclip._embedding import Encoder
 from cellprior.model.multiomeclip._module import Modality
 
@@ -46,20 +46,18 @@ class ReadingModel(Encoder, BaseModelClass):
     def _matches(self, cells: Cells) -> dict[Modality, Features]:
         found: dict[Modality, Features] = {}
         for name, adata in cells.data.items():
-            x = counts_matrix(adata, cells.layers[name])
-            in_memory = isinstance(x, np.ndarray) or sp.issparse(x)  # else totals cost a pass over the file
-            totals = np.asarray(x.sum(axis=0), dtype=np.float64).ravel() if in_memory else None
+            sums = totals(matrix_of(adata, cells.layers[name]))
             if name == "rna":
                 found[name] = matching.match(
                     adata.var,
                     self.genes,
                     gene_key=self.registry["setup_args"].get("gene_key"),
-                    gene_counts=totals,
+                    gene_counts=sums,
                     min_coverage=self.min_coverage,
                 )
             else:
                 found[name] = matching.match_peaks(
-                    adata.var, self.peaks, peak_counts=totals, min_coverage=self.min_coverage
+                    adata.var, self.peaks, peak_counts=sums, min_coverage=self.min_coverage
                 )
         return found
 

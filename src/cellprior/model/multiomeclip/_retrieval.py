@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import anndata as ad
@@ -10,6 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from cellprior._obs import read_names
 from cellprior.model._data import check_whole, csr_tensor, read_rows
 from cellprior.model._holdout import recalled
 from cellprior.model._rejection import Calibration, check_reject, explain_unknown, find_limits
@@ -82,6 +84,16 @@ class RetrievalModel(ReadingModel):
         ----------
         .. [Gossi23] Gossi et al., Matching single cells across modalities with contrastive learning and optimal
            transport, Briefings in Bioinformatics 24:bbad130, 2023.
+
+        Raises
+        ------
+        ValueError
+            If no batch is in both data, or a cell has none.
+
+        Warns
+        -----
+        UserWarning
+            If some batches have no cell with RNA, so that their cells have no partner.
         """
         first, a, a_rows = self._latents(atac, "atac")
         second, b, b_rows = self._latents(atac if rna is None else rna, "rna")
@@ -163,7 +175,7 @@ class RetrievalModel(ReadingModel):
         if not votes.any():
             msg = f"No cell of the reference with {source.upper()} has a label in {key!r}."
             raise ValueError(msg)
-        labels = cells.obs[key].astype(str).to_numpy()
+        labels = read_names(cells.obs, key, frame="mdata.obs")
         voters = Voters(latent[votes], labels[rows[votes]], n_neighbors)
         asked, points, asked_rows = self._latents(query, target)
         label, share, novelty = voters.name(points)
@@ -278,5 +290,14 @@ class RetrievalModel(ReadingModel):
         key = self.registry["setup_args"]["batch_key"]
         if key is None or key not in first or key not in second:
             return [(np.arange(len(first)), np.arange(len(second)))]
-        a, b = (obs[key].astype(str).to_numpy() for obs in (first, second))
-        return [(np.flatnonzero(a == name), np.flatnonzero(b == name)) for name in np.unique(a)]
+        a, b = (read_names(obs, key, frame="obs") for obs in (first, second))
+        if alone := sorted(set(a) - set(b)):
+            msg = (
+                f"{int(np.isin(a, alone).sum())} of {len(a)} cells with ATAC have no partner: no cell with RNA is of "
+                f"their batch, obs[{key!r}] {', '.join(map(repr, alone[:5]))}; with RNA there are "
+                f"{', '.join(map(repr, sorted(set(b))[:5]))}. If these are the same, call them by the same names."
+            )
+            if len(alone) == len(set(a)):
+                raise ValueError(msg)
+            warnings.warn(msg, UserWarning, stacklevel=3)
+        return [(np.flatnonzero(a == name), np.flatnonzero(b == name)) for name in np.unique(a.astype(str))]
