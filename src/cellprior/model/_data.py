@@ -296,7 +296,8 @@ def check_counts(
         if value > LARGEST
         else "not an integer"
     )
-    msg = f"{where} does not hold raw counts: cell {cell!r}, {feature} {name!r} is {value:.9g}, which is {kind}. "
+    shown = f"{value:.9g}" if nearly else f"{value:g}"
+    msg = f"{where} does not hold raw counts: cell {cell!r}, {feature} {name!r} is {shown}, which is {kind}. "
     if kind == "not an integer" and nearly:
         access = f"adata.{where}"
         advice = (
