@@ -57,8 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         help="file to write, of the same kind; or <name>.zarr, to stream, and to go on if cut short",
     )
     command.add_argument(
-        "--weights", required=True, help="registry name, bundle folder or official checkpoint file"
+        "--weights",
+        required=True,
+        help="registry name, bundle folder, official checkpoint file or its address",
     )
+    command.add_argument("--known-hash", help="sha256 that the checkpoint file or the whole folder must have")
     command.add_argument(
         "--layer", help="layer with raw counts (default: X); of an h5mu file also rna=NAME,atac=NAME"
     )
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--weights", required=True, help="as of embed; without --reference, weights that have learned labels"
     )
+    command.add_argument("--known-hash", help="as of embed")
     command.add_argument("--reference", type=Path, help="h5ad file with raw counts and labels, to learn from")
     command.add_argument("--labels", help="column of the reference's obs with cell types")
     command.add_argument("--layer", help="layer with raw counts, in both (default: X)")
@@ -180,7 +184,7 @@ def _embed(args: argparse.Namespace) -> None:
         msg = f"{args.input.name} and {args.output.name} are of different kinds: both .h5mu, or neither, is needed."
         raise ValueError(msg)
     _refuse_no_folder(args.output)
-    names = ("gene_key", "batch_key", "key_added", "batch_size", "device")
+    names = ("gene_key", "batch_key", "key_added", "batch_size", "device", "known_hash")
     options = {name: getattr(args, name) for name in names}
     options["layer"] = _by_modality(args.layer) if is_mudata else args.layer
     options["modalities"] = None if args.modalities is None else _by_modality(args.modalities)

@@ -31,6 +31,7 @@ def embed(
     hidden: str | os.PathLike[str] = "memory",
     progress: bool = True,
     client: Any = None,
+    known_hash: str | None = None,
 ) -> AnnData | MuData | None:
     """Embed cells with pretrained weights.
 
@@ -41,8 +42,8 @@ def embed(
         of which each cell is embedded by what it has, or an AnnData with genes or with peaks. With ``out``, also the
         path of an h5ad or h5mu file or a zarr folder, whose counts stay on disk.
     weights
-        Registry name (see :func:`cellprior.weights.available`), folder written by ``save_pretrained``, or official
-        checkpoint file.
+        Registry name (see :func:`cellprior.weights.available`), folder written by ``save_pretrained``, official
+        checkpoint file, or address of one (then ``known_hash`` is needed).
     layer
         Layer with raw counts; ``None`` for ``X``; ``"raw"`` for ``adata.raw`` and its genes, unless a layer has this
         name. For a MuData the same in both modalities, or one of each:
@@ -76,6 +77,8 @@ def embed(
     client
         ``distributed.Client`` of a Dask cluster that embeds; the counts are then dask arrays, or in a path that the
         workers can read.
+    known_hash
+        sha256 that the checkpoint file, or the whole folder, must have, see :func:`cellprior.weights.sha256`.
 
     Returns
     -------
@@ -112,7 +115,7 @@ def embed(
     from cellprior.model._on_disk import open_counts
     from cellprior.model._streaming import stream
 
-    cls = model_class(weights)
+    cls = model_class(weights, known_hash=known_hash)
     if isinstance(adata, str | os.PathLike):
         if out is None:
             msg = f"{os.fspath(adata)!r} is a path: name a folder to write to, out=, or read the data first."
@@ -133,9 +136,10 @@ def embed(
         "modalities": modalities,
     }
     params = _stated(**setup, min_coverage=min_coverage)
-    with cls.opened(weights, adata, **setup, min_coverage=min_coverage, device=device) as model:
+    options: dict[str, Any] = {"min_coverage": min_coverage, "device": device, "known_hash": known_hash}
+    with cls.opened(weights, adata, **setup, **options) as model:
         if out is not None:
-            options: dict[str, Any] = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
+            options = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
             stream(model, out, key=key, params=params, batch_size=batch_size, client=client, **options)
             return None
         if client is None:
@@ -165,6 +169,7 @@ def annotate(
     device: str | int = "auto",
     save: str | os.PathLike[str] | None = None,
     copy: bool = False,
+    known_hash: str | None = None,
     **fine_tune: Any,
 ) -> AnnData | None:
     """Name cells after the labels of a reference, or with weights that have learned theirs.
@@ -181,7 +186,7 @@ def annotate(
         ``layer``, ``gene_key`` and ``batch_key`` are those of both.
     labels_key
         Column of ``reference.obs``; cells of ``unlabeled_category`` are not learned from.
-    layer, gene_key, batch_key, batch_size, min_coverage, device, copy
+    layer, gene_key, batch_key, batch_size, min_coverage, device, copy, known_hash
         As of :func:`embed`.
     unlabeled_category
         Label of the reference that stands for "not labelled", and the name of cells that are rejected.
@@ -225,7 +230,7 @@ def annotate(
     from cellprior.model import model_class
     from cellprior.model._rejection import check_share
 
-    cls = model_class(weights)
+    cls = model_class(weights, known_hash=known_hash)
     if not hasattr(cls, "fine_tune"):
         msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
         raise ValueError(msg)
@@ -247,7 +252,7 @@ def annotate(
         refuse_view_of_file(adata)
     key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
     setup: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
-    options = {**setup, "min_coverage": min_coverage, "device": device}
+    options = {**setup, "min_coverage": min_coverage, "device": device, "known_hash": known_hash}
     options["unlabeled_category"] = unlabeled_category
     with cls.opened(weights, adata if reference is None else reference, **options) as model:
         record = model.provenance(adata)  # first: genes that do not match are told before anything is learned

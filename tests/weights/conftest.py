@@ -21,6 +21,7 @@ class Answer:
     claimed: int | None = None
     before: Callable[[], object] | None = None
     midway: Callable[[], object] | None = None
+    headers: dict[str, str] | None = None  # in place of an honest Content-Length
 
 
 @dataclass
@@ -53,7 +54,9 @@ def server() -> Iterator[Server]:
                 answer.before()
             self.send_response(answer.status)
             claimed = len(answer.body) if answer.claimed is None else answer.claimed
-            self.send_header("Content-Length", str(claimed))
+            headers = {"Content-Length": str(claimed)} if answer.headers is None else answer.headers
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             half = len(answer.body) // 2
             self.wfile.write(answer.body[:half])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cellprior import weights
 
@@ -213,6 +215,109 @@ def test_a_gene_list_that_cannot_be_used_is_an_error_that_names_it(
 def test_the_config_on_disk_is_plain_json(tmp_path: Path):
     config = json.loads((write(tmp_path) / "config.json").read_text())
     assert config["network"] == {"n_genes": 3, "n_hidden": 4}
+
+
+# values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_tensors_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path, value: float):
+    bad = STATE["embedding.weight"].clone()
+    bad[1, 2] = value
+    with pytest.raises(ValueError, match=r"'embedding\.weight'.*not finite.*lower learning rate"):
+        write(tmp_path / "tiny", state_dict={**STATE, "embedding.weight": bad})
+    assert not (tmp_path / "tiny").exists()
+    path = write(tmp_path / "tiny") / "model.safetensors"
+    save_file({**STATE, "embedding.weight": bad}, path)
+    with pytest.raises(weights.WeightsError, match=r"model\.safetensors: the tensor 'embedding\.weight'"):
+        weights.read_bundle(tmp_path / "tiny")
+
+
+def test_large_finite_values_whose_sum_overflows_are_read(tmp_path: Path):
+    large = torch.full((4,), 3e38)
+    assert torch.equal(
+        weights.read_bundle(write(tmp_path / "b", state_dict={"a": large})).state_dict["a"], large
+    )
+
+
+def test_no_tensor_is_read_before_the_check_of_their_shapes_has_passed(tmp_path: Path, monkeypatch):
+    folder, seen = write(tmp_path / "tiny"), {}
+
+    def check(bundle: weights.Bundle) -> None:
+        seen.update(bundle.state_dict)
+        raise weights.WeightsError("no")
+
+    monkeypatch.setattr("cellprior.weights._reading._in_memory", None)  # whoever reads one, calls this
+    with pytest.raises(weights.WeightsError, match="^no$"):
+        weights.read_bundle(folder, check=check)
+    assert {name: (x.shape, x.dtype) for name, x in seen.items()} == {
+        name: (x.shape, x.dtype) for name, x in STATE.items()
+    }
+    assert all(tensor.is_meta for tensor in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        (["\tA\t", "\tB\t", "\tA\t"], r"genes\.tsv: Gene 2 is 'A', and so is gene 0"),
+        (["ENSG1\tA\t", "ENSG1\tB\t", "\tC\t"], r"genes\.tsv: Gene 1 is 'ENSG1', and so is gene 0"),
+        (["\tA\t", "\t \tB", "\tC\t"], r"genes\.tsv: Gene 1 has neither"),
+    ],
+)
+def test_each_gene_has_a_name_of_its_own(tmp_path: Path, lines: list[str], named: str):
+    head = "ensembl_id\tsymbol\tprevious_symbols"
+    (write(tmp_path) / "genes.tsv").write_text("\n".join([head, *lines, ""]))
+    with pytest.raises(weights.WeightsError, match=named):
+        weights.read_bundle(tmp_path)
+
+
+def test_two_genes_with_ids_of_their_own_may_share_a_symbol(tmp_path: Path):
+    genes = pd.DataFrame({"ensembl_id": ["ENSG1", "ENSG2", ""], "symbol": ["A", "A", "A"]})
+    assert weights.read_bundle(write(tmp_path, genes=genes)).genes["symbol"].tolist() == ["A", "A", "A"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("network", {"target_sum": float("nan")}, "is not JSON .NaN is no number"),
+        ("network", {"n_hidden": {"a": 1}}, "`network.n_hidden` is {'a': 1}"),
+        ("n_genes", "3", "`n_genes` is '3'; needed: a whole number"),
+        ("training_state", [], "`training_state` is .*needed: a mapping"),
+        ("annotation", 3, "`annotation` is 3"),
+        ("annotation", {"labels": "AB"}, r"`annotation\.labels` is 'AB'"),
+        ("annotation", {"labels": ["A", "A"]}, r"`annotation\.labels` has a name twice"),
+        ("annotation", {"labels": ["A"], "calibration": []}, r"`annotation\.calibration` is \[\]"),
+        (
+            "annotation",
+            {"labels": ["A"], "calibration": {"novelty": [1.0], "confidence": [1.0, 2.0], "correct": [True]}},
+            r"have \[1, 2\] values",
+        ),
+        (
+            "annotation",
+            {"labels": ["A"], "calibration": {"novelty": ["a"]}},
+            r"calibration\.novelty` is \['a'\]",
+        ),
+        ("format_version", True, "no `format_version`"),
+    ],
+)
+def test_a_field_of_another_kind_is_named_with_its_file(
+    tmp_path: Path, field: str, value: object, named: str
+):
+    path = write(tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(weights.WeightsError, match=named) as error:
+        weights.read_bundle(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_folder(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write(tmp_path / "tiny")
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "tiny")
 
 
 # peaks

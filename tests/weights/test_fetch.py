@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,60 @@ def test_a_host_that_stays_busy_is_given_up(server, register: Register, no_waiti
     with pytest.raises(weights.WeightsError, match="503"):
         weights.fetch("tiny", progressbar=False)
     assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(200, {"Content-Length": "abc"}), (200, {"Content-Length": "-1"}), (302, {"Location": "http://[::1"})],
+    ids=["length in letters", "length below 0", "redirection to nowhere"],
+)
+def test_a_malformed_answer_is_named_and_the_next_address_is_tried(
+    server, register: Register, no_waiting, status: int, headers: dict
+):
+    settings.mirror = server.base + "/mirror"
+    server.serve("/mirror/a.bin", server.answer(GOOD, status=status, headers=headers))
+    entry = register(FileEntry("a.bin", f"{server.base}/gone.bin", sha(GOOD)))
+    with pytest.raises(weights.WeightsError, match=r"mirror/a\.bin: the host's answer is malformed") as error:
+        weights.fetch("tiny", progressbar=False)
+    assert "gone.bin: the host does not have the file" in str(error.value)
+    server.serve("/gone.bin", GOOD)
+    weights.fetch("tiny", progressbar=False)
+    assert contents(entry.folder) == {"a.bin": GOOD}
+
+
+def test_a_host_that_announces_more_than_the_file_can_have_is_not_listened_to(server, register: Register):
+    answer = server.answer(GOOD, claimed=10**9)
+    register(FileEntry("a.bin", server.serve("/a.bin", answer), sha(GOOD)))
+    with pytest.raises(weights.WeightsError, match="announces 1000 MB; the file should have 67 MB at most"):
+        weights.fetch("tiny", progressbar=False)
+    assert server.asked == ["/a.bin"]
+
+
+def test_a_host_that_sends_without_end_is_stopped_and_nothing_is_kept(
+    server, register: Register, monkeypatch
+):
+    monkeypatch.setattr("cellprior.weights._fetch.SLACK", 100)
+    answer = server.answer(GOOD, headers={})
+    entry = register(FileEntry("a.bin", server.serve("/a.bin", answer), sha(GOOD)))
+    with pytest.raises(weights.WeightsError, match="sends more than"):
+        weights.fetch("tiny", progressbar=False)
+    assert contents(entry.folder) == {} and server.asked == ["/a.bin"]
+    monkeypatch.setattr("cellprior.weights._download.UNSTATED", 100)
+    with pytest.raises(weights.WeightsError, match="sends more than"):
+        weights.resolve(f"{server.base}/a.bin", known_hash=sha(GOOD), progressbar=False)
+
+
+@pytest.mark.parametrize(("name", "value"), [("PATIENCE", 0.02), ("LONGEST", 0.02)])
+def test_a_host_that_trickles_is_given_up_at_once(
+    server, register: Register, monkeypatch, name: str, value: float
+):
+    monkeypatch.setattr("cellprior.weights._download.SLOWEST", 1e9)
+    monkeypatch.setattr(f"cellprior.weights._download.{name}", value)
+    answer = server.answer(GOOD, midway=lambda: time.sleep(0.1))
+    register(FileEntry("a.bin", server.serve("/a.bin", answer), sha(GOOD)))
+    with pytest.raises(weights.WeightsError, match="too slow: |has not ended in"):
+        weights.fetch("tiny", progressbar=False)
+    assert server.asked == ["/a.bin"]
 
 
 # Offline and mirrors

@@ -117,7 +117,7 @@ def test_an_interrupted_download_leaves_nothing_behind(server, register: Registe
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pooch.HTTPDownloader.__call__", interrupt)
+    monkeypatch.setattr("cellprior.weights._download._receive", interrupt)
     with pytest.raises(KeyboardInterrupt):
         weights.fetch("tiny", progressbar=False)
     assert contents(entry.folder) == {}

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from cellprior.weights import InertCheckpoint, WeightsError
+from cellprior.model import convert
+from cellprior.weights import InertCheckpoint, WeightsError, read_checkpoint
 from cellprior.weights._inert import Inert, found, is_suspicious, row_names
 
 BASE = torch.arange(12.0).reshape(3, 4)
@@ -197,3 +198,45 @@ def test_a_file_that_torch_save_did_not_write_is_refused(tmp_path: Path):
     for path in (old, tmp_path / "other.ckpt"):
         with pytest.raises(WeightsError, match="was not written by torch.save of PyTorch 1.6 or later"):
             InertCheckpoint(path)
+
+
+def test_what_is_appended_to_a_placeholder_is_kept_beside_what_it_was_made_with(tmp_path: Path):
+    pickled = pickle.PROTO + b"\x02cfoo\nBar\n)R" + b"K\x01a" * 3 + b"(K\x02K\x03e."
+    read = InertCheckpoint(with_pickle(tmp_path / "x.ckpt", pickled)).content()
+    assert read.args == () and read.items == [1, 1, 1, 2, 3]
+
+
+def test_a_compressed_checkpoint_is_refused_unread_by_every_reader(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 1000 + b"N.")
+    for read in (InertCheckpoint, read_checkpoint, convert):
+        with pytest.raises(
+            WeightsError, match=r"archive/data\.pkl.*compressed, which torch\.save does not do"
+        ):
+            read(tmp_path / "x.ckpt", *([tmp_path / "out"] if read is convert else []))
+
+
+@pytest.mark.parametrize(
+    ("limit", "pickled"),
+    [
+        ("MAX_PICKLE", b"N0" * 100 + b"N."),
+        ("MAX_STEPS", b"N0" * 100 + b"N."),
+        ("MAX_TEXTS", (text("a") + pickle.MEMOIZE + b"0") * 20 + b"N."),
+        ("MAX_GLOBALS", b"".join(b"cfoo\nBar%d\n0" % i for i in range(20)) + b"N."),
+    ],
+)
+def test_a_pickle_that_would_take_long_or_much_memory_is_refused_before_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, pickled: bytes
+):
+    path = with_pickle(tmp_path / "x.ckpt", pickle.PROTO + b"\x04" + pickled)
+    InertCheckpoint(path)
+    monkeypatch.setattr(f"cellprior.weights._inert.{limit}", 10)
+    with pytest.raises(WeightsError, match="is damaged, or was not written by torch.save"):
+        InertCheckpoint(path)
+
+
+def test_a_tensor_of_far_more_numbers_than_the_file_holds_is_refused(tmp_path: Path):
+    huge = torch.ones(1).expand(10**6, 10**6)
+    checkpoint = InertCheckpoint(saved(tmp_path / "x.ckpt", {"a": huge}))
+    with pytest.raises(WeightsError, match="holds 1 numbers, for 1000000000000"):
+        checkpoint.tensors(checkpoint.content())

@@ -29,6 +29,7 @@ from cellprior.model._data import (
 )
 from cellprior.model._embedding import Embedding, in_memory
 from cellprior.model._fitting import NOT_FINITE, DivergedError
+from cellprior.model._genes import distinct
 from cellprior.model._loading import LoadableModel
 from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
 from cellprior.model._training import TrainableModel
@@ -68,7 +69,7 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
                 msg = "A model without data needs its vocabulary: pass genes=."
                 raise ValueError(msg)
             var = self.adata_manager.counts.var
-            genes = list(var.index if gene_key is None else var[gene_key])
+            genes = distinct(read_vocabulary(list(var.index if gene_key is None else var[gene_key])))
         self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
         self.gene_match: gene_matching.GeneMatch | None = (

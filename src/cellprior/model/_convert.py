@@ -8,14 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from cellprior.model._loading import LoadableModel, load_strictly
 from cellprior.weights import InertCheckpoint, WeightsError, sha256, write_bundle
+from cellprior.weights._bundle import is_zipped, refuse_packed
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
+
+    from cellprior.model._loading import LoadableModel
 
 SHOWN = 40  # names of a pickle in a message
 
@@ -69,9 +69,12 @@ def convert(
     ValueError
         If ``reference`` is needed and missing, or does not have what is needed.
     """
+    path = Path(path).expanduser()
+    if path.is_file() and is_zipped(path):
+        refuse_packed(path)  # before anything is imported for it
+
     from cellprior.model import MODELS
 
-    path = Path(path).expanduser()
     for cls in MODELS:
         if path.exists() and cls.recognises(path):
             return _rewrite(cls, path, folder, overwrite)
@@ -90,10 +93,7 @@ def convert(
 
 def _rewrite(cls: type[LoadableModel], path: Path, folder: str | os.PathLike[str], overwrite: bool) -> Path:
     """A bundle of an official checkpoint that holds tensors only."""
-    bundle, file = cls._read_official(path)
-    with torch.random.fork_rng(devices=[]):
-        module = cls._module_cls(len(bundle.genes), **bundle.config["network"])
-    load_strictly(module, bundle.state_dict, str(path))
+    bundle, file = cls._read_weights(path)
     return write_bundle(
         folder,
         state_dict=bundle.state_dict,

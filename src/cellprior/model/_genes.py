@@ -13,6 +13,18 @@ from cellprior._obs import text_of
 from cellprior.genes import GeneMatch
 
 
+def distinct(genes: pd.DataFrame) -> pd.DataFrame:
+    """Genes of a vocabulary that have a name, the first of each; what the data have twice is added up when it is read.
+
+    Parameters
+    ----------
+    genes
+        As :func:`cellprior.genes._table.read_vocabulary` gives them.
+    """
+    name = genes["ensembl_id"].where(genes["ensembl_id"] != "", genes["symbol"])
+    return genes[(name != "") & ~name.duplicated()].reset_index(drop=True)
+
+
 def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np.ndarray:
     """Vocabulary rows of genes.
 

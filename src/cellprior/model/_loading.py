@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any, Self
 from uuid import uuid4
 
 import anndata as ad
+import pandas as pd
 import torch
 from scvi.model.base import BaseModelClass
-from torch import Tensor
 
 from cellprior.model._data import without_view
 from cellprior.model._fitting import DivergedError, not_finite
 from cellprior.model._on_disk import with_frames
+from cellprior.model._strict import check_fits, load_strictly
 from cellprior.weights import (
     Bundle,
     InertCheckpoint,
@@ -28,7 +29,9 @@ from cellprior.weights import (
     sha256,
     write_bundle,
 )
-from cellprior.weights._bundle import model_of
+from cellprior.weights._fetch import fetch_beside
+from cellprior.weights._inert import MAX_EXPANSION
+from cellprior.weights._reading import check_genes, model_of
 
 
 class LoadableModel(BaseModelClass):
@@ -75,15 +78,20 @@ class LoadableModel(BaseModelClass):
             If too few genes match.
         """
         path = resolve(weights, known_hash=known_hash)
-        bundle, file = cls._read_weights(path)
+        bundle, file = cls._read_fetched(str(weights), path)
+        digest = sha256(*(bundle.files or (file,)))
         adata = cls._set_up(adata)
         with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
             arguments = {**bundle.config["network"], **bundle.vocabulary}
             model = cls(adata, min_coverage=min_coverage, **arguments)
             model.annotation_ = bundle.config.get("annotation", {})
         load_strictly(model.module, bundle.state_dict, str(weights))
-        model.pretrained_ = {"weights": str(weights), "sha256": sha256(*(bundle.files or (file,)))}
-        model.training_state_ = bundle.config.get("training_state", {})
+        model.pretrained_ = {"weights": str(weights), "sha256": digest}
+        try:
+            model.training_state_ = bundle.config.get("training_state", {})
+        except (ValueError, TypeError, AttributeError) as error:
+            msg = f"{weights}: `training_state` in its config.json is not that of a {cls.__name__}: {error}"
+            raise WeightsError(msg) from error
         model.split_ = bundle.config.get("split", {})
         model.is_trained_ = True
         if device == "auto":
@@ -106,6 +114,7 @@ class LoadableModel(BaseModelClass):
         modalities: Mapping[str, str] | None = None,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
+        known_hash: str | None = None,
     ) -> Iterator[Self]:
         """A model that embeds some data, for a while; then both are let go. See :func:`cellprior.tl.embed`.
 
@@ -124,7 +133,9 @@ class LoadableModel(BaseModelClass):
         users = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))  # of a setup before this call
         setup = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
         cls.setup_anndata(adata, **setup, unlabeled_category=unlabeled_category)
-        model = cls.from_pretrained(weights, adata, min_coverage=min_coverage, device=device)
+        model = cls.from_pretrained(
+            weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
+        )
         try:
             yield model
         finally:
@@ -163,16 +174,69 @@ class LoadableModel(BaseModelClass):
             return super().load(dir_path, adata, *args, **kwargs)
 
     @classmethod
+    def _read_fetched(cls, weights: str, path: Path) -> tuple[Bundle, Path]:
+        """As :meth:`_read_weights`; what belongs beside a checkpoint from an address comes from beside it there."""
+        if not weights.startswith(("http://", "https://")):
+            return cls._read_weights(path)
+        names = cls._files_beside(path.name)
+        here = [name for name in names if (path.parent / name).exists()]
+        fetch_beside(weights, path, here)  # verifies what was recorded of them
+        try:
+            return cls._read_weights(path)
+        except WeightsError as error:
+            if not (absent := [name for name in names if name not in here]):
+                raise
+            problems = fetch_beside(weights, path, absent)
+            if len(problems) < len(absent):
+                return cls._read_weights(path)
+            msg = (
+                f"{error} It was looked for beside the checkpoint: {'; '.join(problems)}. Download it, put both into "
+                f"one folder, and pass the path of {path.name} there."
+            )
+            raise WeightsError(msg) from error
+
+    @classmethod
+    def _files_beside(cls, name: str) -> Sequence[str]:
+        """Names of the files that belong beside an official checkpoint of this name."""
+        return ()
+
+    @classmethod
     def _read_weights(cls, path: Path) -> tuple[Bundle, Path]:
         """Contents of a bundle or an official checkpoint, and the file or folder that stands for it in a hash."""
         if model_of(path) is None:
-            return cls._read_official(path)
-        bundle = read_bundle(path)
-        if bundle.config["model"] != cls.__name__:
-            name = bundle.config["model"]
-            msg = f"{path} holds a {name}: load it with {name}.from_pretrained, not with {cls.__name__}."
-            raise WeightsError(msg)
-        return bundle, path
+            return cls._read_checked(path)
+
+        def check(bundle: Bundle) -> None:
+            if bundle.config["model"] != cls.__name__:
+                name = ascii(bundle.config["model"])[1:-1]
+                msg = f"{path} holds a {name}: load it with {name}.from_pretrained, not with {cls.__name__}."
+                raise WeightsError(msg)
+            check_fits(cls, bundle, str(path))
+
+        return read_bundle(path, check=check), path
+
+    @classmethod
+    def _read_checked(cls, path: Path) -> tuple[Bundle, Path]:
+        """An official checkpoint, as strictly as a bundle."""
+        try:
+            bundle, file = cls._read_official(path)
+            check_genes(bundle.genes, file)
+            held = sum(tensor.nbytes for tensor in bundle.state_dict.values())
+            if held > MAX_EXPANSION * file.stat().st_size:
+                msg = f"{file} says that it holds {held / 1e6:,.0f} MB, and has {file.stat().st_size / 1e6:,.0f}."
+                raise WeightsError(msg)
+        except WeightsError:
+            raise
+        except Exception as error:  # what is in the files of strangers may raise anything
+            msg = f"{path} is damaged, or no checkpoint of a {cls.__name__} ({error!r}). Get it again."
+            raise WeightsError(msg) from error
+        check_fits(cls, bundle, str(path))
+        return bundle, file
+
+    @classmethod
+    def _blank(cls, *, genes: pd.DataFrame, **network: Any) -> torch.nn.Module:
+        """The module that ``__init__`` makes with these arguments, by itself: what weights are compared with."""
+        return cls._module_cls(len(genes), **network)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -273,27 +337,3 @@ class LoadableModel(BaseModelClass):
             "counts_share": match and match.counts_share,
             "cellprior_version": version("cellprior"),
         }
-
-
-def load_strictly(module: torch.nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a module; each must have its place and each place its tensor.
-
-    Raises
-    ------
-    WeightsError
-        With the names that are missing, left over, or of another shape.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} has no place" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} is {found[name]}, needed {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:10]) + ("; ..." if len(problems) > 10 else "")
-        msg = f"{source} does not fit the network its configuration describes: {shown}. Nothing was loaded."
-        raise WeightsError(msg)
-    module.load_state_dict(state_dict)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cellprior.weights import WeightsError
@@ -47,9 +48,17 @@ def translate(
         Their name (a pattern), ours (a replacement).
     prefix
         Left by the code that saved them; taken off.
+
+    Raises
+    ------
+    WeightsError
+        If there is something else than tensors.
     """
     renamed, unknown = {}, []
     for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            msg = f"The checkpoint has {ascii(name)[:60]}: {type(tensor).__name__} where tensors by name are needed."
+            raise WeightsError(msg)
         name = name.removeprefix(prefix)
         for pattern, ours in names.items():
             new, n = re.subn("^" + pattern, ours, name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from cellprior.weights._bundle import Bundle, read_bundle, read_checkpoint, write_bundle
+from cellprior.weights._bundle import Bundle, read_checkpoint, write_bundle
 from cellprior.weights._card import Card, card
 from cellprior.weights._digest import sha256
 from cellprior.weights._fetch import fetch, resolve
 from cellprior.weights._inert import InertCheckpoint
+from cellprior.weights._reading import read_bundle
 from cellprior.weights._registry import WeightsError, available
 
 __all__ = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import pickle
 import re
 import shutil
@@ -15,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellprior.weights._fetch import is_web_page
+from cellprior.weights._download import is_web_page
 from cellprior.weights._registry import WeightsError
 
 if TYPE_CHECKING:
@@ -102,9 +104,12 @@ def write_bundle(
     FileExistsError
         If the folder holds a bundle, or a part of one, and `overwrite` is off.
     ValueError
-        If the config, the genes or a tensor cannot be stored faithfully.
+        If the config, the genes or a tensor cannot be stored faithfully, or a tensor is not finite.
+    OSError
+        If the folder cannot be written.
     """
     import pandas as pd
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -114,7 +119,7 @@ def write_bundle(
         raise FileExistsError(msg)
     table = _normalise_genes(genes)
     n_peaks = None if peaks is None else len(peaks)
-    if problem := _config_problem(config, len(table), n_peaks):
+    if problem := config_problem(config, len(table), n_peaks):
         msg = f"The bundle cannot be written: {problem}."
         raise ValueError(msg)
     tensors = {name: _for_disk(name, tensor, dtype) for name, tensor in state_dict.items()}
@@ -126,7 +131,11 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as path:
         stage = Path(path)
-        save_file(tensors, stage / "model.safetensors")
+        try:
+            save_file(tensors, stage / "model.safetensors")
+        except SafetensorError as error:  # what it makes of an error of the system
+            code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+            raise OSError(code, str(error), str(folder)) from error
         _write_table(table, stage / "genes.tsv")
         if peaks is not None:
             _write_table(pd.DataFrame({"peak": list(peaks)}), stage / PEAKS)
@@ -139,61 +148,6 @@ def write_bundle(
         for name in FILES if peaks is None else (PEAKS, *FILES):
             (stage / name).replace(folder / name)
     return folder
-
-
-def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """Read a folder written by `write_bundle`; nothing in it is executed.
-
-    Raises
-    ------
-    WeightsError
-        If a file is missing, damaged or in contradiction to another, or the format is newer than this
-        cellprior.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        msg = f"{folder} is not a bundle: it lacks {', '.join(missing)}. A bundle holds {', '.join(FILES)}."
-        raise WeightsError(msg)
-    config = _read_config(folder / "config.json")
-    genes = _read_table(folder / "genes.tsv", GENE_COLUMNS)
-    peaks = _read_peaks(folder / PEAKS) if "n_peaks" in config else None
-    if problem := _config_problem(config, len(genes), None if peaks is None else len(peaks)):
-        msg = f"The bundle {folder} contradicts itself: {problem}."
-        raise WeightsError(msg)
-    try:
-        tensors = load_file(folder / "model.safetensors", device="cpu")
-    except SafetensorError as error:
-        msg = f"{folder / 'model.safetensors'} is damaged or truncated ({error}). Get the bundle again."
-        raise WeightsError(msg) from error
-    half = (torch.float16, torch.bfloat16)
-    state_dict = {
-        name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()
-    }
-    return Bundle(
-        state_dict, config, genes, (folder / "README.md").read_text(encoding="utf-8"), peaks, (folder,)
-    )
-
-
-def model_of(folder: str | os.PathLike[str]) -> str | None:
-    """Name of the model class of a bundle; None if the folder is none, whatever other `config.json` it may have.
-
-    Raises
-    ------
-    WeightsError
-        If its `config.json` is not JSON.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return None
-    content = _json(path)
-    if isinstance(content, dict) and not {"model", "format_version"} & content.keys():
-        return None
-    return str(content.get("model", "")) if isinstance(content, dict) else ""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -217,6 +171,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     path = Path(path)
     zipped = is_zipped(path)
+    if zipped:
+        refuse_packed(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
@@ -229,7 +185,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             "containers, as torch.save(model.state_dict(), path) writes them."
         )
         raise WeightsError(msg) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         msg = f"{path} is truncated or not a torch checkpoint ({error!r}). Get it again."
         raise WeightsError(msg) from error
     if not isinstance(content, dict):
@@ -254,12 +210,40 @@ def is_zipped(path: Path) -> bool:
             f"{path} is a web page, not a checkpoint: the host probably asked for a login. Download it again."
         )
         raise WeightsError(msg)
-    zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
-        if not zipped and file.read(2) == b"PK":
-            msg = f"{path} is truncated: it ends before its table of contents. Get it again."
-            raise WeightsError(msg)
+        begins_zipped = file.read(2) == b"PK"
+        try:
+            zipped = zipfile.is_zipfile(file)
+        except zipfile.BadZipFile:  # one that says of itself that it is a part of several
+            zipped = False
+    if begins_zipped and not zipped:
+        msg = f"{path} is truncated: it ends before its table of contents, or that is damaged. Get it again."
+        raise WeightsError(msg)
     return zipped
+
+
+def refuse_packed(path: Path) -> None:
+    """Refuse a zipped checkpoint whose records are compressed: torch.save never does, and a little can hold a lot.
+
+    Raises
+    ------
+    WeightsError
+        With the name of the record; or if the table of contents is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            packed = [record for record in zipped.infolist() if record.compress_type != zipfile.ZIP_STORED]
+            n_bytes = sum(record.file_size for record in zipped.infolist())
+    except Exception as error:
+        msg = f"{path} is damaged, or was not written by torch.save ({error!r}). Get it again."
+        raise WeightsError(msg) from error
+    if packed or n_bytes > path.stat().st_size:
+        name = ascii(packed[0].filename)[1:-1] if packed else "its table of contents"
+        msg = (
+            f"{path} is damaged, or was not written by torch.save: {name} holds more than the file has bytes, or is "
+            "compressed, which torch.save does not do. It was not read."
+        )
+        raise WeightsError(msg)
 
 
 def _for_disk(name: str, tensor: Any, dtype: torch.dtype | None) -> torch.Tensor:
@@ -271,6 +255,12 @@ def _for_disk(name: str, tensor: Any, dtype: torch.dtype | None) -> torch.Tensor
         raise ValueError(msg)
     # A copy, because safetensors refuses tensors that share memory.
     copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if not is_finite(copy):
+        msg = (
+            f"state_dict[{name!r}] has values that are not finite (NaN or infinite): the model has diverged, and is "
+            "not written. Train again from weights that are good, with a lower learning rate."
+        )
+        raise ValueError(msg)
     if dtype is None or not copy.is_floating_point():
         return copy
     small = copy.to(dtype)
@@ -280,7 +270,15 @@ def _for_disk(name: str, tensor: Any, dtype: torch.dtype | None) -> torch.Tensor
     return small
 
 
-def _config_problem(config: Mapping[str, Any], n_genes: int, n_peaks: int | None) -> str | None:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    # a finite sum has finite summands, and takes no memory; one that is not may have overflown
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+
+
+def config_problem(config: Mapping[str, Any], n_genes: int, n_peaks: int | None) -> str | None:
     """What keeps a config from describing a bundle with this many genes, and peaks if it has any."""
     if not isinstance(config.get("model"), str) or not isinstance(config.get("network"), Mapping):
         return "the config needs `model`, a class name, and `network`, a mapping of its arguments"
@@ -292,72 +290,34 @@ def _config_problem(config: Mapping[str, Any], n_genes: int, n_peaks: int | None
     return None
 
 
+def gene_problem(genes: pd.DataFrame) -> str | None:
+    """What keeps a table from being a vocabulary: no gene, one without a name, or one that stands there twice."""
+    if genes.empty:
+        return "There is no gene"
+    name = (
+        genes["ensembl_id"]
+        .str.strip()
+        .where(genes["ensembl_id"].str.strip() != "", genes["symbol"].str.strip())
+    )
+    if (name == "").any():
+        row = int((name == "").to_numpy().argmax())
+        return f"Gene {row} has neither `ensembl_id` nor `symbol`"
+    if name.duplicated().any():
+        row = int(name.duplicated().to_numpy().argmax())
+        first = int((name == name.iloc[row]).to_numpy().argmax())
+        return f"Gene {row} is {name.iloc[row]!r}, and so is gene {first}: each needs a name of its own"
+    return None
+
+
 def _normalise_genes(genes: pd.DataFrame) -> pd.DataFrame:
     """The three columns as text, with "" for what is unknown."""
     table = genes.reindex(columns=list(GENE_COLUMNS)).astype(object)
     table = table.where(table.notna(), "").astype(str)
-    nameless = (table["ensembl_id"] == "") & (table["symbol"] == "")
-    if nameless.any():
-        row = int(nameless.to_numpy().argmax())
-        msg = (
-            f"Gene {row} has neither `ensembl_id` nor `symbol`; the columns found are {list(genes.columns)}."
-        )
+    if problem := gene_problem(table):
+        msg = f"{problem}; the columns found are {list(genes.columns)}. The bundle cannot be written."
         raise ValueError(msg)
     return table
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
     table.to_csv(path, sep="\t", index=False, lineterminator="\n", encoding="utf-8")
-
-
-def _read_peaks(path: Path) -> list[str]:
-    if not path.is_file():
-        msg = (
-            f"{path.parent} lacks {PEAKS}: the config says that the model reads peaks. Get the bundle again."
-        )
-        raise WeightsError(msg)
-    return list(_read_table(path, PEAK_COLUMNS)["peak"])
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        # A gene may be called NA or NAN: nothing is a missing value.
-        table = pd.read_csv(
-            path, sep="\t", dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8"
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        msg = f"{path} cannot be read as a table ({error})."
-        raise WeightsError(msg) from error
-    if list(table.columns) != list(columns):
-        msg = f"{path} has the columns {list(table.columns)}; needed: {list(columns)}."
-        raise WeightsError(msg)
-    if not path.read_bytes().endswith(b"\n"):
-        msg = f"{path} is truncated: its last line has no end. Get the bundle again."
-        raise WeightsError(msg)
-    return table
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        msg = f"{path} is not JSON ({error})."
-        raise WeightsError(msg) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    content = _json(path)
-    config: dict[str, Any] = content if isinstance(content, dict) else {}
-    found = config.get("format_version")
-    if not isinstance(found, int):
-        msg = f"{path} has no `format_version`: it is not the config of a cellprior bundle."
-        raise WeightsError(msg)
-    if found > FORMAT_VERSION:
-        msg = (
-            f"{path} has format {found}, of cellprior {config.get('cellprior_version')}; this one reads "
-            f"formats up to {FORMAT_VERSION}. Upgrade cellprior."
-        )
-        raise WeightsError(msg)
-    return config

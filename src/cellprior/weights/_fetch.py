@@ -10,19 +10,21 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from cellprior.settings import settings
 from cellprior.weights._digest import sha256
+from cellprior.weights._download import download
 from cellprior.weights._registry import Entry, FileEntry, WeightsError, entries, get_entry, is_sha256, suggest
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 log = logging.getLogger(__name__)
 
+SLACK = 2**26  # bytes that a file may have besides twice its stated size
 _STAGE = ".part-"
 _DAY = 86_400  # seconds
 
@@ -110,11 +112,33 @@ def resolve(
     return path
 
 
-def is_web_page(path: Path) -> bool:
-    """Whether a file is HTML, whatever its name says."""
-    with path.open("rb") as file:
-        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return start.startswith((b"<!doctype html", b"<html"))
+def fetch_beside(url: str, path: Path, names: Sequence[str], *, progressbar: bool = True) -> list[str]:
+    """Get what belongs beside a file that came from an address: from the same place there, into the same folder here.
+
+    Nothing is known of these files: the hash of the first download is recorded, and holds from then on.
+
+    Parameters
+    ----------
+    url
+        Address of the file.
+    path
+        The file, as `resolve` has put it.
+    names
+        Names of the others.
+
+    Returns
+    -------
+    Of each that cannot be had, its address and the reason.
+    """
+    place, problems = urlsplit(url), []
+    for name in names:
+        there = urlunsplit(place._replace(path=f"{place.path.rpartition('/')[0]}/{quote(name)}"))
+        try:
+            _complete(_entry_of(there, path.parent.name, FileEntry(name, url=there)), progressbar=progressbar)
+        except WeightsError as error:
+            reason = next((line for line in str(error).split("\n") if there in line), str(error))
+            problems.append(reason.strip(" -"))
+    return problems
 
 
 def _fetch_url(url: str, known_hash: str | None, *, progressbar: bool) -> Path:
@@ -122,12 +146,15 @@ def _fetch_url(url: str, known_hash: str | None, *, progressbar: bool) -> Path:
         msg = f"An address needs known_hash=, the sha256 of the file; {url} came without one."
         raise WeightsError(msg)
     file = FileEntry(name=Path(unquote(urlsplit(url).path)).name or "weights", url=url, sha256=known_hash)
-    unknown = dict.fromkeys(("licence", "citation", "genes"), "unknown")
-    entry = Entry(
-        f"url-{known_hash[:16]}", "model", files=(file,), size=0, page=url, support="untested", **unknown
-    )
+    entry = _entry_of(url, f"url-{known_hash[:16]}", file)
     _complete(entry, progressbar=progressbar)
     return entry.folder / file.name
+
+
+def _entry_of(url: str, name: str, file: FileEntry) -> Entry:
+    """What the registry would say of an address."""
+    unknown = dict.fromkeys(("licence", "citation", "genes"), "unknown")
+    return Entry(name, "model", files=(file,), size=0, page=url, support="untested", **unknown)
 
 
 def _complete(entry: Entry, *, progressbar: bool) -> bool:
@@ -193,7 +220,7 @@ def _obtain(entry: Entry, file: FileEntry, stage: Path, tried: list[str], progre
     known = _known_hash(path, file)
     for place, packed in _sources(entry, file, stage):
         try:
-            staged = _take(place, packed, file, stage, progressbar)
+            staged = _take(entry, place, packed, file, stage, progressbar)
             problem = _hash_problem(staged, known)
         except (OSError, WeightsError) as error:  # requests raises OSErrors
             problem = "no such file" if isinstance(error, FileNotFoundError) else str(error)
@@ -253,63 +280,47 @@ def _is_url(place: str) -> bool:
     return place.startswith(("http://", "https://"))
 
 
-def _take(place: Path | str, packed: bool, file: FileEntry, stage: Path, progressbar: bool) -> Path:
+def _take(
+    entry: Entry, place: Path | str, packed: bool, file: FileEntry, stage: Path, progressbar: bool
+) -> Path:
     """Copy, download or unpack one file into the stage, unverified."""
     staged = stage / file.name
     if packed and file.archive and file.member:
-        archive = place if isinstance(place, Path) else _download(place, stage / file.archive, progressbar)
-        _extract(archive, file.member, staged)
+        archive = stage / file.archive
+        if isinstance(place, Path):
+            archive = place
+        else:
+            download(place, archive, most=_most(file.archive_size), progressbar=progressbar)
+        _extract(archive, file.member, staged, most=_most(entry.size))
     elif isinstance(place, Path):
         shutil.copyfile(place, staged)
     else:
-        _download(place, staged, progressbar)
+        download(place, staged, most=_most(entry.size), progressbar=progressbar)
     return staged
 
 
-def _extract(archive: Path, member: str, target: Path) -> None:
+def _most(stated: int | None) -> int | None:
+    """Bytes that a file may have at most, whose approximate size the registry states."""
+    return 2 * stated + SLACK if stated else None
+
+
+def _extract(archive: Path, member: str, target: Path, *, most: int | None) -> None:
     """Stream one member of a zip archive into a file that we name; zipfile verifies its checksum."""
     try:
         with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
+            while chunk := source.read(1 << 20):
+                copy.write(chunk)
+                if most is not None and copy.tell() > most:
+                    msg = f"{member} in the archive has more than the {most / 1e6:,.0f} MB that it should have at most"
+                    raise WeightsError(msg)
     except KeyError as error:
         msg = f"the archive has no member {member}"
         raise WeightsError(msg) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except WeightsError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         msg = f"the archive is damaged or truncated ({error})"
         raise WeightsError(msg) from error
-
-
-def _download(url: str, target: Path, progressbar: bool) -> Path:
-    """Download with pooch, which retries what may pass; a refusal or a web page will not."""
-    import pooch
-    import requests
-
-    get = pooch.HTTPDownloader(progressbar=progressbar, chunk_size=1 << 20)
-
-    def downloader(url: str, output_file: str, pup: Any) -> None:
-        try:
-            get(url, output_file, pup)
-        except requests.HTTPError as error:
-            code = 0 if error.response is None else error.response.status_code
-            # 408 and 429 ask for another try.
-            if 400 <= code < 500 and code not in (408, 429):
-                reason = "asks for a login" if code in (401, 403, 407) else "does not have the file"
-                msg = f"the host {reason} (HTTP {code})"
-                raise WeightsError(msg) from error
-            raise
-        if is_web_page(Path(output_file)):
-            msg = "the host sent a web page instead of the file: it asks for a login or a confirmation"
-            raise WeightsError(msg)
-
-    target.unlink(missing_ok=True)
-    name = target.name
-    pup = pooch.create(target.parent, "", registry={name: None}, urls={name: url}, retry_if_failed=3)
-    pup.fetch(name, downloader=downloader)
-    # pooch's temporary files are for their owner alone, and a cache may be shared.
-    usual = target.with_name(".usual-rights")
-    usual.touch()
-    shutil.copymode(usual, target)
-    return target
 
 
 @contextmanager

@@ -7,18 +7,18 @@ names in pandas frames are then put together from what was kept.
 
 from __future__ import annotations
 
+import math
 import pickle
 import pickletools
 import re
 import sys
 import zipfile
-import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellprior.weights._bundle import is_zipped
+from cellprior.weights._bundle import is_zipped, refuse_packed
 from cellprior.weights._registry import WeightsError
 
 if TYPE_CHECKING:
@@ -38,22 +38,12 @@ _HARMLESS = {
         for name in "bool bytearray bytes complex dict float frozenset getattr int list object set slice str".split()
     ),
 }
-_BROKEN: tuple[type[Exception], ...] = (  # what a damaged or made-up pickle raises
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# above what the largest checkpoint has that is known, with the names of a million peaks
+MAX_PICKLE = 2**26  # bytes
+MAX_STEPS = 8_000_000  # instructions
+MAX_TEXTS = 2_000_000  # texts that may be names of globals
+MAX_GLOBALS = 1_000
+MAX_EXPANSION = 16  # numbers of a tensor for each that is in the file
 
 
 class Inert:
@@ -61,11 +51,12 @@ class Inert:
 
     name = ""
     args: tuple[Any, ...]
+    items: list[Any]
     state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         inert = super().__new__(cls)
-        inert.args, inert.state = args, kwargs or None
+        inert.args, inert.items, inert.state = args, [], kwargs or None
         return inert
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,12 +71,12 @@ class Inert:
         self.state[key] = value
 
     def append(self, value: Any) -> None:
-        """One more argument."""
-        self.args = (*self.args, value)
+        """One more item of what is a kind of list."""
+        self.items.append(value)
 
     def extend(self, values: Any) -> None:
-        """More arguments."""
-        self.args = (*self.args, *values)
+        """More items."""
+        self.items.extend(values)
 
 
 class Bytes(Inert):
@@ -137,16 +128,17 @@ class InertCheckpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        is_zipped(self.path)
+        if is_zipped(self.path):
+            refuse_packed(self.path)
         try:
             with zipfile.ZipFile(self.path) as zipped:
                 names = zipped.namelist()
                 (pickled,) = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
-                self._pickle = zipped.read(pickled)
-                self.globals = sorted(set(_globals_of(self._pickle)))
+                self._pickle = _small(zipped, pickled)
+                self.globals = _globals_of(self._pickle)
             self._data = pickled.removesuffix("data.pkl") + "data/"
             self.n_tensors = sum(name.startswith(self._data) for name in names)
-        except _BROKEN as error:
+        except Exception as error:
             msg = f"{self.path} is damaged, or was not written by torch.save of PyTorch 1.6 or later ({error!r})."
             raise WeightsError(msg) from error
 
@@ -173,7 +165,7 @@ class InertCheckpoint:
             raise WeightsError(msg)
         try:
             return InertUnpickler(io.BytesIO(self._pickle)).load()
-        except _BROKEN as error:
+        except Exception as error:
             msg = f"{self.path} is damaged ({error!r}). Get it again."
             raise WeightsError(msg) from error
 
@@ -188,7 +180,7 @@ class InertCheckpoint:
         with zipfile.ZipFile(self.path) as zipped:
             try:
                 return {str(name): self._tensor(value, zipped) for name, value in values.items()}
-            except _BROKEN as error:
+            except Exception as error:
                 msg = (
                     f"{self.path} holds a tensor that is damaged or of a kind that is not known ({error!r})."
                 )
@@ -204,6 +196,9 @@ class InertCheckpoint:
         (_, storage, key, _, numel), offset, size, stride = value.args[:4]
         dtype = getattr(torch, _STORED[storage.name])
         data = bytearray(zipped.read(f"{self._data}{key}"))
+        if math.prod(size) > MAX_EXPANSION * max(numel, 1):
+            msg = f"{key} holds {numel} numbers, for {math.prod(size)}"
+            raise ValueError(msg)
         flat = torch.frombuffer(data, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
         if len(flat) != numel:
             msg = f"{key} holds {len(flat)} numbers, not {numel}"
@@ -238,7 +233,7 @@ def found(tree: Any, key: str) -> Iterator[Any]:
             yield part[key]
         inside = part.values() if isinstance(part, Mapping) else part
         if isinstance(part, Inert):
-            inside = (part.state, *part.args)
+            inside = (part.state, *part.args, *part.items)
         waiting += [value for value in inside if isinstance(value, Inert | Mapping | list | tuple)]
 
 
@@ -274,21 +269,35 @@ def _full_name(module: str, name: str) -> str:
     return ascii(f"{_OLD_NAMES.get(module, module)}.{name}")[1:-1]
 
 
-def _globals_of(pickled: bytes) -> Iterator[str]:
-    """What a pickle names, from a list of its instructions."""
+def _small(zipped: zipfile.ZipFile, name: str) -> bytes:
+    """A record that is not too large to be looked at."""
+    size = zipped.getinfo(name).file_size
+    if size > MAX_PICKLE:
+        msg = f"its pickle has {size / 1e6:,.0f} MB, at most {MAX_PICKLE / 1e6:,.0f} are looked at"
+        raise ValueError(msg)
+    return zipped.read(name)
+
+
+def _globals_of(pickled: bytes) -> list[str]:
+    """What a pickle names, sorted, from a list of its instructions."""
+    found: set[str] = set()
     memo: dict[Any, str] = {}
-    texts = [""]  # those that were pushed
-    for opcode, argument, _ in pickletools.genops(pickled):
+    n_memoized = 0
+    texts: deque[str] = deque(["", ""], maxlen=2)  # the last two that were pushed
+    for step, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         value: Any = argument
         if opcode.name in ("GLOBAL", "INST"):
-            yield _full_name(*value.split(" ", 1))
+            found.add(_full_name(*value.split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
-            yield _full_name(*texts[-2:])
+            found.add(_full_name(*texts))
         elif "UNICODE" in opcode.name or "STRING" in opcode.name:
             texts.append(value)
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = texts[-1]
-        elif "PUT" in opcode.name:
-            memo[value] = texts[-1]
+        elif opcode.name == "MEMOIZE" or "PUT" in opcode.name:
+            memo[n_memoized if value is None else value] = texts[-1]
+            n_memoized += 1
         elif "GET" in opcode.name:
             texts.append(memo[value])
+        if step > MAX_STEPS or len(memo) > MAX_TEXTS or len(found) > MAX_GLOBALS:
+            msg = "its pickle has more instructions than any checkpoint"
+            raise ValueError(msg)
+    return sorted(found)

@@ -47,6 +47,9 @@ class FileEntry:
     member: str | None = None
     """Path of the file inside the archive."""
 
+    archive_size: int | None = None
+    """Approximate size of the archive, in bytes."""
+
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name:
             msg = f"File name {self.name!r} is not a plain name: no folders."
@@ -150,7 +153,11 @@ def _typed(kind: type[T], given: dict[str, Any], where: str) -> T:
     unknown = sorted(given.keys() - known.keys())
     missing = [key for key, field in known.items() if field.default is MISSING and key not in given]
     # YAML reads an unquoted date or number as something else than text.
-    wrong = [key for key in given if key not in {"size", "files"} and not isinstance(given[key], str)]
+    wrong = [
+        key
+        for key in given
+        if key not in {"size", "files", "archive_size"} and not isinstance(given[key], str)
+    ]
     if unknown or missing or wrong:
         msg = (
             f"{where}: unknown keys {unknown}, missing keys {missing}, keys whose value is not text {wrong}."

@@ -54,6 +54,11 @@ def find_official(path: Path) -> Path:
     return find_checkpoint(path, CHECKPOINT_SUFFIX)
 
 
+def config_name(checkpoint: str) -> str:
+    """Name of the configuration that belongs to a checkpoint."""
+    return checkpoint.removesuffix(CHECKPOINT_SUFFIX) + ".config.json"
+
+
 def read_official(checkpoint: Path) -> Bundle:
     """Read an official checkpoint.
 
@@ -67,7 +72,7 @@ def read_official(checkpoint: Path) -> Bundle:
     WeightsError
         If a file is missing or broken, a tensor is not known, or the configuration is another network's.
     """
-    config_path = checkpoint.with_name(checkpoint.name.removesuffix(CHECKPOINT_SUFFIX) + ".config.json")
+    config_path = checkpoint.with_name(config_name(checkpoint.name))
     if not config_path.is_file():
         msg = (
             f"{checkpoint.name} needs {config_path.name} beside it, which is not in {checkpoint.parent}: it holds the "
@@ -77,6 +82,8 @@ def read_official(checkpoint: Path) -> Bundle:
     state_dict = rename(read_checkpoint(checkpoint).get("model_state_dict"), checkpoint.name)
     try:
         config = json.loads(config_path.read_text())
+        if not all(isinstance(name, str) for name in config["gene_list"]):
+            raise TypeError("gene_list")
         genes = pd.DataFrame({"ensembl_id": config["gene_list"], "symbol": "", "previous_symbols": ""})
         arguments = network(config, state_dict)
     except (ValueError, KeyError, TypeError) as error:

@@ -13,12 +13,18 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior._obs import older_text, text_of
+from cellprior.model._arguments import positive
 from cellprior.model._base import Precision
 from cellprior.model._cluster import Blocks
 from cellprior.model._data import CountsManager
 from cellprior.model._embedding import Chunks
 from cellprior.model._masked import MaskedScores
-from cellprior.model.cellplm._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
+from cellprior.model.cellplm._checkpoint import (
+    CHECKPOINT_SUFFIX,
+    config_name,
+    find_official,
+    read_official,
+)
 from cellprior.model.cellplm._cluster import submit_sentence
 from cellprior.model.cellplm._expression import ExpressionMixin
 from cellprior.model.cellplm._hidden import HiddenStates, StoredStates
@@ -103,6 +109,10 @@ class CellPLM(ExpressionMixin):
         )
 
     @classmethod
+    def _files_beside(cls, name: str) -> Sequence[str]:
+        return [config_name(name)] if name.endswith(CHECKPOINT_SUFFIX) else []
+
+    @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
         checkpoint = find_official(path)
         return read_official(checkpoint), checkpoint
@@ -156,8 +166,14 @@ class CellPLM(ExpressionMixin):
 
     @training_state_.setter
     def training_state_(self, state: dict[str, Any]) -> None:
-        self.module.kl_weight = state.get("kl_weight", 1.0)  # released weights are past the warm-up
-        self._batches = state.get("batches", [])
+        kl_weight = state.get("kl_weight", 1.0)  # released weights are past the warm-up
+        batches = state.get("batches", [])
+        if kl_weight:
+            positive(kl_weight=kl_weight)
+        if not isinstance(batches, list) or not all(isinstance(name, str) for name in batches):
+            msg = f"batches={ascii(batches)[:60]}; needed: a list of names."
+            raise ValueError(msg)
+        self.module.kl_weight, self._batches = float(kl_weight), batches
 
     def _objective(self, name: str | None) -> dict[str, Any]:
         return super()._objective(name) | {"covariate": self._covariate()}

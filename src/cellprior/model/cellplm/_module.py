@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from cellprior.model._arguments import one_of, positive, share, whole
 from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
@@ -79,11 +80,14 @@ class CellPLMModule(BaseModuleClass):
         target_sum: float | None = None,
     ) -> None:
         super().__init__()
+        whole(n_hidden=n_hidden, n_layers=n_layers, n_heads=n_heads, n_latent=n_latent, n_clusters=n_clusters)
+        whole(least=0, n_batches=n_batches, n_datasets=n_datasets)
+        share(dropout_rate=dropout_rate)
+        one_of(("vae", "gmvae"), latent=latent)
+        if target_sum is not None:
+            positive(target_sum=target_sum)
         if n_hidden % n_heads or n_hidden % 4:
             msg = f"n_hidden={n_hidden} must be divisible by n_heads={n_heads} and by 4 (the groups of the GroupNorm)."
-            raise ValueError(msg)
-        if latent not in ("vae", "gmvae"):
-            msg = f'latent={latent!r} is not known; choose "vae" or "gmvae".'
             raise ValueError(msg)
         self.n_hidden, self.n_latent = n_hidden, n_latent
         self.kl_weight = 0.0  # rises in training; saved beside the tensors

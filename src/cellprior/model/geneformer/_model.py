@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cellprior.model._base import Precision, PretrainedModel
 from cellprior.model._masked import MaskedScores
-from cellprior.model.geneformer._checkpoint import find_official, read_official
+from cellprior.model.geneformer._checkpoint import FILES, find_official, read_official
 from cellprior.model.geneformer._context import Indices, attention_between, gene_vectors
 from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import nonzero_medians
@@ -87,6 +87,10 @@ class Geneformer(PretrainedModel):
     def recognises(cls, path: Path) -> bool:
         """Whether a folder, or the file of weights in it, is one that the authors' code has written."""
         return find_official(path) is not None
+
+    @classmethod
+    def _files_beside(cls, name: str) -> Sequence[str]:
+        return ["config.json"] if name in FILES else []
 
     @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from cellprior.model._arguments import flag, share, whole
 from cellprior.model._contrast import in_micro_batches
 from cellprior.model.geneformer._inputs import first_gene, rank_tokens, token_counts
 from cellprior.model.geneformer._loss import TRAINED_TOKENS, masked_losses
@@ -69,6 +70,15 @@ class GeneformerModule(BaseModuleClass):
         dropout_rate: float = 0.02,
     ) -> None:
         super().__init__()
+        whole(
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_feedforward=n_feedforward,
+            n_positions=n_positions,
+        )
+        flag(special_tokens=special_tokens)
+        share(dropout_rate=dropout_rate)
         if n_hidden % n_heads:
             msg = f"n_hidden={n_hidden} is no multiple of n_heads={n_heads}."
             raise ValueError(msg)
@@ -85,6 +95,18 @@ class GeneformerModule(BaseModuleClass):
         self.transform_norm = nn.LayerNorm(n_hidden, eps=NORM_EPS)
         self.gene_bias = nn.Parameter(torch.zeros(self.n_tokens))
         self.apply(_initialise)
+
+    def check_tensors(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Refuse numbers that genes cannot be divided by.
+
+        Raises
+        ------
+        ValueError
+            With the name of the tensor.
+        """
+        if not bool((state_dict["gene_scale"] > 0).all()):
+            msg = "the tensor gene_scale has values that are not above 0."
+            raise ValueError(msg)
 
     def tokens(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
         """Tokens of cells ``(cells, longest)``, int64, 0 behind each cell's.

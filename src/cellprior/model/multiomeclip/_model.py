@@ -16,6 +16,7 @@ from scvi.data import AnnDataManagerValidationCheck
 
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._data import CountsManager, row_numbers
+from cellprior.model._genes import distinct
 from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
 from cellprior.model.multiomeclip._cells import (
     Cells,
@@ -111,7 +112,8 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         super().__init__(adata, registry or (_registry_of(genes) if adata is None else None))
         if adata is not None:
             cells = cells_of(adata, self.registry["setup_args"])
-            genes = list(cells.data["rna"].var_names) if genes is None else genes
+            if genes is None:
+                genes = distinct(read_vocabulary(list(cells.data["rna"].var_names)))
             peaks = peak_names(cells.data["atac"].var) if peaks is None else peaks
         self.genes, self.peaks = read_vocabulary(genes), list(peaks or ())
         self.min_coverage = min_coverage

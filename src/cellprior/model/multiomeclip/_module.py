@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from cellprior.model._arguments import flag, one_of, pair, share, whole
 from cellprior.model._contrast import in_micro_batches, similarities
 from cellprior.model._data import csr_tensor
 from cellprior.model._distributed import gather_cells
@@ -90,12 +91,15 @@ class MultiomeCLIPModule(BaseModuleClass):
         loss: Loss = "infonce",
     ) -> None:
         super().__init__()
-        if encoder not in ("mlp", "vit"):
-            msg = f'encoder={encoder!r} is not known; choose "mlp" or "vit".'
-            raise ValueError(msg)
-        if loss not in ("infonce", "sigmoid"):
-            msg = f'loss={loss!r} is not known; choose "infonce" or "sigmoid".'
-            raise ValueError(msg)
+        one_of(("mlp", "vit"), encoder=encoder)
+        one_of(("infonce", "sigmoid"), loss=loss)
+        whole(n_latent=n_latent, n_hidden=n_hidden, n_heads=n_heads, n_mlp=n_mlp)
+        if n_layers is not None:
+            whole(least=0, n_layers=n_layers)
+        if dropout_rate is not None:
+            share(dropout_rate=dropout_rate)
+        pair(n_components=n_components, n_patches=n_patches)
+        flag(mask_padding=mask_padding)
         self.n_latent, self.loss_kind = n_latent, loss
         encoders: list[MLPEncoder | ViTEncoder] = []
         for i, (modality, n_features) in enumerate(zip(MODALITIES, (n_genes, n_peaks), strict=True)):
@@ -133,6 +137,26 @@ class MultiomeCLIPModule(BaseModuleClass):
         scale = SCALE if loss == "infonce" else SIGMOID_SCALE
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if loss == "sigmoid" else None
+
+    def check_tensors(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Refuse values that would make embeddings of NaN, or reach beyond the features.
+
+        Raises
+        ------
+        ValueError
+            With the name of the tensor.
+        """
+        for name, values in state_dict.items():
+            part = name.removeprefix("rna.").removeprefix("atac.")
+            if part in ("spread", "maximum") and not bool((values > 0).all()):
+                msg = f"the tensor {name} has values that are not above 0."
+            elif part == "idf" and not bool((values >= 0).all()):
+                msg = f"the tensor {name} has values below 0."
+            elif part == "order" and not torch.equal(values.sort().values, torch.arange(len(values))):
+                msg = f"the tensor {name} is no order of {len(values)} features."
+            else:
+                continue
+            raise ValueError(msg)
 
     def encoder_of(self, modality: Modality) -> MLPEncoder | ViTEncoder:
         """Encoder of a modality."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from mudata import MuData
 
-from cellprior.model._loading import LoadableModel, load_strictly
+from cellprior.model._arguments import flag
+from cellprior.model._loading import LoadableModel
+from cellprior.model._strict import load_strictly
 from cellprior.model.multiomeclip._cells import codes_of, modality_keys
 from cellprior.model.multiomeclip._checkpoint import read_scclip
 from cellprior.model.multiomeclip._module import MODALITIES
@@ -61,10 +64,11 @@ class OpenedModel(ContrastiveModel, LoadableModel):
         modalities: Mapping[str, str] | None = None,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
+        known_hash: str | None = None,
     ) -> Iterator[Self]:
         """A model that embeds some data, for a while; see :func:`cellprior.tl.embed`."""
         layers = _layers(layer)
-        model = cls.from_pretrained(weights, min_coverage=min_coverage, device=device)
+        model = cls.from_pretrained(weights, min_coverage=min_coverage, device=device, known_hash=known_hash)
         model._read_from(layers, modalities=modalities, gene_key=gene_key)
         model.registry["setup_args"]["unlabeled_category"] = unlabeled_category
         model._opened = adata
@@ -91,6 +95,21 @@ class OpenedModel(ContrastiveModel, LoadableModel):
         for name, match in matches.items():
             found |= {f"{name}_coverage": match.coverage, f"{name}_counts_share": match.counts_share}
         return {**found, "cellprior_version": version("cellprior")}
+
+    @classmethod
+    def _blank(
+        cls,
+        *,
+        genes: pd.DataFrame,
+        peaks: Sequence[str] | None = None,
+        genomic_order: bool = True,
+        **network: Any,
+    ) -> torch.nn.Module:
+        if not isinstance(peaks, list) or not peaks or not all(isinstance(peak, str) for peak in peaks):
+            msg = "it needs the names of peaks."
+            raise ValueError(msg)
+        flag(genomic_order=genomic_order)
+        return cls._module_cls(len(genes), len(peaks), **network)
 
     @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from cellprior.model._arguments import whole
 from cellprior.model._base import Precision
 from cellprior.model._masked import MaskedScores
 from cellprior.model.scbert._attention import KeyMax
-from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, find_official, read_official
+from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, GENE_FILE, find_official, read_official
 from cellprior.model.scbert._context import ContextMixin, Indices
 from cellprior.model.scbert._floors import BinFloors
 from cellprior.model.scbert._inputs import cell_depth, loses_single_counts
@@ -93,6 +94,10 @@ class ScBERT(ContextMixin):
     def recognises(cls, path: Path) -> bool:
         """Whether a file or folder holds an official scBERT checkpoint."""
         return any(path.glob("*" + CHECKPOINT_SUFFIX)) if path.is_dir() else path.suffix == CHECKPOINT_SUFFIX
+
+    @classmethod
+    def _files_beside(cls, name: str) -> Sequence[str]:
+        return [GENE_FILE] if name.endswith(CHECKPOINT_SUFFIX) else []
 
     @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
@@ -181,8 +186,11 @@ class ScBERT(ContextMixin):
 
     @training_state_.setter
     def training_state_(self, state: dict[str, Any]) -> None:
-        self.module.steps_since_redraw = state.get("steps_since_redraw", 0)
-        self.module.n_zero_genes = state.get("n_zero_genes")
+        steps, n_zero_genes = state.get("steps_since_redraw", 0), state.get("n_zero_genes")
+        whole(least=0, most=2**62, steps_since_redraw=steps)
+        if n_zero_genes is not None:
+            whole(n_zero_genes=n_zero_genes)
+        self.module.steps_since_redraw, self.module.n_zero_genes = steps, n_zero_genes
 
     def _objective(self, name: str | None) -> dict[str, Any]:
         micro_batch_size = max(TRAINED_POSITIONS // len(self.genes), 1)

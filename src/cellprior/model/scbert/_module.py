@@ -21,6 +21,7 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cellprior.model._arguments import one_of, share, whole
 from cellprior.model._contrast import in_micro_batches
 from cellprior.model.scbert._attention import FavorAttention, KeyMax, KeySums
 from cellprior.model.scbert._inputs import counts_to_bins
@@ -32,6 +33,8 @@ KEEP_BYTES = 64 * 2**20  # of features that a layer keeps for its gradient; abov
 TRAINED_POSITIONS = 20_000  # of the cells whose gradient is computed at a time: one cell of the released size
 EVERYTHING = slice(None)
 HEAD_WIDTHS = (512, 128)  # of the original's classifier
+MAX_BINS = 253  # with two other tokens they fit a byte
+MAX_FEATURES = 2**14  # they are drawn one by one
 
 Pooling = Literal["mean", "cls", "expressed"]
 GeneVectors = Literal["learned", "fixed"]
@@ -81,14 +84,16 @@ class ScBERTModule(BaseModuleClass):
         n_official_classes: int = 0,
     ) -> None:
         super().__init__()
-        if gene_vectors not in ("learned", "fixed"):
-            msg = f'gene_vectors={gene_vectors!r} is not known; choose "learned" or "fixed".'
-            raise ValueError(msg)
-        if key_max not in ("cell", "batch"):
-            msg = f'key_max={key_max!r} is not known; choose "cell" or "batch".'
-            raise ValueError(msg)
+        whole(n_hidden=n_hidden, n_layers=n_layers, n_heads=n_heads)
+        whole(most=MAX_FEATURES, head_dim=head_dim)
+        whole(most=MAX_BINS, n_bins=n_bins)
+        whole(least=0, n_official_classes=n_official_classes)
+        share(dropout_rate=dropout_rate)
+        one_of(("learned", "fixed"), gene_vectors=gene_vectors)
+        one_of(("cell", "batch"), key_max=key_max)
         if n_features is None:
             n_features = int(head_dim * math.log(head_dim))
+        whole(most=MAX_FEATURES, n_features=n_features)
         self.n_genes, self.n_hidden, self.n_latent, self.n_bins = n_genes, n_hidden, n_hidden, n_bins
         self.key_max = key_max
         self.steps_since_redraw = 0  # rises in training; saved beside the tensors

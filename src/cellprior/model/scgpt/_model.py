@@ -15,7 +15,14 @@ from torch import Tensor
 from cellprior.model._base import Precision, PretrainedModel
 from cellprior.model._masked import MaskedScores
 from cellprior.model.scgpt import _context
-from cellprior.model.scgpt._checkpoint import find_official, read_official, recognises
+from cellprior.model.scgpt._checkpoint import (
+    ARGS,
+    SUFFIX,
+    VOCABULARY,
+    find_official,
+    read_official,
+    recognises,
+)
 from cellprior.model.scgpt._context import Indices
 from cellprior.model.scgpt._floors import BinFloors
 from cellprior.model.scgpt._heads import Mvc
@@ -106,6 +113,10 @@ class ScGPT(PretrainedModel):
     def recognises(cls, path: Path) -> bool:
         """Whether a file or folder holds an official scGPT checkpoint."""
         return recognises(path)
+
+    @classmethod
+    def _files_beside(cls, name: str) -> Sequence[str]:
+        return [ARGS, VOCABULARY] if name.endswith(SUFFIX) else []
 
     @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:

@@ -11,13 +11,14 @@ Cui et al., scGPT: toward building a foundation model for single-cell multi-omic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from cellprior.model._arguments import flag, one_of, positive, share, whole
 from cellprior.model._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
 from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Counts, Ties, tokenize
@@ -121,6 +122,28 @@ class ScGPTModule(BaseModuleClass):
         pre_norm: bool = False,
     ) -> None:
         super().__init__()
+        whole(n_hidden=n_hidden, n_layers=n_layers, n_heads=n_heads, n_ff=n_ff, n_bins=n_bins)
+        whole(least=0, n_batches=n_batches, n_official_classes=n_official_classes)
+        whole(least=0, n_official_layers=n_official_layers)
+        whole(least=PAD, cls_value=cls_value)
+        share(dropout_rate=dropout_rate)
+        positive(batch_norm_eps=batch_norm_eps)
+        one_of(get_args(ValueStyle), value_style=value_style)
+        one_of(get_args(Ties), ties=ties)
+        for name, value, choices in (
+            ("expression", expression, ("mlp", "linear")),
+            ("mvc", mvc, get_args(Mvc)),
+            ("batch_norm", batch_norm, get_args(BatchNorm)),
+        ):
+            if value is not None:
+                one_of(choices, **{name: value})
+        flag(
+            zero_probability=zero_probability,
+            generative=generative,
+            batch_decoder=batch_decoder,
+            adversary=adversary,
+            pre_norm=pre_norm,
+        )
         if n_hidden % n_heads:
             msg = f"n_hidden={n_hidden} is no multiple of n_heads={n_heads}: each head needs a whole width."
             raise ValueError(msg)
