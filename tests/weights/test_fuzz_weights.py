@@ -26,7 +26,7 @@ from cellprior.weights._bundle import read_checkpoint
 from tests.parity.cellplm_golden import Golden as CellPLMGolden
 from tests.parity.scbert_golden import Golden as ScBERTGolden
 
-N = int(os.environ.get("CELLPRIOR_FUZZ", "0")) or 40
+N = int(os.environ.get("CELLPRIOR_FUZZ", "0")) or 25
 STORED = Path(__file__).parents[1] / "compatibility"
 BUNDLES = {
     "CellPLM": STORED / "bundle-format-1" / "CellPLM",

@@ -19,7 +19,7 @@ def whole(*, least: int = 1, most: int = LARGEST, **values: Any) -> None:
         With the name of the argument.
     """
     for name, value in values.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+        if not _is(value, Integral) or not least <= value <= most:
             msg = f"{name}={_shown(value)}; needed: a whole number from {least} to {most:,}."
             raise ValueError(msg)
 
@@ -36,7 +36,7 @@ def pair(*, least: int = 1, **values: Any) -> None:
 def share(**values: Any) -> None:
     """Refuse what is no number from 0 to below 1."""
     for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+        if not _is(value, Real) or not 0 <= value < 1:
             msg = f"{name}={_shown(value)}; needed: a number from 0 to below 1."
             raise ValueError(msg)
 
@@ -44,7 +44,7 @@ def share(**values: Any) -> None:
 def positive(*, most: float = LARGEST_SUM, **values: Any) -> None:
     """Refuse what is no number above 0."""
     for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= most:
+        if not _is(value, Real) or not 0 < value <= most:
             msg = f"{name}={_shown(value)}; needed: a number above 0, of at most {most:g}."
             raise ValueError(msg)
 
@@ -64,6 +64,10 @@ def one_of(choices: Collection[str], **values: Any) -> None:
             known = " or ".join(f'"{word}"' for word in choices)
             msg = f"{name}={_shown(value)} is not known; choose {known}."
             raise ValueError(msg)
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _shown(value: Any) -> str:

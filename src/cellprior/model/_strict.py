@@ -45,7 +45,7 @@ def check_fits(cls: type[LoadableModel], bundle: Bundle, source: str) -> None:
     """
     try:
         with few_parts(len(bundle.state_dict)), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            network = cls._blank(**{**bundle.config["network"], **bundle.vocabulary})
+            network: Any = cls._blank(**{**bundle.config["network"], **bundle.vocabulary})
             if annotation := bundle.config.get("annotation"):
                 sizes = (network.n_hidden, network.n_latent, len(annotation["labels"]))
                 network.annotation = AnnotationHead(*sizes)

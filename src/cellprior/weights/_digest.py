@@ -28,7 +28,7 @@ def sha256(*paths: str | os.PathLike[str]) -> str:
 
     Parameters
     ----------
-    *paths
+    paths
         One file, one bundle folder, or several files.
 
     Raises

@@ -98,7 +98,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     content = _json(path)
     config: dict[str, Any] = content if isinstance(content, dict) else {}
-    found = config.get("format_version")
+    found: Any = config.get("format_version")
     if not _is_whole(found) or found < 1:
         msg = f"{path} has no `format_version`: it is not the config of a cellprior bundle."
         raise WeightsError(msg)
