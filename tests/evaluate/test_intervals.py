@@ -4,6 +4,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from cellprior.evaluate._intervals import Resampling, _take, compared, interval
 from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, batch_splits, label_codes, random_splits
+from cellprior.evaluate._structure import _half_width
 
 
 @pytest.fixture
@@ -43,6 +44,13 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
         _, low, high = interval(Resampling(300, [split], n_draws=300, seed=seed).mean([right]))
         covered += low <= 0.7 <= high
     assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_an_interval_leaves_out_a_fortieth_of_the_draws_at_each_end():
+    assert interval(np.append(7.0, np.linspace(0, 1, 1001))) == pytest.approx((7, 0.025, 0.975))
+    # of the jackknife: 5 parts, each without a fifth; t of 4 degrees of freedom leaves out a fortieth at 2.776
+    samples = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert _half_width(samples) == pytest.approx(2.776 * np.sqrt(4 * np.var(samples)), rel=1e-3)
 
 
 def test_differences_are_paired(codes):

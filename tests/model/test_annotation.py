@@ -20,6 +20,7 @@ from cellprior.model import CellPLM
 from cellprior.model._annotation_training import (
     NO_CLASS,
     SPREAD_PRIOR,
+    AnnotationHead,
     annotation_loss,
     macro_f1,
     split_cells,
@@ -128,6 +129,14 @@ def test_names_do_not_depend_on_the_batch_size(fine_tuned):
     pd.testing.assert_frame_equal(*soft, rtol=1e-4, atol=1e-5)
 
 
+def test_cells_are_named_and_embedded_without_dropout_whatever_mode_the_network_is_in(fine_tuned):
+    expected = fine_tuned.predict(soft=True), fine_tuned.get_latent_representation()
+    fine_tuned.module.train()
+    pd.testing.assert_frame_equal(fine_tuned.predict(soft=True), expected[0])
+    fine_tuned.module.train()
+    np.testing.assert_array_equal(fine_tuned.get_latent_representation(), expected[1])
+
+
 def test_a_query_may_hold_labels_that_training_never_saw(fine_tuned):
     query = make_cells(40, seed=1)
     query.obs["label"] = "of another atlas"
@@ -234,11 +243,14 @@ def test_unlabelled_cells_are_in_training_sentences_only_if_asked_for(weights, t
 
 def test_the_epoch_with_the_best_macro_f1_is_kept(weights, adata):
     adata = make_cells(200)
+    # labels that nothing can be learned of: the score goes up and down
+    adata.obs["label"] = np.random.default_rng(0).permutation(adata.obs["label"])
     model = attach(weights, adata)
     model.fine_tune(trainable="all", max_epochs=8, lr=1e-2, batch_size=1000, validation_size=0.3, **QUIET)
     rows = model.validation_indices
     score = f1_score(adata.obs["label"].iloc[rows], model.predict(indices=rows), average="macro")
     history = model.history["annotation_validation_macro_f1"].iloc[:, 0].astype(float)
+    assert history.iloc[-1] < history.max() - 0.02  # the last epoch would be found out
     assert score == pytest.approx(history.max())
 
 
@@ -300,6 +312,16 @@ def test_a_rare_class_weighs_more_and_cells_without_a_class_nothing():
     expected = (surprise[0, 0] + 4 * surprise[1, 1] + 2 * surprise[3, 2]) / 7
     assert annotation_loss(logits, target, weights).item() == pytest.approx(expected.item())
     assert annotation_loss(logits, torch.full((5,), NO_CLASS), weights).item() == 0.0
+
+
+def test_the_head_sees_hidden_states_of_mean_0_and_mean_deviation_1_over_cells():
+    rng = np.random.default_rng(0)
+    hidden = (rng.normal(0, [1, 2, 3, 6], (500, 4)) + [100, -50, 0, 7]).astype(np.float32)
+    head = AnnotationHead(4, 2, 3)
+    head.standardise(hidden)
+    seen = (torch.from_numpy(hidden) - head.shift) / head.scale
+    np.testing.assert_allclose(seen.mean(dim=0), 0, atol=1e-5)
+    assert seen.std(dim=0, correction=0).mean().item() == pytest.approx(1)
 
 
 def test_macro_f1_is_that_of_scikit_learn():

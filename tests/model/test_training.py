@@ -10,6 +10,7 @@ import torch
 
 import cellprior as cp
 from cellprior.model._data import SentenceSampler
+from cellprior.model._training import adamw
 from cellprior.model.cellplm._loss import GeneMeans
 
 FLOOR = "reconstruction_floor_gene_means"
@@ -74,6 +75,35 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(adata):
         trained.append(weights(model))
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
     assert not all(torch.equal(trained[0][name], trained[2][name]) for name in trained[0])
+
+
+def test_validation_cells_have_the_same_mask_in_every_epoch_and_training_cells_another(adata):
+    model = scratch(adata)
+    model.train(max_epochs=3, batch_size=64, shuffle_set_split=False, **QUIET)
+    # the floor knows nothing of the network: only the mask can change it
+    assert model.history[f"validation_{FLOOR}"].iloc[:, 0].nunique() == 1
+    assert model.history[f"train_{FLOOR}"].iloc[:, 0].nunique() == 3
+
+
+def test_the_weight_of_the_kl_rises_with_training_sentences_and_not_with_validation(adata):
+    model = scratch(adata)
+    model.train(max_epochs=2, batch_size=16, train_size=0.5, **QUIET)
+    assert model.trainer.global_step >= 10
+    assert model.module.kl_weight == pytest.approx(model.trainer.global_step / 10_000)
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    torch.nn.init.ones_(module[0].bias)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    (optimizer,), _ = adamw(module, 10, lr=0.1, weight_decay=0.5, warmup=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim > 1 else 1.0))
 
 
 @pytest.mark.parametrize("way", ["save", "save_pretrained"])
