@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Callable
 
 import anndata as ad
@@ -8,7 +9,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 import cellprior as cp
-from cellprior.evaluate import _methods, _task
+from cellprior.evaluate import _methods, _probes, _task
+from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._splits import HELD_OUT, RANDOM
 from cellprior.evaluate._task import ON_GENES
 from cellprior.model import NotCountsError
@@ -29,13 +31,15 @@ def value(table: pd.DataFrame, method: str, metric: str = "macro_f1", **where: o
     return float(rows["value"].iloc[0])
 
 
-def test_every_table_has_its_baselines_and_controls(cells):
+def test_every_table_has_its_baselines_and_controls(cells, capsys):
     adata = cells()
     adata.obsm["X_told"] = told(adata)
-    for table in (
+    tables = [
         cp.evaluate.zero_shot(adata, "X_told", **QUIET),
         cp.evaluate.linear_probe(adata, "X_told", **QUIET),
-    ):
+    ]
+    assert capsys.readouterr().err == ""  # progress=False means no bar
+    for table in tables:
         kinds = table.drop_duplicates("method").set_index("method")["kind"]
         assert kinds.to_dict() == {
             "X_told": "embedding",
@@ -50,6 +54,25 @@ def test_every_table_has_its_baselines_and_controls(cells):
         assert scored[["value", "low", "high"]].notna().all().all()
         assert (scored["low"] <= scored["high"]).all()
         assert scored["difference"].notna().sum() == (scored["versus"] != "").sum() > 0
+
+
+def test_all_protocols_show_their_arguments_with_their_defaults():
+    shared = {
+        "batch_key": None, "layer": None, "seeds": 5, "test_size": 0.2, "scvi_epochs": None, "max_cells": 20_000,
+        "embed_options": None, "progress": True,
+    }  # fmt: skip
+    for function in (
+        cp.evaluate.zero_shot,
+        cp.evaluate.linear_probe,
+        cp.evaluate.few_shot,
+        cp.evaluate.report,
+    ):
+        shown = inspect.signature(function).parameters
+        expected = shared | ({"seeds": 10} if function is cp.evaluate.few_shot else {})
+        assert {name: shown[name].default for name in expected} == expected
+        assert all(p.kind is not p.VAR_KEYWORD for p in shown.values())
+        with pytest.raises(TypeError, match="nope"):
+            function(AnnData(), "X", labels_key="type", nope=1)
 
 
 def test_labels_and_noise_are_read_off_and_controls_are_at_chance(cells):
@@ -83,14 +106,29 @@ def test_held_out_donors_are_the_headline_and_their_cells_are_not_learned_from(c
 def test_what_is_fitted_sees_training_cells_only(cells):
     """Counts of the test cells may be anything: components and variable genes stay the same."""
     adata = cells(n_genes=2500)
-    log = _methods.log_normalised(adata.X)
+    log = log_normalised(adata.X)
     train = np.arange(200)
     other = sp.csr_matrix(np.random.default_rng(5).poisson(3, (40, 2500)))
-    changed = _methods.log_normalised(sp.vstack([adata.X[:200], other], format="csr"))
+    changed = log_normalised(sp.vstack([adata.X[:200], other], format="csr"))
     for make in (lambda x: _methods.pca("PCA", x), _methods.variable_genes):
         first, second = make(log).fit(train, 0), make(changed).fit(train, 0)
         np.testing.assert_allclose(first[:200], second[:200], atol=1e-5)
         assert np.abs(first[200:] - second[200:]).max() > 0.1
+
+
+def test_a_probe_reads_the_scale_of_the_training_cells_only():
+    rng = np.random.default_rng(0)
+    train, test, far = rng.normal(3, 2, (60, 4)), rng.normal(3, 2, (20, 4)), rng.normal(1000, 500, (20, 4))
+    scaled, *others = _probes.one_scale(train, test, far)
+    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-12)
+    assert scaled.var(axis=0).mean() == pytest.approx(1)
+    for given, found in zip((test, far), others, strict=True):  # the same map for all cells
+        np.testing.assert_allclose(found, scaled[0] + (given - train[0]) / np.sqrt(train.var(axis=0).mean()))
+    codes = (train[:, 0] > 3).astype(int)
+    for tuned in (False, True):
+        alone = _probes.linear(train, codes, test, tuned=tuned)
+        beside = _probes.linear(train, codes, np.vstack([test, far]), tuned=tuned)
+        np.testing.assert_array_equal(beside[:20], alone)
 
 
 def test_few_labels_know_less_than_many(cells):
@@ -175,7 +213,7 @@ def test_backed_data_and_a_layer_give_the_same_table(cells, tmp_path):
     adata.obsm["X_told"] = told(adata)
     expected = cp.evaluate.linear_probe(adata, "X_told", **QUIET)
     adata.layers["counts"] = adata.X
-    adata.X = _methods.log_normalised(adata.X)
+    adata.X = log_normalised(adata.X)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     found = cp.evaluate.linear_probe(backed, "X_told", layer="counts", **QUIET)

@@ -12,6 +12,7 @@ from anndata import AnnData
 import cellprior as cp
 from cellprior.cli import main
 from cellprior.evaluate import _methods
+from cellprior.evaluate._expression import log_normalised
 
 from .test_protocols import told
 
@@ -73,7 +74,7 @@ def test_a_control_that_beats_chance_ends_in_no_verdict(cells, monkeypatch):
 
 def test_equals_are_no_better_and_few_cells_cannot_tell(cells):
     adata = cells(n_cells=900, signal=0.35)
-    log = _methods.log_normalised(adata.X)
+    log = log_normalised(adata.X)
     same = _methods.pca("", log).fit(np.arange(900), 0)
     outcomes = {}
     for n in (60, 900):

@@ -9,6 +9,8 @@ import scipy.sparse as sp
 from cellprior._matrix import matrix_of
 from cellprior.model._data import read_rows
 
+COUNTS_PER_CELL = 1e4
+
 
 def raw_counts(adata: ad.AnnData, layer: str | None) -> sp.csr_matrix:
     """Raw counts of ``X``, a layer or ``raw`` ``(cells, genes)``."""
@@ -17,6 +19,8 @@ def raw_counts(adata: ad.AnnData, layer: str | None) -> sp.csr_matrix:
 
 
 def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """log1p of counts per 10,000, ``(cells, genes)``."""
-    depth = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
-    return sp.csr_matrix(sp.diags_array(1e4 / depth) @ counts).log1p()
+    """``log(1 + 10,000 x / depth)`` of raw counts ``(cells, genes)``, float32; an empty cell stays empty."""
+    depth = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1)
+    scaled = sp.csr_matrix(counts, dtype=np.float32, copy=True)
+    scaled.data *= np.repeat(COUNTS_PER_CELL / depth, np.diff(scaled.indptr)).astype(np.float32)
+    return scaled.log1p()

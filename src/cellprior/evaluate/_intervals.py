@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
+from cellprior.evaluate._metrics import f1
 from cellprior.evaluate._splits import Split
 
 N_DRAWS = 1000
@@ -135,7 +136,7 @@ def _class_scores(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray)
         return np.asarray(np.where(there > 0, of_label, of_label[:, :1]).mean(axis=0))
 
     return {
-        "macro_f1": mean(2 * hit / np.maximum(there + given, 1)),
+        "macro_f1": mean(f1(hit, there, given)),
         "balanced_accuracy": mean(hit / np.maximum(there, 1)),
         "accuracy": hit.sum(axis=0) / np.maximum(there.sum(axis=0), 1),
     }

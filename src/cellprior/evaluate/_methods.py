@@ -13,13 +13,14 @@ import pandas as pd
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
+from cellprior.evaluate._expression import log_normalised
+
 Kind = Literal["embedding", "baseline", "control"]
 Fit: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
 """From the rows that may be learned from and a seed to an embedding of all cells ``(cells, dimensions)``."""
 
 N_COMPONENTS = 50
 N_HIGHLY_VARIABLE = 2000
-COUNTS_PER_CELL = 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +30,6 @@ class Method:
     name: str
     kind: Kind
     fit: Fit
-
-
-def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """``log(1 + 10,000 x / depth)`` of raw counts ``(cells, genes)``; an empty cell stays empty."""
-    depth = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1)
-    scaled = sp.csr_matrix(counts, dtype=np.float32, copy=True)
-    scaled.data *= np.repeat(COUNTS_PER_CELL / depth, np.diff(scaled.indptr)).astype(np.float32)
-    return scaled.log1p()
 
 
 def fixed(name: str, values: np.ndarray) -> Method:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 
 import pandas as pd
 from anndata import AnnData
@@ -15,6 +16,17 @@ from cellprior.evaluate._task import PROBES, ZERO_SHOT, Embeddings, Task, ask, m
 
 N_PER_CLASS = (5, 10, 20, 50)
 Protocol = TypeVar("Protocol", bound=Callable[..., Any])
+
+
+class Options(TypedDict, total=False):
+    """What all protocols hand on to :func:`~cellprior.evaluate._task.make_task`, where the defaults stand."""
+
+    layer: str | None
+    test_size: float
+    scvi_epochs: int | None
+    max_cells: int
+    embed_options: Mapping[str, Mapping[str, Any]] | None
+
 
 PARAMETERS = """Parameters
     ----------
@@ -61,29 +73,40 @@ RAISES = """Raises
         If weights are not found, damaged, or of no known model."""
 
 
-def with_shared_sections(function: Protocol) -> Protocol:
-    """Put the sections that the protocols share into a docstring."""
+def protocol(function: Protocol) -> Protocol:
+    """Complete a function that takes ``**options``: its docstring and the signature that users see.
+
+    The sections that the protocols share are put into the docstring. In the signature, those arguments of
+    :func:`~cellprior.evaluate._task.make_task` that are `Options` stand in the place of ``**options``.
+    """
     text = function.__doc__ or ""
     for name, section in (("PARAMETERS", PARAMETERS), ("COLUMNS", COLUMNS), ("RAISES", RAISES)):
         text = text.replace(f"<{name}>", section)
     function.__doc__ = text
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    of_task = inspect.signature(make_task).parameters
+    shown = signature.replace(parameters=[*own, *(of_task[name] for name in Options.__annotations__)])
+    described: Any = function
+    described.__signature__ = shown
+    hints = get_type_hints(make_task)  # whose names the module of the function need not know
+    described.__annotations__ = {
+        **{name: hint for name, hint in function.__annotations__.items() if name != "options"},
+        **{name: hints[name] for name in Options.__annotations__},
+    }
     return function
 
 
-@with_shared_sections
+@protocol
 def zero_shot(
     adata: AnnData,
     embeddings: Embeddings,
     *,
     labels_key: str,
     batch_key: str | None = None,
-    layer: str | None = None,
     seeds: int = 5,
-    test_size: float = 0.2,
-    scvi_epochs: int | None = None,
-    max_cells: int = 20_000,
-    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
+    **options: Unpack[Options],
 ) -> pd.DataFrame:
     """What an embedding shows as it is, beside PCA, highly variable genes, scVI and the same network at random.
 
@@ -103,35 +126,23 @@ def zero_shot(
 
     <RAISES>
     """
-    task = make_task(
-        adata,
-        embeddings,
-        labels_key=labels_key,
-        batch_key=batch_key,
-        layer=layer,
-        seeds=seeds,
-        test_size=test_size,
-        scvi_epochs=scvi_epochs,
-        max_cells=max_cells,
-        embed_options=embed_options,
+    task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
+    return pd.concat(
+        [_classified(task, ZERO_SHOT, progress=progress), structure(task, progress=progress)],
+        ignore_index=True,
     )
-    return pd.concat([_classified(task, ZERO_SHOT, progress=progress), structure(task)], ignore_index=True)
 
 
-@with_shared_sections
+@protocol
 def linear_probe(
     adata: AnnData,
     embeddings: Embeddings,
     *,
     labels_key: str,
     batch_key: str | None = None,
-    layer: str | None = None,
     seeds: int = 5,
-    test_size: float = 0.2,
-    scvi_epochs: int | None = None,
-    max_cells: int = 20_000,
-    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
+    **options: Unpack[Options],
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding, beside logistic regression on genes.
 
@@ -147,22 +158,11 @@ def linear_probe(
 
     <RAISES>
     """
-    task = make_task(
-        adata,
-        embeddings,
-        labels_key=labels_key,
-        batch_key=batch_key,
-        layer=layer,
-        seeds=seeds,
-        test_size=test_size,
-        scvi_epochs=scvi_epochs,
-        max_cells=max_cells,
-        embed_options=embed_options,
-    )
+    task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     return _classified(task, PROBES, progress=progress)
 
 
-@with_shared_sections
+@protocol
 def few_shot(
     adata: AnnData,
     embeddings: Embeddings,
@@ -170,13 +170,9 @@ def few_shot(
     labels_key: str,
     n_per_class: Sequence[int] = N_PER_CLASS,
     batch_key: str | None = None,
-    layer: str | None = None,
     seeds: int = 10,
-    test_size: float = 0.2,
-    scvi_epochs: int | None = None,
-    max_cells: int = 20_000,
-    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
+    **options: Unpack[Options],
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding when few cells of each are labelled.
 
@@ -194,18 +190,7 @@ def few_shot(
     if not len(n_per_class) or min(n_per_class) < 1:
         msg = f"n_per_class={list(n_per_class)}; numbers of cells from 1 up are needed."
         raise ValueError(msg)
-    task = make_task(
-        adata,
-        embeddings,
-        labels_key=labels_key,
-        batch_key=batch_key,
-        layer=layer,
-        seeds=seeds,
-        test_size=test_size,
-        scvi_epochs=scvi_epochs,
-        max_cells=max_cells,
-        embed_options=embed_options,
-    )
+    task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     if HELD_OUT in task.splits:
         once = task.splits[HELD_OUT]
         task.splits[HELD_OUT] = [replace(split, seed=seed) for seed in range(seeds) for split in once]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from cellprior.evaluate._protocols import N_PER_CLASS, with_shared_sections
+from cellprior.evaluate._metrics import f1, tally
+from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol
 from cellprior.evaluate._structure import ALL_CELLS, structure
 from cellprior.evaluate._task import (
     KNN,
@@ -89,21 +90,17 @@ class Report:
         return found
 
 
-@with_shared_sections
+@protocol
 def report(
     adata: AnnData,
     embeddings: Embeddings,
     labels_key: str,
     batch_key: str | None = None,
     *,
-    layer: str | None = None,
     seeds: int = 5,
-    test_size: float = 0.2,
     n_per_class: Sequence[int] = N_PER_CLASS,
-    scvi_epochs: int | None = None,
-    max_cells: int = 20_000,
-    embed_options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
+    **options: Unpack[Options],
 ) -> Report:
     """Whether embeddings help on some data: all of zero shot, linear probe and few shot, with a verdict in words.
 
@@ -128,18 +125,7 @@ def report(
     >>> cp.pl.report(report)
     """
     start = time.perf_counter()
-    task = make_task(
-        adata,
-        embeddings,
-        labels_key=labels_key,
-        batch_key=batch_key,
-        layer=layer,
-        seeds=seeds,
-        test_size=test_size,
-        scvi_epochs=scvi_epochs,
-        max_cells=max_cells,
-        embed_options=embed_options,
-    )
+    task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     answers = {
         kind: ask(task, kind, (*ZERO_SHOT, *PROBES), n_per_class=n_per_class, progress=progress)
         for kind in task.splits
@@ -189,19 +175,13 @@ def _per_label(task: Task, answers: Answers) -> pd.DataFrame:
         shown = asked.kind != "control" and asked.n_per_class is None and asked.reader in (KNN, LINEAR, "")
         if shown and asked.method != MAJORITY:
             by_split = [
-                _f1(task.codes[split.test], given, len(task.labels))
-                for split, given in zip(answers.splits, said, strict=True)
+                np.where(there > 0, f1(hit, there, given), np.nan)
+                for split, codes in zip(answers.splits, said, strict=True)
+                for hit, there, given in [tally(task.codes[split.test], codes, len(task.labels))]
             ]
             name = f"{asked.method}, {asked.reader}" if asked.reader else asked.method
             table[name] = pd.DataFrame(by_split).mean().to_numpy()
     return table.sort_values("cells", ascending=False, ignore_index=True)
-
-
-def _f1(truth: np.ndarray, given: np.ndarray, n_labels: int) -> np.ndarray:
-    """F1 of each label, NaN for one that is not there ``(labels,)``."""
-    hit = np.bincount(truth[truth == given], minlength=n_labels)
-    there, said = np.bincount(truth, minlength=n_labels), np.bincount(given, minlength=n_labels)
-    return np.where(there > 0, 2 * hit / np.maximum(there + said, 1), np.nan)
 
 
 def _with_interval(row: pd.Series, prefix: str = "", sign: str = "") -> str:

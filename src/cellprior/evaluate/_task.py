@@ -20,6 +20,7 @@ from cellprior._matrix import matrix_of
 from cellprior._obs import read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate import _probes as probes
+from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
 from cellprior.evaluate._methods import Kind, Method
 from cellprior.evaluate._metrics import knn_predict
@@ -102,12 +103,12 @@ def make_task(
     embeddings: Embeddings,
     *,
     labels_key: str,
-    batch_key: str | None,
-    layer: str | None,
-    seeds: int,
-    test_size: float,
-    scvi_epochs: int | None,
-    max_cells: int,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    seeds: int = 5,
+    test_size: float = 0.2,
+    scvi_epochs: int | None = None,
+    max_cells: int = 20_000,
     embed_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Task:
     """Read data, load weights, and say what is compared.
@@ -153,7 +154,7 @@ def make_task(
     if batch_key is not None:
         splits = {HELD_OUT: batch_splits(codes, cells.obs[batch_key]), **splits}
         batches = pd.Series(read_names(cells.obs, batch_key))
-    log = methods.log_normalised(counts)
+    log = log_normalised(counts)
     task = Task(codes, labels, batches, log, [], splits, notes)
     shared = [methods.pca("PCA", log), methods.variable_genes(log)]
     for name, given in wanted.items():
