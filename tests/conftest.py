@@ -26,6 +26,36 @@ _MIRROR = os.environ.get("CELLPRIOR_MIRROR")
 _CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
+MAX_WORKERS = 8  # each holds 1 to 2 GB
+# A worker has one thread: with more, workers wait for each other's. It keeps its memory instead of handing it back to
+# the kernel after every array. numba would raise the number of threads again, for PyTorch too.
+OF_WORKERS = {
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "4294967295",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes for `-n auto`: one per core for whole folders, none beside this one for files or tests by name."""
+    named = [argument.partition("::")[0] for argument in config.args]
+    if any(name.endswith(".py") for name in named):
+        return 0  # a worker's imports take longer than most files do
+    affinity = getattr(os, "sched_getaffinity", None)
+    n_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return 0 if n_cores == 1 else min(n_cores, MAX_WORKERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers are started after this, with the environment that this process has."""
+    if getattr(config.option, "numprocesses", None):
+        for name, value in OF_WORKERS.items():
+            os.environ.setdefault(name, value)
+
+
 def _outside(folder: Path, variable: str) -> Path:
     """A folder outside the repository: a variable that points nowhere is a mistake, not a reason to skip."""
     if not folder.is_dir():

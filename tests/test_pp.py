@@ -43,16 +43,14 @@ def assert_counts(found: sp.csr_matrix, counts: np.ndarray) -> None:
     np.testing.assert_array_equal(found.toarray(), counts)
 
 
-@pytest.mark.parametrize("decimals", [None, 5, 4, 3])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("base", [None, 2, 10])
 @pytest.mark.parametrize("target_sum", [None, 1e4, 1e6])
-def test_counts_come_back_exactly(target_sum, base, dtype, decimals):
+def test_counts_come_back_exactly(target_sum, base):
     counts = some_counts()
-    values = normalised(counts, target_sum, base).astype(dtype)
-    if decimals is not None:
-        values = values.round(decimals)
-    assert_counts(recover_counts(as_anndata(sp.csr_matrix(values)), base=base), counts)
+    for dtype in (np.float32, np.float64):
+        values = normalised(counts, target_sum, base).astype(dtype)
+        for rounded in (values, values.round(5), values.round(4), values.round(3)):
+            assert_counts(recover_counts(as_anndata(sp.csr_matrix(rounded)), base=base), counts)
 
 
 def test_the_base_that_scanpy_noted_is_used_also_from_a_file(tmp_path):

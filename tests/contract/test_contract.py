@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import anndata as ad
@@ -23,16 +24,22 @@ from cellprior.genes import GeneMatchError
 from cellprior.model import NotCountsError
 from cellprior.model._base import PretrainedModel
 
-from .models import MODELS, Entry
+from .models import PRETRAINED, TAUGHT, Entry
 from .shared import FORMATS, NOT_COUNTS, Bomb, fingerprint, no_network  # noqa: F401  a fixture for every test
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SOME = np.array([5, 3, 3, 699, 0, 100, 101, 102, 5])  # unsorted and repeated
 
 
-@pytest.fixture(params=MODELS, ids=lambda entry: entry.name)
+@pytest.fixture(params=PRETRAINED, ids=lambda entry: entry.name)
 def entry(request: pytest.FixtureRequest) -> Entry:
     return request.param
+
+
+also_taught = pytest.mark.parametrize(
+    "entry", [*PRETRAINED, *TAUGHT], ids=lambda entry: entry.name, indirect=True
+)
+"""For what training can change: the network, its head and what is saved of both; not how counts and genes are read."""
 
 
 @cache
@@ -57,6 +64,7 @@ def reference(entry: Entry) -> np.ndarray:
     return _reference(entry)
 
 
+@also_taught
 def test_the_embedding_is_float32_finite_and_tells_cells_apart(model, reference):
     assert reference.dtype == np.float32
     assert reference.shape == (model.adata.n_obs, model.module.n_latent)
@@ -99,6 +107,7 @@ def test_counts_in_a_layer_are_as_good_as_in_x(entry, reference):
 # 2. batch size and order
 
 
+@also_taught
 @pytest.mark.parametrize("setup", [{}, {"batch_key": "batch"}], ids=["one group", "two batches"])
 def test_the_embedding_does_not_depend_on_the_batch_size(entry, setup):
     model = entry.attach(entry.make_data(), **setup)
@@ -118,6 +127,7 @@ def test_the_embedding_of_2000_real_cells_does_not_depend_on_the_batch_size(entr
     model.release()
 
 
+@also_taught
 @pytest.mark.parametrize("setup", [{}, {"batch_key": "batch"}], ids=["one group", "two batches"])
 def test_cells_in_another_order_have_the_same_embedding(entry, setup):
     adata = entry.make_data()
@@ -245,9 +255,10 @@ def test_a_low_coverage_is_a_warning_and_the_least_one_can_be_set(entry, model):
 
 # 4. raw counts
 
+PLACES = ("X", "a layer", "a sparse query", "a dense query")
 
-@pytest.mark.parametrize("place", ["X", "a layer", "a sparse query", "a dense query"])
-@pytest.mark.parametrize("kind", NOT_COUNTS)
+
+@pytest.mark.parametrize(("kind", "place"), zip(NOT_COUNTS, cycle(PLACES), strict=False))
 def test_what_is_not_raw_counts_is_refused_with_the_cell_the_gene_and_the_way_out(entry, model, kind, place):
     change, reason = NOT_COUNTS[kind]
     adata = entry.make_data()
@@ -271,6 +282,7 @@ def test_what_is_not_raw_counts_is_refused_with_the_cell_the_gene_and_the_way_ou
     assert "recover_counts" in message
 
 
+@also_taught
 def test_a_cell_without_counts_has_a_finite_row(entry, reference):
     adata = entry.make_data()
     empty = np.isin(np.arange(adata.n_obs), [0, 300, 699])
@@ -282,14 +294,14 @@ def test_a_cell_without_counts_has_a_finite_row(entry, reference):
     assert np.isfinite(entry.embed(alone)).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 765), (700, 0), (0, 0)])
-def test_data_without_cells_or_genes_are_refused(entry, model, shape):
-    adata = entry.make_data()[: shape[0], : shape[1]].copy()
-    needed = f"The AnnData has {shape[0]} cells and {shape[1]} genes; at least one of each is needed"
-    with pytest.raises(ValueError, match=needed):
-        entry.attach(adata)
-    with pytest.raises(ValueError, match=needed):
-        model.get_latent_representation(adata)
+def test_data_without_cells_or_genes_are_refused(entry, model):
+    for shape in ((0, 765), (700, 0), (0, 0)):
+        adata = entry.make_data()[: shape[0], : shape[1]].copy()
+        needed = f"The AnnData has {shape[0]} cells and {shape[1]} genes; at least one of each is needed"
+        with pytest.raises(ValueError, match=needed):
+            entry.attach(adata)
+        with pytest.raises(ValueError, match=needed):
+            model.get_latent_representation(adata)
 
 
 # 5. the user's objects
@@ -334,6 +346,7 @@ def test_the_parent_of_a_view_is_left_as_it_was(entry, model):
     assert not parent.uns
 
 
+@also_taught
 def test_global_random_states_are_left_as_they_were(entry):
     adata = entry.make_data()
     np_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -364,6 +377,7 @@ np.savez(
 """
 
 
+@also_taught
 def test_a_saved_model_gives_the_same_embedding_in_a_fresh_process(entry, reference, tmp_path):
     adata = entry.make_data()
     adata.write_h5ad(tmp_path / "data.h5ad")
@@ -380,6 +394,7 @@ def test_a_saved_model_gives_the_same_embedding_in_a_fresh_process(entry, refere
             np.testing.assert_allclose(latent, reference, **CLOSE)
 
 
+@also_taught
 def test_a_model_saved_with_its_data_finds_them_again(entry, reference, tmp_path):
     model = entry.attach(entry.make_data(), batch_key="batch")
     model.save(tmp_path / "saved", save_anndata=True)
@@ -390,6 +405,7 @@ def test_a_model_saved_with_its_data_finds_them_again(entry, reference, tmp_path
     again.release()
 
 
+@also_taught
 def test_a_model_loaded_without_data_embeds_queries_and_does_not_adopt_them(entry, reference, tmp_path):
     model = entry.attach(entry.make_data())
     model.save(tmp_path / "saved")
@@ -410,6 +426,7 @@ def test_a_model_loaded_without_data_embeds_queries_and_does_not_adopt_them(entr
 # queries
 
 
+@also_taught
 def test_a_query_is_not_kept_in_memory(entry, model):
     fine, refused, foreign = (entry.make_data() for _ in range(3))
     model.get_latent_representation(fine)
@@ -436,6 +453,7 @@ def test_attached_data_are_let_go_with_release(entry):
     assert kept() is None
 
 
+@also_taught
 @pytest.mark.parametrize("labels", [None, "unseen"])
 def test_a_query_may_lack_the_labels_or_have_others_and_have_batches_of_its_own(entry, labels):
     query = entry.make_data()
@@ -462,6 +480,7 @@ def test_a_query_without_the_batch_column_is_an_error_that_names_it(entry):
     model.release()
 
 
+@also_taught
 def test_a_query_may_have_other_genes_than_the_attached_data(entry, model):
     query = shuffled(entry.make_data())[:300, :500].copy()
     expected = entry.embed(query.copy())
@@ -478,19 +497,17 @@ def test_cells_are_chosen_by_numbers_or_a_mask(model):
     np.testing.assert_array_equal(by_mask, model.get_latent_representation(indices=from_the_end.tolist()))
 
 
-@pytest.mark.parametrize(
-    "none", [[], np.array([], dtype=int), np.zeros(700, dtype=bool)], ids=["list", "array", "mask"]
-)
-def test_no_cells_give_an_array_without_rows(model, none):
-    latent = model.get_latent_representation(indices=none)
-    assert latent.shape == (0, model.module.n_latent)
-    assert latent.dtype == np.float32
+def test_no_cells_give_an_array_without_rows(model):
+    for none in ([], np.array([], dtype=int), np.zeros(700, dtype=bool)):
+        latent = model.get_latent_representation(indices=none)
+        assert latent.shape == (0, model.module.n_latent)
+        assert latent.dtype == np.float32
 
 
-@pytest.mark.parametrize("indices", [[0, 700], [-701]])
-def test_cells_that_do_not_exist_are_an_error(model, indices):
-    with pytest.raises(IndexError, match="there are 700 cells"):
-        model.get_latent_representation(indices=indices)
+def test_cells_that_do_not_exist_are_an_error(model):
+    for indices in ([0, 700], [-701]):
+        with pytest.raises(IndexError, match="there are 700 cells"):
+            model.get_latent_representation(indices=indices)
 
 
 def test_a_mask_of_another_length_is_an_error(model):
@@ -513,6 +530,7 @@ def test_offline_with_an_empty_cache_the_error_says_what_to_do(entry):
         assert "from_pretrained(" in str(error.value)
 
 
+@also_taught
 def test_weights_with_another_hash_than_the_known_one_are_refused(entry, model, reference, tmp_path):
     model.save_pretrained(tmp_path / "bundle")
     digest = cp.weights.sha256(tmp_path / "bundle")
@@ -526,6 +544,7 @@ def test_weights_with_another_hash_than_the_known_one_are_refused(entry, model, 
 # 8. strict loading, no pickle
 
 
+@also_taught
 def test_every_tensor_of_a_bundle_has_its_place_or_the_error_lists_it(entry, model, tmp_path):
     tensors = dict(model.module.state_dict())
     lost, *_, cut = tensors
