@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +58,22 @@ def evaluate(
                 RANDOM: embed(random_weights(len(vocabulary), network, seed), moved),
                 DEPTH: np.log1p(np.asarray(cells.counts.sum(axis=1))),
             }
-            for method, embedding in embeddings.items():
-                score = {
-                    "knn": knn_accuracy(embedding, cells.labels, test, seed),
-                    "ari": clustering_ari(embedding, cells.labels, test, seed),
-                }
-                rows.append({"set": cells.name, "method": method, "seed": seed, **score, **known})
+            rows += [row | known for row in scores(cells, embeddings, test, seed)]
     return pd.DataFrame(rows)
+
+
+def scores(
+    cells: CellSet, embeddings: dict[str, np.ndarray], test: np.ndarray | None, seed: int
+) -> Iterator[dict[str, object]]:
+    """A row per method: accuracy of neighbours and agreement of clusters, see the functions of these."""
+    for method, embedding in embeddings.items():
+        yield {
+            "set": cells.name,
+            "method": method,
+            "seed": seed,
+            "knn": knn_accuracy(embedding, cells.labels, test, seed),
+            "ari": clustering_ari(embedding, cells.labels, test, seed),
+        }
 
 
 def random_weights(n_genes: int, network: dict, seed: int) -> CellPLMModule:
@@ -113,11 +123,11 @@ def clustering_ari(embedding: np.ndarray, labels: np.ndarray, test: np.ndarray |
     return float(adjusted_rand_score(labels[judged], clusters[judged]))
 
 
-def results_table(results: pd.DataFrame, column: str) -> str:
+def results_table(results: pd.DataFrame, column: str, methods: Sequence[str] = METHODS) -> str:
     """Markdown: a row per set, a column per method, mean ± standard deviation over the seeds."""
-    lines = ["| cells | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+    lines = ["| cells | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for name, of_set in results.groupby("set", sort=False):
-        values = [of_set.loc[of_set["method"] == method, column] for method in METHODS]
+        values = [of_set.loc[of_set["method"] == method, column] for method in methods]
         best = max(v.mean() for v in values)
         shown = [f"{v.mean():.3f} ± {v.std(ddof=0):.3f}" for v in values]
         shown = [f"**{s}**" if v.mean() == best else s for s, v in zip(shown, values, strict=True)]
@@ -138,6 +148,26 @@ def verdict(results: pd.DataFrame, name: str) -> str:
     return f"- {name}: {mean[STARTER]:.3f}, {by}{where} the better PCA ({better}, {mean[better]:.3f}).{untrained}"
 
 
+def sources_rows(cells: list[CellSet], held_out: dict[str, np.ndarray]) -> str:
+    """Markdown: of each set the cells trained on, where it is from, and its licence."""
+    return "\n".join(
+        f"| {c.name} | {(~held_out[c.name]).sum()} of {len(c.cells)} "
+        f"| {c.provenance['repo']} | {c.provenance['licence']} |"
+        for c in cells
+    )
+
+
+def coverage_rows(sets: list[CellSet], results: pd.DataFrame) -> str:
+    """Markdown: of each set that was judged, the genes and the share of counts that the vocabulary knows."""
+    coverage = results.drop_duplicates("set").set_index("set")
+    lines = []
+    for c in sets:
+        if c.name in coverage.index:
+            genes, share = coverage.loc[c.name, ["genes", "counts_share"]]
+            lines.append(f"| {c.name} | {genes} of {c.counts.shape[1]} | {share:.2f} |")
+    return "\n".join(lines)
+
+
 def render_card(
     recipe: dict,
     network: dict,
@@ -151,23 +181,14 @@ def render_card(
 ) -> str:
     """The card, in Markdown."""
     size = sum(p.numel() for p in module.parameters())
-    sources = []
-    for c in cells:
-        share = f"{(~held_out[c.name]).sum()} of {len(c.cells)}"
-        sources.append(f"| {c.name} | {share} | {c.provenance['repo']} | {c.provenance['licence']} |")
-    coverage = results.drop_duplicates("set").set_index("set")
-    coverage_rows = []
-    for c in [*cells, *unseen]:
-        if c.name in coverage.index:
-            genes, share = coverage.loc[c.name, ["genes", "counts_share"]]
-            coverage_rows.append(f"| {c.name} | {genes} of {c.counts.shape[1]} | {share:.2f} |")
-    verdicts = "\n".join(verdict(results, name) for name in coverage.index)
+    names = results["set"].unique()
+    verdicts = "\n".join(verdict(results, name) for name in names)
     renamed = int((vocabulary["previous_symbols"] != "").sum())
     return CARD.read_text(encoding="utf-8").format(
         n_genes=len(vocabulary),
         million=size / 1e6,
-        sources="\n".join(sources),
-        coverage="\n".join(coverage_rows),
+        sources=sources_rows(cells, held_out),
+        coverage=coverage_rows([*cells, *unseen], results),
         knn=results_table(results, "knn"),
         ari=results_table(results, "ari"),
         extra_knn=results_table(extra, "knn"),
@@ -176,7 +197,7 @@ def render_card(
         verdicts=verdicts,
         renamed=renamed,
         confounded=DEPTH_CONFOUNDED,
-        equal_depth=next(name for name in coverage.index if name.startswith(f"{DEPTH_CONFOUNDED} at")),
+        equal_depth=next(name for name in names if name.startswith(f"{DEPTH_CONFOUNDED} at")),
         unseen_blood=UNSEEN_BLOOD,
         unseen_tissue=UNSEEN_TISSUE,
         n_sets=len(TRAINING_SETS),

@@ -15,9 +15,11 @@ from _starter_card import (
     RANDOM,
     SEEDS,
     STARTER,
-    clustering_ari,
-    knn_accuracy,
+    coverage_rows,
     pca,
+    results_table,
+    scores,
+    sources_rows,
     verdict,
 )
 from _starter_data import DEPTH_CONFOUNDED, UNSEEN_BLOOD, UNSEEN_TISSUE, CellSet, to_vocabulary
@@ -124,12 +126,7 @@ def evaluate(
             DEPTH: np.log1p(np.asarray(cells.counts.sum(axis=1))),
         }
         for seed in SEEDS:
-            for method, embedding in embeddings.items():
-                score = {
-                    "knn": knn_accuracy(embedding, cells.labels, test, seed),
-                    "ari": clustering_ari(embedding, cells.labels, test, seed),
-                }
-                rows.append({"set": cells.name, "method": method, "seed": seed, **score, **known})
+            rows += [row | known for row in scores(cells, embeddings, test, seed)]
     return pd.DataFrame(rows)
 
 
@@ -152,18 +149,6 @@ def embed_roughly(module: ScBERTModule, cells: CellSet) -> np.ndarray:
     everything = minibatches(cells, np.ones(len(cells.cells), bool))
     pooled = [module.pool(counts_to_bins(b["X"]), n_zero_genes=RANDOM_ZERO_GENES) for b in everything]
     return torch.cat(pooled).numpy()
-
-
-def results_table(results: pd.DataFrame, column: str) -> str:
-    """Markdown: a row per set, a column per method, mean ± standard deviation over the seeds."""
-    mean = results.pivot_table(column, "set", "method", sort=False)[list(METHODS)]
-    spread = results.pivot_table(column, "set", "method", aggfunc=lambda v: v.std(ddof=0), sort=False)
-    lines = ["| cells | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
-    for name, row in mean.iterrows():
-        shown = [f"{value:.3f} ± {spread.loc[name, method]:.3f}" for method, value in row.items()]
-        shown = [f"**{s}**" if v == row.max() else s for s, v in zip(shown, row, strict=True)]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
 
 
 def masked_table(masked: pd.DataFrame, column: str) -> str:
@@ -200,26 +185,16 @@ def render_card(
     results: pd.DataFrame,
 ) -> str:
     """The card, in Markdown."""
-    sources = []
-    for c in cells:
-        share = f"{(~held_out[c.name]).sum()} of {len(c.cells)}"
-        sources.append(f"| {c.name} | {share} | {c.provenance['repo']} | {c.provenance['licence']} |")
-    coverage = results.drop_duplicates("set").set_index("set")
-    coverage_rows = []
-    for c in [*cells, *unseen]:
-        if c.name in coverage.index:
-            genes, share = coverage.loc[c.name, ["genes", "counts_share"]]
-            coverage_rows.append(f"| {c.name} | {genes} of {c.counts.shape[1]} | {share:.2f} |")
     return CARD.read_text(encoding="utf-8").format(
         million=sum(p.numel() for p in module.parameters()) / 1e6,
-        sources="\n".join(sources),
-        coverage="\n".join(coverage_rows),
+        sources=sources_rows(cells, held_out),
+        coverage=coverage_rows([*cells, *unseen], results),
         masked_loss=masked_table(masked, "loss"),
         masked_accuracy=masked_table(masked, "accuracy"),
         masked_verdicts="\n".join(masked_verdict(masked, name) for name in masked["set"].unique()),
-        knn=results_table(results, "knn"),
-        ari=results_table(results, "ari"),
-        verdicts="\n".join(verdict(results, name) for name in coverage.index),
+        knn=results_table(results, "knn", METHODS),
+        ari=results_table(results, "ari", METHODS),
+        verdicts="\n".join(verdict(results, name) for name in results["set"].unique()),
         confounded=DEPTH_CONFOUNDED,
         unseen_blood=UNSEEN_BLOOD,
         unseen_tissue=UNSEEN_TISSUE,

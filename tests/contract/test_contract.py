@@ -258,7 +258,7 @@ def test_a_low_coverage_is_a_warning_and_the_least_one_can_be_set(entry, model):
 PLACES = ("X", "a layer", "a sparse query", "a dense query")
 
 
-@pytest.mark.parametrize(("kind", "place"), zip(NOT_COUNTS, cycle(PLACES), strict=False))
+@pytest.mark.parametrize(("kind", "place"), [*zip(NOT_COUNTS, cycle(PLACES), strict=False)])
 def test_what_is_not_raw_counts_is_refused_with_the_cell_the_gene_and_the_way_out(entry, model, kind, place):
     change, reason = NOT_COUNTS[kind]
     adata = entry.make_data()

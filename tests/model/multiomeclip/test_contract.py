@@ -266,7 +266,7 @@ PLACES = ("X", "a layer", "a sparse query", "a dense query")
 
 
 @both
-@pytest.mark.parametrize(("kind", "place"), zip(NOT_COUNTS, cycle(PLACES), strict=False))
+@pytest.mark.parametrize(("kind", "place"), [*zip(NOT_COUNTS, cycle(PLACES), strict=False)])
 def test_what_is_not_raw_counts_is_refused_with_the_cell_the_feature_and_the_way_out(
     bundle, trained, kind, place, modality
 ):
