@@ -150,7 +150,7 @@ def test_the_command_line_writes_the_report(cells, tmp_path, capsys):
     adata.obsm["X_told"] = told(adata)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     out = tmp_path / "report"
-    arguments = ["--labels", "type", "--batch-key", "donor", "--seeds", "2", "--out", str(out)]
+    arguments = ["--labels", "type", "--batch-key", "donor", "--seeds", "1", "--out", str(out)]
     assert main(["evaluate", str(tmp_path / "cells.h5ad"), "--embedding", "X_told", *arguments]) == 0
     printed = capsys.readouterr().out
     assert re.search("X_told: (helps|no better|cannot tell)", printed)
@@ -170,5 +170,6 @@ def test_the_report_of_backed_cells_is_that_of_cells_in_memory(cells, tmp_path):
     adata.obsm["X_told"] = told(adata)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    first, second = (cp.evaluate.report(data, "X_told", "type", **QUICK).verdict for data in (adata, backed))
+    quick = {**QUICK, "seeds": 1}
+    first, second = (cp.evaluate.report(data, "X_told", "type", **quick).verdict for data in (adata, backed))
     assert first == second
