@@ -68,7 +68,7 @@ def test_every_public_name_says_what_it_is_and_what_each_parameter_means():
             for parameter in inspect.signature(member).parameters:
                 # the last of setup_anndata: for scvi-tools' own use
                 if parameter not in {"self", "cls", "kwargs"}:
-                    said = re.search(rf"^(\*\*)?(.*, )?{parameter}(,.*)?$", text, flags=re.MULTILINE)
+                    said = re.search(rf"^\**(.*, )?{parameter}(,.*)?$", text, flags=re.MULTILINE)
                     if not said:
                         wrong.append(f"{where} says nothing about {parameter}")
     assert not wrong

@@ -118,6 +118,8 @@ def test_cells_of_a_label_that_only_the_held_out_batch_has_are_not_asked_about()
     splits = batch_splits(codes, list("aaaabbbb"))
     assert [s.held_out for s in splits] == ["a", "b"]
     assert splits[1].test.tolist() == [4, 5]
+    # without b, one label is left: there is nothing to tell apart
+    assert [s.held_out for s in batch_splits(np.array([0, 0, 0, 1]), list("aabb"))] == ["a"]
 
 
 def test_many_batches_are_held_out_several_at_a_time():

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
+from sklearn.neighbors import NearestCentroid
 
 import cellprior as cp
 from cellprior.evaluate import _methods, _probes, _task
@@ -129,6 +130,14 @@ def test_a_probe_reads_the_scale_of_the_training_cells_only():
         alone = _probes.linear(train, codes, test, tuned=tuned)
         beside = _probes.linear(train, codes, np.vstack([test, far]), tuned=tuned)
         np.testing.assert_array_equal(beside[:20], alone)
+
+
+def test_the_nearest_centroid_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, 90)
+    train, test = rng.normal(codes[:, None], 1, (90, 4)), rng.normal(1, 1, (40, 4))
+    expected = NearestCentroid().fit(train, codes).predict(test)
+    np.testing.assert_array_equal(_probes.nearest_centroid(train, codes, test), expected)
 
 
 def test_few_labels_know_less_than_many(cells):

@@ -189,6 +189,9 @@ def test_another_layer_is_offered_by_name(counts):
 @pytest.mark.parametrize("x", [np.zeros((3, 2)), np.array([[0, 2**24, 1]])], ids=["zeros", "a large count"])
 def test_counts_pass(x):
     check_counts(sp.csr_matrix(x.astype(np.float32)), np.arange(len(x)), as_anndata(x), None)
+    stored = sp.csr_matrix(np.ones_like(x, dtype=np.float32))
+    stored.data[:] = x.ravel()  # zeros among them, which are stored
+    check_counts(stored, np.arange(len(x)), as_anndata(x), None)
 
 
 def test_only_the_first_cells_are_looked_at_in_setup_and_all_others_when_they_are_read(counts):
