@@ -353,8 +353,8 @@ def test_the_share_of_counts_is_unknown_when_there_are_none(total: float, no_tab
 def test_the_frame_has_one_row_per_data_column(no_tables: list[str]) -> None:
     var = named("a", "b", "c", "d", symbol=["CTGF", "OTHER", "NEWA", "ELOA"])
     frame = match(var, VOCABULARY, gene_counts=np.arange(4)).to_frame()
-    assert frame.loc["a"].tolist() == ["CTGF", 0, "CCN2", "retired_symbol", 0]
-    assert frame.loc["b"].tolist() == ["OTHER", -1, "", "", 1]
+    assert frame.loc["a"].tolist() == ["CTGF", 0, "CCN2", "retired_symbol", 0, "gene"]
+    assert frame.loc["b"].tolist() == ["OTHER", -1, "", "", 1, "gene"]
     assert frame["vocabulary_index"].tolist() == [0, -1, 2, 1]
 
 
@@ -387,3 +387,176 @@ def test_matching_genes_imports_no_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- what a column is
+
+TYPES = {"Antibody Capture": "antibody", "CRISPR Guide Capture": "guide", "Multiplexing Capture": "tag"}
+
+
+@pytest.mark.parametrize("spelling", [str, str.lower, lambda text: text.replace(" ", "_")])
+@pytest.mark.parametrize("value", [*TYPES, "Custom", "Peaks", "HTO"])
+def test_antibody_rows_and_their_like_are_not_added_to_genes(
+    value: str, spelling: object, no_tables: list[str]
+) -> None:
+    var = named(
+        *SYMBOLS, *SYMBOLS[:5], feature_types=[spelling("Gene Expression")] * 60 + [spelling(value)] * 5
+    )
+    counts = np.r_[np.ones(60), np.full(5, 100.0)]
+    for given in (var, var.assign(feature_types=pd.Categorical(var["feature_types"]))):
+        result = match(given, SYMBOLS, gene_counts=counts)
+        np.testing.assert_array_equal(result.index, [*range(60), *[-1] * 5])
+        assert (result.n_summed, result.coverage, result.counts_share) == (0, 1, 1)
+        assert list(result.not_genes.values()) == [5] and len(result.lost_genes()) == 0
+    assert result.kind is not None and result.kind[-1] == TYPES.get(value, result.kind[-1]) != "gene"
+    assert "not genes" in repr(result) and "(GENE0, GENE1, GENE2, ...)" in result._repr_html_()
+
+
+def test_a_column_of_types_may_have_gaps_or_mean_nothing(no_tables: list[str]) -> None:
+    gaps = named(*SYMBOLS, "CD4_ADT", feature_types=["Gene Expression"] * 30 + [None] * 30 + [np.nan])
+    result = match(gaps, SYMBOLS)
+    assert result.n_matched == 60 and result.not_genes == {"antibody": 1}
+    for nonsense in ("protein_coding", "x"):
+        assert match(named(*SYMBOLS, feature_type=nonsense), SYMBOLS).n_matched == 60
+    beside = named(*SYMBOLS, feature_types=["Gene Expression"] * 50 + ["Lipids"] * 10)
+    assert match(beside, SYMBOLS).not_genes == {"other": 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("GENE1_TotalSeqB", "antibody"),
+        ("GENE1-TotalSeqC", "antibody"),
+        ("ADT_GENE1", "antibody"),
+        ("adt_GENE1", "antibody"),
+        ("GENE1_ADT", "antibody"),
+        ("GENE1_TSB", "antibody"),
+        ("GENE1:SK3|GENE1|AHS0032|pAbO", "antibody"),
+        ("sgRNA_GENE1", "guide"),
+        ("sgGENE1-2", "guide"),
+        ("GENE1_sgRNA1", "guide"),
+        ("Non-Targeting-3", "guide"),
+        ("HTO1", "tag"),
+        ("Hashtag3", "tag"),
+        ("CMO301", "tag"),
+        ("ERCC-00002", "spike-in"),
+        ("NegControlProbe_00012", "control"),
+        ("BLANK_0012", "control"),
+        (f"antisense_{IDS[1]}", "control"),
+        (f"DEPRECATED_{IDS[1]}", "control"),
+        ("chr1:1000-2000", "peak"),
+        ("peak_17", "peak"),
+    ],
+)
+def test_without_a_column_the_name_tells_what_is_no_gene(name: str, kind: str, no_tables: list[str]) -> None:
+    # the column of symbols would match, as it does for antibodies named after their gene
+    result = match(named(*SYMBOLS, name, symbol=[*SYMBOLS, "GENE1"]), BOTH)
+    assert result.not_genes == {kind: 1} and result.index[-1] == -1 and result.coverage == 1
+    result = match(named(*(f"row {i}" for i in range(60)), name, symbol=[*SYMBOLS, "GENE1"]), BOTH)
+    assert result.source == "symbol" and result.index[-1] == -1
+
+
+def test_a_symbol_of_the_vocabulary_is_a_gene_however_it_is_called(no_tables: list[str]) -> None:
+    odd = ["ERCC1", "PEAK1", "HTO1", "sgK494", "NEGR1", "ADT_X", *SYMBOLS]
+    assert match(named(*odd), odd).n_matched == len(odd)
+
+
+def test_no_gene_of_gencode_is_taken_for_something_else(mirror_tables: object) -> None:
+    from cellprior.genes._kinds import kinds_of
+    from cellprior.genes._table import load
+
+    for species in ("human", "mouse"):
+        table = load(species)[0]
+        assert table is not None and set(kinds_of(pd.DataFrame(index=[*table.id_of, *table.symbols_of]))) == {
+            "gene"
+        }
+
+
+def test_columns_that_are_summed_are_named(no_tables: list[str]) -> None:
+    result = match(named(*SYMBOLS, "GENE3"), SYMBOLS)
+    assert result.summed_genes() == {"GENE3": ["GENE3", "GENE3"]} and "GENE3 + GENE3 into GENE3" in repr(
+        result
+    )
+
+
+PLACES = [f"chr{1 + i % 22}:{1000 * i}-{1000 * i + 500}" for i in range(60)]
+
+
+@pytest.mark.parametrize("index", [PLACES, [f"peak_{i}" for i in range(60)]])
+def test_peaks_with_a_column_of_genes_are_refused_unless_the_column_is_named(
+    index: list[str], no_tables: list[str]
+) -> None:
+    var = named(*index, nearest_gene=SYMBOLS)
+    for given in (var, var.assign(feature_types="Peaks")):
+        with pytest.raises(GeneMatchError, match=r"no gene: 60 peaks, such as[\s\S]*gene_key="):
+            match(given, SYMBOLS)
+        assert match(given, SYMBOLS, gene_key="nearest_gene").n_matched == 60
+    mixed = named(*SYMBOLS, *PLACES, gene=SYMBOLS * 2)
+    assert match(mixed, SYMBOLS, gene_key="gene").not_genes == {"peak": 60}
+
+
+def test_data_that_are_no_genes_at_all_are_refused_with_the_line_that_helps(no_tables: list[str]) -> None:
+    with pytest.raises(
+        GeneMatchError, match=r'60 antibodies.*var\[.feature_types.\][\s\S]*= "Gene Expression"'
+    ):
+        match(named(*SYMBOLS, feature_types="Antibody Capture"), SYMBOLS)
+
+
+# ---------------------------------------------------------------- other signs, genomes, capitals
+
+SIGNED = ["HLA-DRA", "MT-ND1", "NKX2-1", "RP11-34P13.7", "7SK", "5S_rRNA", *SYMBOLS]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["HLA.DRA", "MT.ND1", "NKX2.1", "RP11.34P13.7", "X7SK", "X5S_rRNA"],
+        ["HLA_DRA", "MT_ND1", "NKX2_1", "RP11_34P13.7", "7SK", "5S_rRNA"],
+        ["HLA\u2011DRA", "MT\u2013ND1", "NKX2\u22121", "RP11\u201034P13.7", "7SK", "5S-rRNA"],
+    ],
+)
+def test_names_with_other_signs_are_found_and_counted(names: list[str], no_tables: list[str]) -> None:
+    result = match(named(*names, *SYMBOLS), SIGNED)
+    np.testing.assert_array_equal(result.index, range(len(SIGNED)))
+    assert result.routes["punctuation"] == sum(a != b for a, b in zip(names, SIGNED, strict=False))
+    assert "punctuation" in repr(result)
+
+
+def test_signs_are_never_guessed_between_two_genes_nor_put_before_the_same_name(no_tables: list[str]) -> None:
+    vocabulary = ["A-B", "A.B", "C-D", *SYMBOLS]
+    result = match(named("A_B", "A.B", "A-B", "C.D", "C-D", *SYMBOLS), vocabulary)
+    assert result.index[:5].tolist() == [-1, 1, 0, 2, 2] and result.route[:5].tolist() == [
+        "",
+        "symbol",
+        "symbol",
+        "punctuation",
+        "symbol",
+    ]
+    retired = pd.DataFrame({"symbol": ["NEW1", *SYMBOLS], "previous_symbols": ["OLD-1", *[""] * 60]})
+    assert match(named("OLD.1", *SYMBOLS), retired).index[0] == 0
+
+
+@pytest.mark.parametrize("prefix", ["GRCh38_", "GRCh38______", "GRCh38---", "hg19_"])
+def test_a_genome_in_front_of_the_names_is_named_with_the_line_that_takes_it_off(
+    prefix: str, no_tables: list[str]
+) -> None:
+    with pytest.raises(GeneMatchError) as caught:
+        match(named(*(prefix + name for name in SYMBOLS)), SYMBOLS)
+    assert f"adata.var_names.str.removeprefix({prefix!r})" in str(caught.value)
+    assert f"{prefix + 'GENE0'!r} is 'GENE0'" in str(caught.value) and "60 of 60 names" in str(caught.value)
+
+
+def test_of_two_genomes_the_one_of_the_vocabulary_is_kept(no_tables: list[str]) -> None:
+    names = [f"mm10_{name}" for name in MOUSE_SYMBOLS] + [f"hg19_{name}" for name in SYMBOLS]
+    with pytest.raises(GeneMatchError, match=r"'mm10_'.*60 of them.*var_names.str.startswith\('hg19_'\)"):
+        match(named(*names), SYMBOLS)
+
+
+def test_mouse_genes_in_capitals_are_noticed(no_tables: list[str]) -> None:
+    mouse = [*SYMBOLS, "GM1234", "GM5678", "0610005C13RIK", "A930006A01RIK"]
+    with pytest.warns(UserWarning, match="4 names are those of mouse genes in capitals.*GM1234.*orthologues"):
+        result = match(named(*mouse), SYMBOLS)
+    assert "in capitals" in repr(result)
+    match(named(*SYMBOLS, "GM2A", "GRIK1"), SYMBOLS)
+    with pytest.raises(GeneMatchError, match="mouse in capitals gene names"):
+        match(named(*mouse), MOUSE_SYMBOLS)

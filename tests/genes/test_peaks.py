@@ -118,14 +118,25 @@ def test_peaks_on_one_reference_peak_are_to_be_summed():
     assert (found.n_matched, found.n_summed) == (40, 40)
 
 
-def test_names_that_are_no_intervals_match_the_same_name():
+def test_names_that_are_no_intervals_match_the_same_name_and_a_warning_says_so():
     names = [f"peak_{i}a" for i in range(50)]
-    found = match_peaks([*names[10:], "other"], names)
+    with pytest.warns(
+        UserWarning, match="by their name alone, such as 'peak_10a'.*does not say where they lie"
+    ):
+        found = match_peaks([*names[10:], "other"], names)
     assert found.index.tolist() == [*range(10, 50), -1]
     assert found.routes == {"name": 40}
 
 
-@pytest.mark.parametrize("columns", [("chrom", "start", "end"), ("chrom", "chromStart", "chromEnd")])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("chrom", "start", "end"),
+        ("chrom", "chromStart", "chromEnd"),
+        ("chromosome", "start", "end"),
+        ("Chr", "Start", "End"),
+    ],
+)
 def test_intervals_are_read_from_columns_if_the_names_say_nothing(columns):
     reference = intervals(30)
     var = pd.DataFrame(reference, columns=list(columns), index=[f"peak{i}" for i in range(30)])
@@ -200,3 +211,78 @@ def test_totals_of_another_length_are_refused():
 def test_an_interval_that_ends_before_it_starts_is_refused_by_name():
     with pytest.raises(ValueError, match="'chr1:20-10' ends before it starts"):
         match_peaks(["chr1:5-9", "chr1:20-10"], ["chr1:5-9"])
+
+
+@pytest.mark.parametrize("column", ["interval", "gene_ids"])
+def test_intervals_are_read_from_one_column(column):
+    reference = intervals(30)
+    order = np.random.default_rng(0).permutation(30)
+    var = pd.DataFrame({column: np.array(spell(reference))[order]}, index=[f"peak_{i}" for i in range(30)])
+    found = match_peaks(var, spell(reference))
+    assert found.index.tolist() == order.tolist() and found.routes == {"interval": 30}
+
+
+@pytest.mark.parametrize("form", ["chr{}:{}-{}", "chr{}-{}-{}", "chr{}_{}_{}"])
+def test_a_peak_that_was_made_unique_is_the_same_peak(form):
+    reference = intervals(30)
+    names = [*spell(reference, form), *(f"{name}-1" for name in spell(reference[:3], form))]
+    found = match_peaks(names, spell(reference))
+    assert found.index.tolist() == [*range(30), 0, 1, 2] and found.routes == {"interval": 33}
+    assert read_peaks(["scaffold_12_34_5-9"]).chromosome.tolist() == ["scaffold_12_34"]
+
+
+def bins(genome: str, size: int, keep: float = 1.0, seed: int = 0) -> list[Interval]:
+    rng = np.random.default_rng(seed)
+    return [
+        (name, start, min(start + size, length))
+        for name, length in GENOMES[genome].items()
+        for start in range(0, length, size)
+        if rng.random() < keep
+    ]
+
+
+@pytest.mark.parametrize(("query", "reference"), [("hg19", "hg38"), ("hg38", "hg19"), ("mm9", "mm10")])
+def test_bins_of_another_build_are_refused_though_their_names_are_the_same(query, reference):
+    with pytest.raises(
+        PeakMatchError, match=f"liftOver[\\s\\S]*fit {query} in the data and {reference} in the reference"
+    ):
+        match_peaks(spell(bins(query, 200_000)), spell(bins(reference, 200_000)))
+
+
+@pytest.mark.parametrize(("size", "keep"), [(1_000_000, 1.0), (200_000, 0.6)])
+def test_bins_of_one_build_are_matched_by_name_and_the_report_says_what_it_cannot_know(size, keep):
+    one, other = bins("hg38", size, keep), bins("hg38", size, keep, seed=1)
+    found = match_peaks(spell(one), spell(other))
+    assert found.bins == size and found.routes == {"interval": len(set(one) & set(other))}
+    assert any("same names in every genome build" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("moved", [5_000, 20_000, 60_000])
+def test_peaks_moved_as_in_another_build_are_refused_even_where_peaks_lie_in_clusters(moved):
+    rng = np.random.default_rng(4)
+    centres = np.sort(rng.integers(10**6, 10**8, 300))
+    starts = np.unique((centres[:, None] + rng.integers(-150_000, 150_000, (300, 100))).ravel())
+    reference = [("1", int(s), int(s) + 900) for s in starts]
+    query = [("1", s + moved, e + moved) for _, s, e in reference]
+    with pytest.raises(PeakMatchError, match="this is chance"):
+        match_peaks(spell(query), spell(reference))
+    near = [("1", s + 300, e + 300) for _, s, e in reference]
+    assert match_peaks(spell(near), spell(reference)).hits == 1.0
+
+
+def test_a_few_identical_intervals_prove_one_build_though_the_reference_covers_much():
+    reference = intervals(100_000, length=1200)
+    far = [(c, s + 60_000, e + 60_000) for c, s, e in reference[::20]]
+    found = match_peaks(spell(far + reference[::100]), spell(reference))
+    assert found.identical >= 0.05 and not found.is_chance
+
+
+def test_features_that_var_calls_no_peaks_are_left_out():
+    reference = intervals(40)
+    var = pd.DataFrame(
+        {"feature_types": ["Gene Expression"] * 20 + ["Peaks"] * 40},
+        index=[f"GENE{i}" for i in range(20)] + spell(reference),
+    )
+    found = match_peaks(var, spell(reference), peak_counts=np.ones(60))
+    assert found.index.tolist() == [-1] * 20 + list(range(40))
+    assert (found.coverage, found.counts_share) == (1.0, 1.0) and "20 other features left out" in repr(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cellprior.genes._match import GeneMatch, GeneMatchError, match
+from cellprior.genes._match import GeneMatchError, match
 from cellprior.genes._peaks import PeakMatch, PeakMatchError, match_peaks
+from cellprior.genes._report import GeneMatch
 
 __all__ = ["GeneMatch", "GeneMatchError", "PeakMatch", "PeakMatchError", "match", "match_peaks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,22 @@ _CHROMOSOME = 1 << 33  # place of one chromosome on a common axis; no chromosome
 _PAIRS_AT_A_TIME = 20_000_000
 # chrUn_KI270742v1_100_200 is a peak as well: the last two numbers are the interval
 _PEAK = r"^(.+)[:_-]([\d,]+)[_-]([\d,]+)$"
-_COLUMNS = (
-    ("chrom", "start", "end"),
-    ("chrom", "chromStart", "chromEnd"),
-    ("chr", "start", "end"),
-    ("seqnames", "start", "end"),
-    ("Chromosome", "Start", "End"),
+# chr1:100-200-1 is the second chr1:100-200, as `var_names_make_unique` writes it
+_MADE_UNIQUE = r"^(.+)[:_-]([\d,]+)[_-]([\d,]+)[-.]\d+$"
+# names that can only be those of peaks, where peaks stand among other features
+_PLACE = re.compile(
+    r"(?:(?i:chr)[\w.*]+|\d{1,2}[LR]?|[XYMW]|MT|[A-Z]{2}_?\d{6}(?:\.\d+)?)[:_-][\d,]+[_-][\d,]+(?:[-.]\d+)?"
+    r"|(?:.*[-_.])?[Pp]eaks?[-_.]\d+[a-z]?|peak\d+"  # PEAK1 and Peak1 are genes
+)
+_SAMPLE = 1000
+_FEWEST_BINS = 20
+# Columns with the three parts of a place, whatever their upper and lower case, and columns with all in one.
+_CHROMOSOMES = ("chrom", "chr", "chromosome", "seqnames", "seqname", "seqid", "chromosome_name")
+_STARTS = ("start", "chromstart", "chrom_start", "chr_start", "start_position", "peak_start", "begin")
+_ENDS = ("end", "chromend", "chrom_end", "chr_end", "end_position", "peak_end", "stop")
+_WHOLE = tuple(
+    "interval intervals peak peaks peak_name peak_id region regions locus coordinates coordinate coords location "
+    "position name id gene_ids feature_id feature_name".split()
 )
 
 
@@ -48,21 +59,35 @@ class Intervals:
         """Which peaks are intervals."""
         return self.start >= 0
 
-    def largest_ends(self) -> dict[str, int]:
-        """End of the last peak of each chromosome."""
+    def largest_starts(self) -> dict[str, int]:
+        """Start of the last peak of each chromosome; the last bin of a genome may end behind it."""
         known = self.known
-        ends = pd.Series(self.end[known]).groupby(self.chromosome[known]).max()
-        return {str(name): int(end) for name, end in ends.items()}
+        starts = pd.Series(self.start[known]).groupby(self.chromosome[known]).max()
+        return {str(name): int(start) for name, start in starts.items()}
+
+    def grid(self) -> tuple[int, int] | None:
+        """Step and offset of bins of one size, as a genome is cut into; None for peaks."""
+        start, width = self.start[self.known], (self.end - self.start)[self.known]
+        if len(start) < _FEWEST_BINS:
+            return None
+        step = int(np.gcd.reduce(start - start[0]))
+        usual = float(np.median(width))
+        if step <= 1 or not 0.9 * usual <= step or (np.abs(width - usual) <= 1).mean() < 0.8:
+            return None
+        return step, int(start[0] % step)
 
 
 def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
     """Read peak names such as `chr1:100-200`, `chr1-100-200`, `chr1_100_200` or `1:100-200`.
 
+    The number that `var_names_make_unique` puts behind a name that stands twice (`chr1:100-200-1`) is passed over.
+
     Parameters
     ----------
     peaks
-        Names, or a frame (`AnnData.var`) with the names as index. Columns with chromosome, start and end are read
-        if the names say nothing; a row without a number there is no interval.
+        Names, or a frame (`AnnData.var`) with the names as index. If the names say nothing, columns with chromosome,
+        start and end are read, or one with all of them ("interval", "peak", ...); a row without a number there is no
+        interval.
 
     Raises
     ------
@@ -72,13 +97,15 @@ def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
     names = pd.Series(peaks.index if isinstance(peaks, pd.DataFrame) else peaks, dtype=object).astype(str)
     parts = names.str.extract(_PEAK)
     if isinstance(peaks, pd.DataFrame) and parts[0].isna().mean() > 0.5:
-        columns = next((c for c in _COLUMNS if set(c) <= set(peaks.columns)), None)
-        if columns is not None:
-            parts = peaks[list(columns)].astype(object).reset_index(drop=True).set_axis([0, 1, 2], axis=1)
-    numbers = [
-        pd.to_numeric(parts[i].astype(str).str.replace(",", ""), errors="coerce").to_numpy(np.float64)
-        for i in (1, 2)
-    ]
+        in_columns = _in_columns(peaks, fewest=int(parts[0].notna().sum()))
+        parts = parts if in_columns is None else in_columns
+    numbers = _numbers(parts)
+    backwards = np.flatnonzero(numbers[1] < numbers[0])
+    if len(backwards):
+        unique = names.iloc[backwards].str.extract(_MADE_UNIQUE)
+        better = unique[0].notna().to_numpy()
+        parts.iloc[backwards[better]] = unique[better].to_numpy()
+        numbers = _numbers(parts)
     known = parts[0].notna().to_numpy() & np.isfinite(numbers).all(axis=0)
     # a few dozen chromosomes: their names are worked on once each
     codes, found = pd.factorize(parts[0][known])
@@ -98,10 +125,54 @@ def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
     return Intervals(names.to_numpy(dtype=object), chromosome, bounds[0], bounds[1], share)
 
 
+def _numbers(parts: pd.DataFrame) -> np.ndarray:
+    """Starts and ends, NaN where there is none ``(2, n_peaks)``."""
+    return np.stack(
+        [
+            pd.to_numeric(parts[i].astype(str).str.replace(",", ""), errors="coerce").to_numpy(np.float64)
+            for i in (1, 2)
+        ]
+    )
+
+
+def _in_columns(var: pd.DataFrame, *, fewest: int) -> pd.DataFrame | None:
+    """Chromosome, start and end from columns of `var`; None unless they place more than `fewest` features."""
+    columns = {str(label).lower().replace(" ", "_"): column for label, column in var.items()}
+    three = [
+        next((columns[n] for n in names if n in columns), None) for names in (_CHROMOSOMES, _STARTS, _ENDS)
+    ]
+    found = [pd.concat(three, axis=1)] if all(column is not None for column in three) else []
+    found += [
+        columns[name].astype(object).where(columns[name].notna(), "").astype(str).str.extract(_PEAK)
+        for name in _WHOLE
+        if name in columns and are_peaks(columns[name])
+    ]
+    for parts in found:
+        parts = parts.astype(object).reset_index(drop=True).set_axis([0, 1, 2], axis=1)
+        if (parts[0].notna() & np.isfinite(_numbers(parts)).all(axis=0)).sum() > fewest:
+            return parts
+    return None
+
+
 def are_peaks(names: Iterable[str]) -> bool:
-    """Whether most of some names are those of peaks; looks at the first 1,000."""
-    sample = pd.Series(list(names)[:1000], dtype=object).astype(str)
+    """Whether most of some names are those of peaks; looks at 1,000 of them, evenly."""
+    names = list(names)
+    sample = pd.Series(names[:: _step(len(names))], dtype=object).astype(str)
     return len(sample) > 0 and bool(sample.str.match(_PEAK).mean() > 0.5)
+
+
+def which_are_peaks(names: pd.Index) -> np.ndarray:
+    """Which names are those of peaks, by place or number, if as few as 1 of 1,000 are, evenly drawn ``(n_names,)``."""
+    sample = [str(name) for name in names[:: _step(len(names))]]
+    if any(map(_PLACE.fullmatch, sample)):
+        return np.fromiter(
+            (_PLACE.fullmatch(str(name)) is not None for name in names), dtype=bool, count=len(names)
+        )
+    return np.zeros(len(names), dtype=bool)
+
+
+def _step(n: int) -> int:
+    return max(1, -(-n // _SAMPLE))
 
 
 class SortedIntervals:

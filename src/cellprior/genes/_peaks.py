@@ -13,13 +13,20 @@ import pandas as pd
 
 from cellprior.genes._genomes import possible_genomes
 from cellprior.genes._intervals import Intervals, SortedIntervals, read_peaks
+from cellprior.genes._kinds import PEAK, kinds_by_type
 
 LOW_COVERAGE = 0.5
 MIN_PEAKS = 20
 # Peaks of two genomes lie on each other as often as by chance, which is often where the reference covers much.
 MIN_ABOVE_CHANCE = 0.1
 MIN_ENRICHMENT = 2.0
-_SHIFTS = (-150_000, 150_000)  # far enough to leave a peak, near enough to stay in a region as rich in peaks
+# The very same interval twice is no chance, unless genomes are cut into bins.
+ENOUGH_IDENTICAL = 0.05
+MOSTLY_IDENTICAL = 0.5
+# Base pairs by which peaks are shifted: near enough to stay among as many peaks, as those of another build do, which
+# lie 5,000 to some 100,000 away; far enough to leave the peak itself.
+_NEAREST, _FARTHEST = 5_000, 150_000
+_SHIFTED = 40_000  # peaks in all
 
 
 class PeakMatchError(ValueError):
@@ -47,10 +54,15 @@ class PeakMatch:
     peak_counts
         Counts per peak of the data, or None if they were not given.
     hits, chance
-        Share of the data's intervals that overlap a reference peak, and share of the same intervals shifted by 150,000
-        base pairs that do; None if there are no intervals on common chromosomes.
+        Share of the data's intervals that overlap a reference peak, and share of the same intervals that do if shifted
+        by 5,000 to 150,000 base pairs, the largest of several distances; None if there are no intervals on common
+        chromosomes.
     notes
         Sentences on what is remarkable.
+    bins
+        Size of the bins that both genomes are cut into, in base pairs; None for peaks.
+    is_peak
+        Which features of the data are peaks, shape `(n_peaks,)`; None for all.
     """
 
     index: np.ndarray
@@ -62,6 +74,17 @@ class PeakMatch:
     hits: float | None = None
     chance: float | None = None
     notes: tuple[str, ...] = ()
+    bins: int | None = None
+    is_peak: np.ndarray | None = None
+
+    @property
+    def _peaks(self) -> np.ndarray:
+        return np.ones(len(self.names), dtype=bool) if self.is_peak is None else self.is_peak
+
+    @property
+    def identical(self) -> float:
+        """Share of the data's peaks that are the very same interval in the reference."""
+        return float((self.route == "interval").sum() / max(self._peaks.sum(), 1))
 
     @property
     def n_matched(self) -> int:
@@ -76,7 +99,7 @@ class PeakMatch:
     @property
     def n_smaller(self) -> int:
         """Length of the smaller list."""
-        return min(len(self.names), len(self.reference))
+        return min(int(self._peaks.sum()), len(self.reference))
 
     @property
     def coverage(self) -> float:
@@ -91,14 +114,16 @@ class PeakMatch:
     @property
     def counts_share(self) -> float | None:
         """Share of the data's accessibility in matched peaks; None if counts were not given, or hold none."""
-        if self.peak_counts is None or not self.peak_counts.sum() > 0:
+        if self.peak_counts is None or not (total := self.peak_counts[self._peaks].sum()) > 0:
             return None
-        return float(self.peak_counts[self.index >= 0].sum() / self.peak_counts.sum())
+        return float(self.peak_counts[self.index >= 0].sum() / total)
 
     @property
     def is_chance(self) -> bool:
         """Whether hardly more peaks overlap than by chance, as those of two genome builds do."""
-        if self.hits is None or self.chance is None:
+        if self.hits is None or self.chance is None or self.bins is not None:
+            return False
+        if self.identical >= ENOUGH_IDENTICAL:
             return False
         above = (self.hits - self.chance) / max(1 - self.chance, 1e-9)
         return above < MIN_ABOVE_CHANCE and self.hits < MIN_ENRICHMENT * self.chance
@@ -123,7 +148,7 @@ class PeakMatch:
 
     def lost_peaks(self, n: int = 10) -> pd.DataFrame:
         """Rows of `to_frame` without a reference peak, those with most counts first."""
-        lost = self.to_frame()[self.index < 0]
+        lost = self.to_frame()[(self.index < 0) & self._peaks]
         if self.peak_counts is not None:
             lost = lost.sort_values("counts", ascending=False, kind="stable")
         return lost.head(n)
@@ -132,8 +157,12 @@ class PeakMatch:
         """Label and value of each line of the report."""
         smaller = f"{self.n_matched:,} peaks of {self.n_smaller:,}, the smaller of the two lists"
         found = f"{self.vocabulary_share:.3f} ({self.n_matched:,} of {len(self.reference):,})"
+        others = int((~self._peaks).sum())
         rows = [
-            ("peaks", f"{len(self.names):,}"),
+            (
+                "peaks",
+                f"{int(self._peaks.sum()):,}" + (f"; {others:,} other features left out" if others else ""),
+            ),
             ("coverage", f"{self.coverage:.3f} ({smaller})"),
             ("reference found", found),
         ]
@@ -144,7 +173,7 @@ class PeakMatch:
             rows.append(("summed", f"{self.n_summed:,} of {len(self.names):,}, into that of an earlier one"))
         if self.hits is not None:
             rows.append(("overlapping", f"{self.hits:.3f} of the peaks, {self.chance:.3f} if shifted"))
-        lost = self.index < 0
+        lost = (self.index < 0) & self._peaks
         if lost.any():
             examples = ", ".join(map(str, self.lost_peaks(3).index))
             rows.append(("lost", f"{int(lost.sum()):,} of {len(self.names):,}, such as {examples}"))
@@ -190,14 +219,16 @@ def match_peaks(
     ------
     PeakMatchError
         Coverage below `min_coverage`, fewer than 20 peaks in common (or fewer than the whole of a smaller list), or
-        an overlap that peaks of another genome build would have as well.
+        an overlap that peaks of another genome build would have as well; or the last peaks of the chromosomes, which no
+        one build has.
     ValueError
         No peaks, `peak_counts` of another length, or an interval that ends before it starts.
 
     Warns
     -----
     UserWarning
-        Coverage below 0.5.
+        Coverage below 0.5, peaks that are matched by a name without a place, or what looks like two genome builds in
+        spite of intervals that are the same.
     """
     query, reference = read_peaks(query_peaks), read_peaks(reference_peaks)
     if not len(query.names) or not len(reference.names):
@@ -209,6 +240,9 @@ def match_peaks(
     if counts is not None and len(counts) != len(query.names):
         msg = f"peak_counts has {len(counts)} values for {len(query.names)} peaks. Pass one total per peak."
         raise ValueError(msg)
+    is_peak = _which_are_peaks(query_peaks)
+    grids = query.grid(), reference.grid()
+    bins = grids[0][0] if grids[0] is not None and grids[0] == grids[1] else None
     index, overlap, hits, chance = _by_overlap(query, reference)
     route = np.where(index >= 0, "overlap", "").astype(object)
     same = index >= 0
@@ -222,6 +256,9 @@ def match_peaks(
         found = rows[~rows.index.duplicated()].reindex(query.names[texts], fill_value=-1).to_numpy()
         index[texts] = found
         route[texts] = np.where(found >= 0, "name", "")
+    if is_peak is not None:
+        index[~is_peak], overlap[~is_peak], route[~is_peak] = -1, 0, ""
+    builds = _two_builds(query, reference)
     result = PeakMatch(
         index=index,
         names=query.names,
@@ -231,16 +268,43 @@ def match_peaks(
         peak_counts=counts,
         hits=hits,
         chance=chance,
-        notes=_notes(query, reference),
+        notes=_notes(query, reference, bins, builds),
+        bins=bins,
+        is_peak=is_peak,
     )
-    _refuse(result, query, reference, min_coverage)
+    _refuse(result, query, reference, min_coverage, builds)
+    _warn(result, query, builds)
+    return result
+
+
+def _which_are_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> np.ndarray | None:
+    """Features that `var` does not call something else; None for all."""
+    if not isinstance(peaks, pd.DataFrame):
+        return None
+    kinds, _ = kinds_by_type(peaks)
+    is_peak = (kinds == "") | (kinds == PEAK)
+    return None if is_peak.all() or not is_peak.any() else is_peak
+
+
+def _warn(result: PeakMatch, query: Intervals, builds: str) -> None:
+    """Say aloud what may be wrong."""
+    if by_name := int((result.route == "name").sum()):
+        msg = (
+            f"{by_name:,} of {result.n_smaller:,} peaks are matched by their name alone, such as "
+            f"{_examples(query.names[result.route == 'name'])}, which does not say where they lie: another file may "
+            "call other peaks the same. Put names such as chr1:100-200 into var_names, or the columns chrom, "
+            "start and end into var, of the data and of what the model is made from."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=3)
+    if builds and result.coverage >= LOW_COVERAGE:
+        msg = f"{builds} As {result.identical:.0%} are the very same intervals, they are taken for one all the same."
+        warnings.warn(msg, UserWarning, stacklevel=3)
     if result.coverage < LOW_COVERAGE:
         msg = (
             f"Only {result.n_matched:,} of {result.n_smaller:,} peaks match the reference (coverage "
             f"{result.coverage:.2f}). Look at what is lost with `lost_peaks()` before relying on the result."
         )
-        warnings.warn(" ".join([msg, *result.notes]), UserWarning, stacklevel=2)
-    return result
+        warnings.warn(" ".join([msg, *result.notes]), UserWarning, stacklevel=3)
 
 
 def _by_overlap(
@@ -262,34 +326,56 @@ def _by_overlap(
     )
     start, end = query.start[rows], query.end[rows]
     index[rows], overlap[rows] = sorted_reference.best(code[rows], start, end)
-    sample = rows[:: max(1, len(rows) // 20_000)]
-    shifted = [
-        (sorted_reference.best(code[sample], query.start[sample] + shift, query.end[sample] + shift)[0] >= 0)
-        for shift in _SHIFTS
-    ]
-    return index, overlap, float((index[rows] >= 0).mean()), float(np.mean(shifted))
+    width = float(np.median(end - start)) + float(
+        np.median((reference.end - reference.start)[reference.known])
+    )
+    nearest = max(_NEAREST, round(1.5 * width))
+    distances = sorted({nearest, 2 * nearest, 4 * nearest, 10 * nearest, max(_FARTHEST, 30 * nearest)})
+    sample = rows[:: max(1, len(rows) * 2 * len(distances) // _SHIFTED)]
+
+    def shifted(by: int) -> float:
+        at = query.start[sample] + by, query.end[sample] + by
+        return float((sorted_reference.best(code[sample], *at)[0] >= 0).mean())
+
+    chance = max((shifted(distance) + shifted(-distance)) / 2 for distance in distances)
+    return index, overlap, float((index[rows] >= 0).mean()), chance
 
 
-def _notes(query: Intervals, reference: Intervals) -> tuple[str, ...]:
+def _two_builds(query: Intervals, reference: Intervals) -> str:
+    """What to say if the last peaks of the chromosomes are of two genome builds; empty if they can be of one."""
+    genomes = [possible_genomes(peaks.largest_starts()) for peaks in (query, reference)]
+    if not all(genomes) or set(genomes[0]) & set(genomes[1]):
+        return ""
+    return (
+        f"The last peaks of the chromosomes fit {' or '.join(genomes[0])} in the data and "
+        f"{' or '.join(genomes[1])} in the reference: these are two genome builds."
+    )
+
+
+def _notes(query: Intervals, reference: Intervals, bins: int | None, builds: str) -> tuple[str, ...]:
     notes = []
     if query.known.any() and reference.known.any() and (query.prefixed > 0.5) != (reference.prefixed > 0.5):
         with_, without = ("data", "reference") if query.prefixed > 0.5 else ("reference", "data")
         notes.append(
             f'Chromosomes are written "chr1" in the {with_} and "1" in the {without}: taken as the same.'
         )
-    genomes = [possible_genomes(peaks.largest_ends()) for peaks in (query, reference)]
-    if all(genomes) and not set(genomes[0]) & set(genomes[1]):
+    if builds:
+        notes.append(builds)
+    elif bins is not None:
         notes.append(
-            f"The last peaks of the chromosomes fit {' or '.join(genomes[0])} in the data and "
-            f"{' or '.join(genomes[1])} in the reference: these are two genome builds."
+            f"Bins of {bins:,} base pairs have the same names in every genome build: make sure that both are of one."
         )
     return tuple(notes)
 
 
-def _refuse(result: PeakMatch, query: Intervals, reference: Intervals, min_coverage: float) -> None:
-    """Raise if too little matches, or what matches does so by chance."""
+def _refuse(
+    result: PeakMatch, query: Intervals, reference: Intervals, min_coverage: float, builds: str
+) -> None:
+    """Raise if too little matches, what matches does so by chance, or the genomes are two."""
     needed = min(MIN_PEAKS, result.n_smaller)
-    if result.n_matched >= needed and result.coverage >= min_coverage and not result.is_chance:
+    other_build = bool(builds) and (result.bins is not None or result.identical < MOSTLY_IDENTICAL)
+    enough = result.n_matched >= needed and result.coverage >= min_coverage
+    if enough and not result.is_chance and not other_build:
         return
     lines = [
         f"{result.n_matched:,} of {result.n_smaller:,} peaks match the reference (coverage "
@@ -303,11 +389,17 @@ def _refuse(result: PeakMatch, query: Intervals, reference: Intervals, min_cover
         )
     elif not set(query.chromosome[query.known]) & set(reference.chromosome[reference.known]):
         lines.append("They have no chromosome in common; is it the same species?")
+    elif other_build:
+        lines.append(
+            "A place of one genome build is another place in the other. Lift the peaks over to the reference's build "
+            "(liftOver), or count fragments in the reference's peaks."
+        )
     elif result.is_chance:
         lines.append(
             f"A share of {result.hits:.3f} overlaps the reference, and as much, {result.chance:.3f}, if all are "
-            f"shifted by {_SHIFTS[1]:,} base pairs: this is chance. Probably it is another genome build (hg19 and "
-            "hg38, mm9 and mm10) or another species. Lift the peaks over to the reference's build (liftOver), or "
+            f"shifted by {_NEAREST:,} to {_FARTHEST:,} base pairs: this is chance. Probably it is another "
+            "genome build (hg19 and hg38, mm9 and mm10) or another species. "
+            "Lift the peaks over to the reference's build (liftOver), or "
             "count fragments in the reference's peaks."
         )
     else:

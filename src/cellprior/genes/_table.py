@@ -23,6 +23,7 @@ TABLES = {
 
 # Alone, with a version (.3, .3_PAR_Y), or joined to a symbol (CLN3_ENSG00000188603, to make names unique).
 _ENSEMBL_ID = re.compile(r"(?:\S+[_|])?(ENS[A-Z]*G\d{11})(?:\.\d+)?(?:[_|]\S+)?")
+_ID_FIRST = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?(?:[_|]\S+)?")  # most of them, and found faster
 _MOUSE_SYMBOL = re.compile(r"[A-Z][a-z]\S*|\S+Rik|mt-\S+")
 _HUMAN_SYMBOL = re.compile(r"[A-Z][A-Z0-9._-]+|[A-Z0-9]+orf\S+")
 _SPECIES_OF_PREFIX = {"ENSG": "human", "ENSMUSG": "mouse"}
@@ -31,7 +32,7 @@ _NAMES_LOOKED_AT = 2000
 
 def ensembl_id(name: str) -> str:
     """Ensembl gene id in a name, without version; empty if there is none."""
-    found = _ENSEMBL_ID.fullmatch(name) if "ENS" in name else None
+    found = (_ID_FIRST.fullmatch(name) or _ENSEMBL_ID.fullmatch(name)) if "ENS" in name else None
     return found[1] if found else ""
 
 
@@ -78,6 +79,8 @@ class Names:
         Ensembl id in each distinct name, or empty.
     species
         See `species_of_most`.
+    text
+        The distinct names, each between line breaks.
     """
 
     source: str
@@ -85,13 +88,24 @@ class Names:
     distinct: np.ndarray
     ids: list[str]
     species: str | None
+    text: str
 
     @classmethod
     def read(cls, source: str, values: pd.Series) -> Names:
         """Read them from an index or a column."""
+        codes, distinct = _factorized(values)
+        ids = [ensembl_id(name) if "ENS" in name else "" for name in distinct]
+        text = "\n" + "\n".join(distinct) + "\n"
+        return cls(source, codes, distinct, ids, species_of_most(distinct, n_rows=len(codes)), text)
+
+
+def _factorized(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of values, and the distinct texts that they stand for."""
+    codes, found = pd.factorize(values)
+    distinct = np.array([str(value).strip() for value in found], dtype=object)
+    if (codes < 0).any() or len(set(distinct)) < len(distinct):  # a missing value, or 1 beside "1"
         codes, distinct = pd.factorize(_text(values))
-        ids = [ensembl_id(name) for name in distinct]
-        return cls(source, codes, distinct, ids, species_of_most(distinct, n_rows=len(codes)))
+    return codes, distinct
 
 
 def _text(values: pd.Series) -> np.ndarray:
