@@ -46,9 +46,9 @@ def gene_match(match: GeneMatch, *, n_lost: int = 5, ax: Axes | None = None) -> 
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
     names = {**{route: route.replace("_", " ") for route in match.routes}, "": "not found"}
-    kinds = {"columns": np.ones(len(match.index))}
+    kinds = {"columns": match.is_gene.astype(float)}
     if match.counts_share is not None and match.gene_counts is not None:
-        kinds["counts"] = match.gene_counts
+        kinds["counts"] = match.gene_counts * match.is_gene
     height = 0.8 / len(kinds)
     for i, (kind, weight) in enumerate(kinds.items()):
         share = [float(weight[match.route == route].sum() / weight.sum()) for route in names]
@@ -60,8 +60,9 @@ def gene_match(match: GeneMatch, *, n_lost: int = 5, ax: Axes | None = None) -> 
     ax.set(xlim=(0, 1.15), title=f"{match.n_matched:,} of {len(match.vocabulary):,} genes of the vocabulary")
     ax.set_xticks(np.linspace(0, 1, 6))
     if lost := [str(name) for name in match.lost_genes(n_lost)["name"]]:
+        n_all = int(((match.index < 0) & match.is_gene).sum())
         most = "lost, most counts first" if "counts" in kinds else "lost"
-        ax.set_xlabel(f"{most}: {', '.join(lost)}{', ...' if (match.index < 0).sum() > n_lost else ''}")
+        ax.set_xlabel(f"{most}: {', '.join(lost)}{', ...' if n_all > n_lost else ''}")
     ax.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return ax
 

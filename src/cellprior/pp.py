@@ -11,6 +11,7 @@ from cellprior._matrix import Matrix, matrix_of, refuse_damaged
 from cellprior._obs import read_presence
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData, Raw
     from mudata import MuData
 
@@ -29,6 +30,9 @@ def recover_counts(
     factor from the smallest value, refines it on all values of the cell, rounds, and checks that every value is
     reproduced to the precision with which it was stored and that no other integer would do as well. A cell whose
     counts are all multiples of one number comes back divided by it, which the values cannot tell.
+
+    Every column is turned back, with the one factor of its cell, so that the result fits the data. Antibodies or peaks
+    that were normalised otherwise than the genes are refused: pass the genes alone then.
 
     Parameters
     ----------
@@ -66,7 +70,7 @@ def recover_counts(
     log = sp.csr_matrix(values[:] if not sp.issparse(values) else values, dtype=np.float64, copy=True)
     log.sum_duplicates()
     log.eliminate_zeros()
-    _check_logarithms(log, where)
+    _check_logarithms(log, where, _genes_alone(adata.var))
     if log.nnz == 0:
         return log.astype(np.float32)
     precision = _stored_precision(log.data, np.dtype(values.dtype))
@@ -83,7 +87,7 @@ def recover_counts(
             f"{where} is not log(1 + counts x factor) with one factor per cell: {n_cells} of {log.shape[0]} cells do "
             f"not come out as integers, the first at cell {cell!r}, gene {gene!r} ({log.data[at]:g}). If the logarithm "
             "is not the natural one, pass base=. Values that were corrected, imputed or normalised per gene cannot be "
-            "turned back; go to the file with the raw counts."
+            "turned back; go to the file with the raw counts." + _genes_alone(adata.var)
         )
         raise ValueError(msg)
     log.data = counts
@@ -167,7 +171,23 @@ def _with_empty_rows(values: Any, row: np.ndarray) -> Any:
     return np.vstack([values, np.zeros((1, values.shape[1]), dtype=values.dtype)])[row]
 
 
-def _check_logarithms(log: sp.csr_matrix, where: str) -> None:
+def _genes_alone(var: pd.DataFrame) -> str:
+    """How to turn back the genes alone, where other features stand beside them; else empty."""
+    from cellprior.genes._kinds import GENE, counted, kinds_by_type, kinds_of
+
+    kinds, by = kinds_of(var), kinds_by_type(var)[1]
+    if (kinds == GENE).all() or not (kinds == GENE).any():
+        return ""
+    others = ", ".join(counted(kinds, kind) for kind in dict.fromkeys(kinds[kinds != GENE].tolist()))
+    genes = (
+        f"adata[:, adata.var[{by!r}] == {str(var.loc[kinds == GENE, by].iloc[0])!r}]"
+        if by
+        else "the genes alone"
+    )
+    return f" The data hold {others}, which are often normalised otherwise than genes: try {genes}."
+
+
+def _check_logarithms(log: sp.csr_matrix, where: str, genes_alone: str = "") -> None:
     """Refuse what cannot be the logarithm of normalised counts."""
     if not np.isfinite(log.data).all():
         msg = f"{where} holds values that are not finite; remove them first."
@@ -175,7 +195,7 @@ def _check_logarithms(log: sp.csr_matrix, where: str) -> None:
     if (log.data < 0).any():
         msg = (
             f"{where} holds negative values: it is scaled, which cannot be undone. If adata.raw holds the "
-            "log-normalised values, use recover_counts(adata.raw)."
+            "log-normalised values, use recover_counts(adata.raw)." + genes_alone
         )
         raise ValueError(msg)
     if log.nnz and (log.data == np.rint(log.data)).all():

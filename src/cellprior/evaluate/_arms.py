@@ -11,8 +11,9 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from cellprior._matrix import matrix_of
 from cellprior.evaluate import _probes as probes
-from cellprior.evaluate._expression import log_normalised, raw_counts
+from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._splits import Split
 from cellprior.evaluate._twin import random_twin, same_weights
 from cellprior.model._base import PretrainedModel
@@ -92,7 +93,10 @@ class Cells:
             return self._named(probes.largest(self.codes, self.train.n_obs + self.test.n_obs))
         if arm == GENES:
             layer = self.model.registry["setup_args"]["layer"]
-            x, y = (log_normalised(raw_counts(cells, layer)) for cells in (self.train, self.test))
+            x, y = (
+                log_normalised(of_genes(raw_counts(cells, layer), matrix_of(cells, layer).var))
+                for cells in (self.train, self.test)
+            )
             return self._named(probes.sparse_on_genes(x, self.codes, sp.vstack([x, y], format="csr")))
         if NETWORKS[arm].trainable is None:
             return self._probed(NETWORKS[arm], embed_options)

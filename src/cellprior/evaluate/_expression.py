@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from cellprior._matrix import matrix_of
+from cellprior.genes._kinds import which_are_genes
 from cellprior.model._data import read_rows
 
 COUNTS_PER_CELL = 1e4
@@ -16,6 +18,12 @@ def raw_counts(adata: ad.AnnData, layer: str | None) -> sp.csr_matrix:
     """Raw counts of ``X``, a layer or ``raw`` ``(cells, genes)``."""
     matrix = matrix_of(adata, layer)
     return read_rows(matrix.x, np.arange(adata.n_obs), where=matrix.where)
+
+
+def of_genes(counts: sp.csr_matrix, var: pd.DataFrame) -> sp.csr_matrix:
+    """Counts of genes, as the models read them, without antibodies and the like; of all features if none is a gene."""
+    genes = which_are_genes(var)
+    return counts if genes.all() else sp.csr_matrix(counts[:, np.flatnonzero(genes)])
 
 
 def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:

@@ -18,9 +18,10 @@ from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
 from cellprior._matrix import matrix_of
-from cellprior.evaluate._expression import log_normalised, raw_counts
+from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split
+from cellprior.genes._kinds import which_are_genes
 from cellprior.model._base import PretrainedModel
 from cellprior.model._data import without_view
 from cellprior.model._masked import MODEL
@@ -173,8 +174,9 @@ class Cells:
                 if has_batch
                 else np.zeros(len(rows), dtype=np.int64)
             )
-        self.obs, self.var = some.obs, matrix_of(some, self.layer).var
-        self.counts = raw_counts(some, self.layer)
+        var = matrix_of(some, self.layer).var
+        self.obs, self.var = some.obs, var[which_are_genes(var)]
+        self.counts = of_genes(raw_counts(some, self.layer), var)
 
     def data(
         self,

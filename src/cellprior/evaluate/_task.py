@@ -20,7 +20,7 @@ from cellprior._matrix import matrix_of
 from cellprior._obs import read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate import _probes as probes
-from cellprior.evaluate._expression import log_normalised
+from cellprior.evaluate._expression import log_normalised, of_genes
 from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
 from cellprior.evaluate._methods import Kind, Method
 from cellprior.evaluate._metrics import knn_predict
@@ -154,7 +154,10 @@ def make_task(
     if batch_key is not None:
         splits = {HELD_OUT: batch_splits(codes, cells.obs[batch_key]), **splits}
         batches = pd.Series(read_names(cells.obs, batch_key))
-    log = log_normalised(counts)
+    expression = of_genes(counts, matrix.var)
+    if others := counts.shape[1] - expression.shape[1]:
+        notes.append(f"{others:,} columns are no genes (antibodies, guides, ...): left out of the baselines.")
+    log = log_normalised(expression)
     task = Task(codes, labels, batches, log, [], splits, notes)
     shared = [methods.pca("PCA", log), methods.variable_genes(log)]
     for name, given in wanted.items():
@@ -167,7 +170,7 @@ def make_task(
             record = adata.uns.get("cellprior", {}).get(given) if isinstance(given, str) else None
             shared += _twin_of_record(task, cells, name, record)
     if scvi_epochs is not None:
-        shared.append(methods.scvi(counts, batches, scvi_epochs))
+        shared.append(methods.scvi(expression, batches, scvi_epochs))
     task.methods += [*shared, methods.random_numbers(task.n_obs)]
     return task
 

@@ -32,8 +32,8 @@ class GeneMatch:
         One name per vocabulary gene: its symbol, or its Ensembl id if it has none.
     route
         How each column was matched, shape `(n_vars,)`: "ensembl_id" or "symbol" (same on both sides),
-        "retired_symbol", "retired_id", "symbol_to_id", "id_to_symbol", "punctuation" (a symbol written with other signs, such as
-        `HLA.DRA`), or "" if it was not.
+        "retired_symbol", "retired_id", "symbol_to_id", "id_to_symbol", "punctuation" (a symbol
+        with other signs in it, such as `HLA.DRA`), or "" if it was not.
     var_names
         Index of `var`.
     gene_counts

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cellprior import genes as gene_matching
 from cellprior._matrix import matrix_of, totals
+from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._annotation import AnnotatingModel
 from cellprior.model._cluster import Blocks, embed_unit
@@ -69,7 +70,8 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
                 msg = "A model without data needs its vocabulary: pass genes=."
                 raise ValueError(msg)
             var = self.adata_manager.counts.var
-            genes = distinct(read_vocabulary(list(var.index if gene_key is None else var[gene_key])))
+            names = (var.index if gene_key is None else var[gene_key])[which_are_genes(var)]
+            genes = distinct(read_vocabulary(list(names)))
         self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
         self.gene_match: gene_matching.GeneMatch | None = (

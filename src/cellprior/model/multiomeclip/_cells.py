@@ -18,11 +18,13 @@ from cellprior._matrix import RAW, Matrix, is_raw, matrix_of, refuse_damaged
 from cellprior._obs import read_names, read_presence, warn_of_unlabeled
 from cellprior.genes import GeneMatch, PeakMatch
 from cellprior.genes._intervals import are_peaks, read_peaks
+from cellprior.genes._kinds import GENE, PEAK, kinds_by_type, kinds_of, which_are_genes
 from cellprior.genes._table import ensembl_id
 from cellprior.model._data import CountsField, check_counts, read_rows, select_columns
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.pp import presence_column
 
+ENOUGH = 20  # features of a modality, as matching asks for; fewer are strays
 FEATURE = {"rna": "gene", "atac": "peak"}
 
 
@@ -83,7 +85,7 @@ def cells_of(
     Parameters
     ----------
     data
-        MuData with one or both modalities, or AnnData with genes or with peaks.
+        MuData with one or both modalities, or AnnData with genes, with peaks, or with both.
     setup_args
         ``modalities``, ``rna_layer``, ``atac_layer`` of the setup.
     genes
@@ -107,7 +109,8 @@ def cells_of(
             raise ValueError(msg)
         say_what_is_left_out(data, keys)
     elif isinstance(data, ad.AnnData):
-        found = {_modality_of(data.var, genes): data}
+        # columns of both are told apart when they are matched
+        found = dict.fromkeys(_modalities_of(data.var, genes), data)
     else:
         msg = f"A MuData or an AnnData is needed, found a {type(data).__name__}."
         raise TypeError(msg)
@@ -220,7 +223,7 @@ def refuse_swapped(adata: ad.AnnData, modality: Modality, key: str) -> None:
     ValueError
         With the first names.
     """
-    if modality == "rna" and are_peaks(adata.var_names):
+    if modality == "rna" and (kinds_of(adata.var) != GENE).all() and are_peaks(adata.var_names):
         msg = (
             f"{key!r} should hold genes and holds peaks ({', '.join(adata.var_names[:2])}). Are the modalities "
             'swapped? Name them: setup_mudata(mdata, modalities={"rna": ..., "atac": ...}).'
@@ -230,6 +233,9 @@ def refuse_swapped(adata: ad.AnnData, modality: Modality, key: str) -> None:
 
 def peak_names(var: pd.DataFrame) -> list[str]:
     """Names of peaks that say where they lie: the index, or columns with chromosome, start and end."""
+    kinds, _ = kinds_by_type(var)
+    if (kinds == PEAK).any():  # genes may stand beside them
+        var = var[kinds == PEAK]
     if are_peaks(var.index) or not _has_intervals(var):
         return list(var.index)
     peaks = read_peaks(var)
@@ -243,14 +249,39 @@ def genomic_order(names: list[str]) -> np.ndarray:
     return np.lexsort((peaks.start, peaks.chromosome.astype(str), number))
 
 
-def _modality_of(var: pd.DataFrame, genes: pd.DataFrame | None) -> Modality:
-    """Whether features are genes or peaks, by their names, or else by columns with intervals."""
-    if are_peaks(var.index):
-        return "atac"
+def _modalities_of(var: pd.DataFrame, genes: pd.DataFrame | None) -> list[Modality]:
+    """Whether features are genes, peaks or some of both: as `var` says, by their names, or by columns with places."""
+    kinds, by = kinds_by_type(var)
+    if by:
+        kind_of: dict[Modality, str] = {"rna": GENE, "atac": PEAK}
+        said: list[Modality] = [name for name in MODALITIES if (kinds == kind_of[name]).any()]
+        if said:
+            return said
+    kinds = kinds_of(var)
     known = set() if genes is None else {*genes["symbol"], *genes["ensembl_id"]} - {""}
-    if any(name in known or ensembl_id(name) for name in var.index.astype(str)):
-        return "rna"
-    return "atac" if _has_intervals(var) else "rna"
+    others = var.index[kinds == GENE].astype(str)
+    n_genes = sum(name in known or bool(ensembl_id(name)) for name in others)
+    n_peaks = int((kinds == PEAK).sum())
+    if min(n_genes, n_peaks) >= ENOUGH:
+        return ["rna", "atac"]
+    if n_peaks > n_genes:
+        return ["atac"]
+    return ["rna"] if n_genes or not _has_intervals(var) else ["atac"]
+
+
+def features_of(cells: Cells, modality: Modality) -> tuple[np.ndarray, pd.Index]:
+    """Columns of the counts that are the genes, or the peaks, of a modality ``(n_features,)``, and their names."""
+    adata = cells.data[modality]
+    var = matrix_of(adata, cells.layers[modality]).var
+    kinds, by = kinds_by_type(var)
+    if modality == "rna":
+        chosen = which_are_genes(var)
+    elif by:
+        chosen = (kinds == PEAK) | (kinds == "")
+    else:  # of one table with both, the places are the peaks
+        chosen = (kinds_of(var) == PEAK) | (cells.data.get("rna") is not adata)
+    found = np.flatnonzero(chosen if chosen.any() else np.ones(len(chosen), dtype=bool))
+    return found, var.index[found]
 
 
 def _has_intervals(var: pd.DataFrame) -> bool:

@@ -14,10 +14,12 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManagerValidationCheck
 
+from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._data import CountsManager, row_numbers
 from cellprior.model._genes import distinct
 from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
+from cellprior.model.multiomeclip._barcodes import differ_by_suffix
 from cellprior.model.multiomeclip._cells import (
     Cells,
     ModalityField,
@@ -113,7 +115,8 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
         if adata is not None:
             cells = cells_of(adata, self.registry["setup_args"])
             if genes is None:
-                genes = distinct(read_vocabulary(list(cells.data["rna"].var_names)))
+                rna = cells.data["rna"]
+                genes = distinct(read_vocabulary(list(rna.var_names[which_are_genes(rna.var)])))
             peaks = peak_names(cells.data["atac"].var) if peaks is None else peaks
         self.genes, self.peaks = read_vocabulary(genes), list(peaks or ())
         self.min_coverage = min_coverage
@@ -212,7 +215,8 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
                 f"No cell has both modalities: {keys['rna']!r} has barcodes such as {rna}, {keys['atac']!r} such as "
                 f"{atac}. Give the two libraries of a cell the same barcode."
             )
-            raise ValueError(msg)
+            said = differ_by_suffix(*(mdata.mod[keys[name]].obs_names for name in MODALITIES))
+            raise ValueError(f"{msg} {said}" if said else msg)
         for key in (batch_key, labels_key):
             if "source_registry" not in kwargs:
                 codes_of(mdata.obs, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeAlias
 
 import anndata as ad
@@ -12,9 +13,10 @@ from scvi.model.base import BaseModelClass
 
 from cellprior import genes as matching
 from cellprior._matrix import matrix_of, totals
+from cellprior.model.multiomeclip._barcodes import differ_by_suffix
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of
 from cellprior.model.multiomeclip._embedding import Encoder
-from cellprior.model.multiomeclip._module import Modality
+from cellprior.model.multiomeclip._module import MODALITIES, Modality
 
 Data: TypeAlias = MuData | ad.AnnData
 Features: TypeAlias = matching.GeneMatch | matching.PeakMatch
@@ -66,7 +68,12 @@ class ReadingModel(Encoder, BaseModelClass):
         if data is None:
             msg = "The model was loaded without data: pass adata=."
             raise ValueError(msg)
-        return cells_of(data, self.registry["setup_args"], genes=self.genes)
+        cells = cells_of(data, self.registry["setup_args"], genes=self.genes)
+        if len(cells.data) == 2 and (
+            said := differ_by_suffix(*(cells.data[name].obs_names for name in MODALITIES))
+        ):
+            warnings.warn(said, UserWarning, stacklevel=3)
+        return cells
 
     def _counts(self, adata: Data | None, cells: Cells) -> dict[Modality, CountsOf]:
         attached = adata is None or adata is self.adata

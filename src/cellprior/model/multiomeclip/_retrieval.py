@@ -15,7 +15,7 @@ from cellprior._obs import read_names
 from cellprior.model._data import check_whole, csr_tensor, read_rows
 from cellprior.model._holdout import recalled
 from cellprior.model._rejection import Calibration, check_reject, explain_unknown, find_limits
-from cellprior.model.multiomeclip._cells import Cells, codes_of, counts_matrix
+from cellprior.model.multiomeclip._cells import Cells, codes_of, counts_matrix, features_of
 from cellprior.model.multiomeclip._inputs import log_share, open_peaks
 from cellprior.model.multiomeclip._matching import Method, nearest, pairs
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
@@ -259,11 +259,13 @@ class RetrievalModel(ReadingModel):
         )
         adata = cells.data[target]
         counts = read_rows(counts_matrix(adata, cells.layers[target]), cells.rows[target][rows[used]])
+        features, names = features_of(cells, target)
+        counts = counts if len(features) == counts.shape[1] else sp.csr_matrix(counts[:, features])
         tensor = csr_tensor(counts)
         values = log_share(tensor) if target == "rna" else open_peaks(tensor)
         scaled = sp.csr_matrix((values.values().numpy(), counts.indices, counts.indptr), shape=counts.shape)
         obs = pd.DataFrame(index=asked.obs.index[asked_rows])
-        return ad.AnnData(weight @ scaled, obs=obs, var=pd.DataFrame(index=adata.var_names))
+        return ad.AnnData(weight @ scaled, obs=obs, var=pd.DataFrame(index=names))
 
     @torch.inference_mode()
     def _latents(self, adata: Data | None, modality: Modality) -> tuple[Cells, np.ndarray, np.ndarray]:
