@@ -578,7 +578,11 @@ def test_labels_that_cannot_be_learned_are_refused(weights, adata):
     for key, error, message in (
         ("one", ValueError, "holds only 'T'; at least two"),
         ("none", ValueError, "only 'unknown', which stands for no label"),
-        ("holes", ValueError, "NaN for 1 cells, the first 'cell 5'"),
+        (
+            "holes",
+            ValueError,
+            r"missing \(NaN\) in 1 of 120 cells, the first 'cell 5'.*'unknown' \(unlabeled_category\)",
+        ),
         ("typo", KeyError, "'typo' not found"),
     ):
         with pytest.raises(error, match=message):

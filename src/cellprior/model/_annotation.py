@@ -235,7 +235,7 @@ class AnnotatingModel(BaseModelClass):
             key,
             advice=f"Call the cells without a label {unknown!r} (unlabeled_category), or leave them out.",
         )
-        labels, n_cells = np.unique(names[names != unknown].astype(str), return_counts=True)
+        labels, n_cells = np.unique(names[names != unknown], return_counts=True)
         if len(labels) < 2:
             found = f"only {labels[0]!r}" if len(labels) else f"only {unknown!r}, which stands for no label"
             msg = f"adata.obs[{key!r}] holds {found}; at least two labels are needed to tell apart."

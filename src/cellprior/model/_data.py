@@ -320,13 +320,16 @@ def _no_counts(values: np.ndarray) -> np.ndarray:
 def _way_out(adata: Any, layer: str | None, argument: str) -> str:
     """Where the counts are instead, or where they could come from."""
     layers = [name for name in adata.layers if name is not None and name != layer]
+    recover = (
+        "Else cellprior.pp.recover_counts makes counts of log-normalised values, where that is possible."
+    )
     if isinstance(adata, ad.AnnData):
         for other in [*layers, *(["raw"] if adata.raw is not None and "raw" not in layers else []), None]:
             if other != layer and _seem_counts(adata, other):
                 if other is None:
-                    return f"X holds raw counts: leave out {argument}={layer!r}."
+                    return f"X holds raw counts: leave out {argument}={layer!r}. {recover}"
                 place = "adata.raw" if is_raw(adata, other) else f"layers[{other!r}]"
-                return f"{place} holds raw counts, name it: {argument}={other!r} (now {argument}={layer!r})."
+                return f"{place} holds raw counts, name it: {argument}={other!r} (now {argument}={layer!r}). {recover}"
     named = f"{argument}={layers[0]!r}" if layers else f"{argument}=..."
     advice = f"name it: {named}" if layers else f"put them in a layer and name it: {named}"
     return (
