@@ -217,7 +217,7 @@ def _annotate(args: argparse.Namespace) -> None:
     _refuse_no_folder(args.output)
     adata: Any = _read(args.input)
     reference: Any = None if args.reference is None else _read(args.reference)
-    names = ("layer", "gene_key", "batch_key", "reject", "key_added", "device", "save")
+    names = ("layer", "gene_key", "batch_key", "reject", "key_added", "device", "save", "known_hash")
     options = {name: getattr(args, name) for name in names}
     for name in ("trainable", "max_epochs"):  # the defaults are those of fine_tune
         if (value := getattr(args, name)) is not None:
