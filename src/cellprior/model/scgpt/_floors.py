@@ -9,6 +9,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 
 PRIOR = 1.0  # cells of the average gene that each gene is mixed with
+SLOPE_PRIOR = 20.0  # and for how its bin changes with depth, which few cells do not tell
 
 
 class BinFloors(nn.Module):
@@ -24,8 +25,8 @@ class BinFloors(nn.Module):
     ``gene_mean_at_depth``
         The least-squares line of the gene's bin against d: how its mean bin changes with the depth of a cell.
 
-    Each gene's sums are mixed with one cell of the average gene, so that a gene that no training cell expresses has
-    the mean of all.
+    Each gene's mean is mixed with one cell of the average gene, so that a gene that no training cell expresses has
+    the mean of all; and its slope with twenty cells of the slope within genes.
 
     Parameters
     ----------
@@ -94,9 +95,20 @@ class BinFloors(nn.Module):
         n, b, d, dd, bd = sums[:, gene] + PRIOR * average[:, None]
         n = n.clamp(min=1e-6)
         mean, at = b / n, d / n
-        slope = (bd / n - mean * at) / (dd / n - at * at).clamp(min=1e-3)
+        common, spread = self._common_slope(int(with_zeros))
+        covariance, variance = bd - n * mean * at, (dd - n * at * at).clamp(min=0.0)
+        slope = (covariance + SLOPE_PRIOR * spread * common) / (variance + SLOPE_PRIOR * spread).clamp(
+            min=1e-6
+        )
         at_depth = (mean + slope * (depth - at)).clamp(min=0.0 if with_zeros else 1.0)
         return {"zero": torch.zeros_like(mean), "gene_mean": mean, "gene_mean_at_depth": at_depth}
+
+    def _common_slope(self, i: int) -> tuple[Tensor, Tensor]:
+        """Slope against depth within genes, of all genes together, and the variance of depth that it is from."""
+        n, b, d, dd, bd = self.sums[i]
+        n = n.clamp(min=1e-6)
+        covariance, variance = (bd - b * d / n).sum(), (dd - d * d / n).sum().clamp(min=1e-6)
+        return covariance / variance, variance / n.sum()
 
     def rate(self, gene: Tensor) -> Tensor:
         """Share of the cells that express a gene ``(places,)``."""
