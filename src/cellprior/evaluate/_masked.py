@@ -62,6 +62,13 @@ def masked_prediction(
     ``rate_and_depth``
         A Poisson count of the gene's rate at the cell's depth that is not in bin 0.
 
+    Of ScGPT, the bins of expressed genes as numbers; ``squared_error``:
+
+    ``zero``, ``gene_mean``
+        0, and the gene's mean bin.
+    ``gene_mean_at_depth``
+        The line of the gene's bin against the logarithm of how many genes a cell expresses.
+
     Of CellPLM, the counts of genes, expressed or not; ``negative_binomial`` and ``poisson`` loss (nats per gene). The
     decoder gets the covariates of pretraining that fit the training cells best:
 
@@ -77,7 +84,7 @@ def masked_prediction(
     adata
         Data, by default the attached. Its genes are matched by name.
     mask_shares
-        Of a cell's genes that are hidden: of the expressed ones (ScBERT), of all (CellPLM, where it is the most
+        Of a cell's genes that are hidden: of the expressed ones (ScBERT, ScGPT), of all (CellPLM, where it is the most
         frequent share, and a quarter of the cells hides none).
     seeds
         Splits into training and test cells, each with masks of its own.

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 N_BINS = 51  # bin 0, and 50 of counts above 0
 MASK, PAD = -1, -2  # what stands for a hidden bin, and for none
@@ -37,6 +39,25 @@ class TokenArrays(NamedTuple):
     gene: np.ndarray  # vocabulary row; then come the padding and the class token, int64   (cells, width)
     value: np.ndarray  # bin, ``MASK`` or ``PAD``, int64                                   (cells, width)
     length: np.ndarray  # tokens of each cell, int64                                       (cells,)
+
+
+def entries_of(counts: Tensor, gene_index: Tensor | None) -> Counts:
+    """Counts above 0 of a matrix ``(cells, genes)``, dense or CSR, by vocabulary row."""
+    if counts.layout is torch.strided:
+        counts = counts.cpu()
+        row, column = counts.nonzero(as_tuple=True)
+        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), (counts != 0).sum(1).cumsum(0)])
+        gene, value = column.numpy(), counts[row, column].numpy()
+    else:
+        indptr = counts.crow_indices().cpu().long()
+        gene, value = counts.col_indices().cpu().long().numpy(), counts.values().cpu().numpy()
+        if not value.all():  # zeros that were stored
+            stored = value != 0
+            indptr = torch.from_numpy(np.concatenate([[0], np.cumsum(stored)]))[indptr]
+            gene, value = gene[stored], value[stored]
+    if gene_index is not None:
+        gene = gene_index.cpu().long().numpy()[gene]
+    return Counts(indptr.numpy(), gene, value)
 
 
 def bin_bounds(counts: Counts, n_bins: int = N_BINS) -> tuple[np.ndarray, np.ndarray]:

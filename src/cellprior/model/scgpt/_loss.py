@@ -96,17 +96,10 @@ def cell_losses(
     counts = batch[REGISTRY_KEYS.X_KEY]
     code = batch[REGISTRY_KEYS.BATCH_KEY].flatten().long() if REGISTRY_KEYS.BATCH_KEY in batch else None
     refuse_without_batches(module, code, dab_weight)
-    rng = np.random.default_rng(rng_seed)
     every = module.tokens(counts)
-    known = measured[int(code[0]) if code is not None and len(measured) > 1 else 0]
-    arrays = TokenArrays(every.gene.cpu().numpy(), every.value.cpu().numpy(), every.length.numpy())
-    if with_zeros:
-        arrays = with_silent_genes(arrays, known.nonzero()[:, 0].cpu().numpy(), module.n_genes)
-    if max_genes is not None:
-        arrays = sample_tokens(arrays, max_genes, rng)
-    hidden = torch.from_numpy(sample_mask(arrays.value, mask_rate, rng)).to(module.device)
-    gene, target, length = (torch.from_numpy(part) for part in arrays)
-    tokens = type(every)(gene.to(module.device), target.to(module.device), length)
+    known = measured[int(code[0]) if code is not None and len(measured) > 1 else 0] if with_zeros else None
+    rng = np.random.default_rng(rng_seed)
+    tokens, hidden = drawn(module, every, rng, mask_rate=mask_rate, max_genes=max_genes, silent=known)
 
     read = read_cells(module, tokens, hidden, code)
     parts = masked_losses(read, tokens.value, hidden)
@@ -138,6 +131,39 @@ def cell_losses(
         parts["dab_chance"] = floor.surprise_of_batch(int(code[0])).to(loss.device)
         loss = loss + dab_weight * parts["dab"]
     return {"loss": loss, **parts}
+
+
+def drawn(
+    module: ScGPTModule,
+    tokens: Tokens,
+    rng: np.random.Generator,
+    *,
+    mask_rate: float,
+    max_genes: int | None,
+    silent: Tensor | None,
+) -> tuple[Tokens, Tensor]:
+    """The tokens of one step, and which of their bins are hidden ``(cells, width)``.
+
+    Parameters
+    ----------
+    tokens
+        Of all expressed genes.
+    rng
+        Draws.
+    mask_rate, max_genes
+        See :func:`cell_losses`.
+    silent
+        Genes that get a token of bin 0 where they are not expressed ``(n_genes,)``; ``None`` for none.
+    """
+    arrays = TokenArrays(tokens.gene.cpu().numpy(), tokens.value.cpu().numpy(), tokens.length.numpy())
+    if silent is not None:
+        arrays = with_silent_genes(arrays, silent.nonzero()[:, 0].cpu().numpy(), module.n_genes)
+    if max_genes is not None:
+        arrays = sample_tokens(arrays, max_genes, rng)
+    hidden = torch.from_numpy(sample_mask(arrays.value, mask_rate, rng))
+    gene, value, length = (torch.from_numpy(part) for part in arrays)
+    device = tokens.gene.device
+    return type(tokens)(gene.to(device), value.to(device), length), hidden.to(device)
 
 
 def refuse_without_batches(module: ScGPTModule, code: Tensor | None, dab_weight: float) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cellprior.model._arguments import flag, one_of, positive, share, whole
 from cellprior.model._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
-from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Counts, Ties, tokenize
+from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, entries_of, tokenize
 from cellprior.model.scgpt._loss import cell_losses
 
 # tokens that go through together: what keeps the processor busy, and little more
@@ -480,25 +480,6 @@ class ScGPTModule(BaseModuleClass):
             msg = f"The decoders of this network are told the batch: give batch, numbers below {self.n_batches}."
             raise ValueError(msg)
         return self.batch_encoder(batch)
-
-
-def entries_of(counts: Tensor, gene_index: Tensor | None) -> Counts:
-    """Counts above 0 of a matrix ``(cells, genes)``, dense or CSR, by vocabulary row."""
-    if counts.layout is torch.strided:
-        counts = counts.cpu()
-        row, column = counts.nonzero(as_tuple=True)
-        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), (counts != 0).sum(1).cumsum(0)])
-        gene, value = column.numpy(), counts[row, column].numpy()
-    else:
-        indptr = counts.crow_indices().cpu().long()
-        gene, value = counts.col_indices().cpu().long().numpy(), counts.values().cpu().numpy()
-        if not value.all():  # zeros that were stored
-            stored = value != 0
-            indptr = torch.from_numpy(stored.cumsum()).new_tensor([0, *stored.cumsum()])[indptr]
-            gene, value = gene[stored], value[stored]
-    if gene_index is not None:
-        gene = gene_index.cpu().long().numpy()[gene]
-    return Counts(indptr.numpy(), gene, value)
 
 
 class GeneEncoder(nn.Module):
