@@ -1,6 +1,6 @@
 """Speed, memory and closeness of ScGPT at the size of the released model, with random weights.
 
-    python benchmarks/scgpt.py [--data pbmc3k.h5ad] [--cells 24] [--threads 1]
+    python benchmarks/scgpt.py [--data pbmc3k.h5ad] [--cells 24] [--threads 1] [--bfloat16]
 
 Each row of the first table is a process of its own, so that peak memory is its own too. "original's way" is written
 here, from the model's formulas: PyTorch's own encoder layers, whose fused kernels run where there are no gradients;
@@ -115,13 +115,12 @@ def memory_mb(which: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def run(args: argparse.Namespace) -> dict[str, float]:
-    """One row; writes the embedding to ``args.out``."""
+def run(args: argparse.Namespace, way: str, n_tokens: str, out: Path) -> None:
+    """One row; writes it, and the embedding."""
     import numpy as np
     import torch
 
     torch.set_num_threads(args.threads)
-    way, n_tokens = args.variant.split("/")
     module = full_size()
     tokens = tokens_of(module, args, n_tokens)
     if way == "floor":
@@ -144,13 +143,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             wall = min(wall, time.perf_counter() - start)
             cpu = min(cpu, time.process_time() - cpu_start)
     if way != "floor":
-        np.save(args.out, latent.float().numpy())
-    return {
+        np.save(out.with_suffix(".npy"), latent.float().numpy())
+    row = {
         "cells/s": args.cells / wall,
         "CPU s/cell": cpu / args.cells,
         "peak MB": memory_mb("VmHWM"),
         "added MB": memory_mb("VmHWM") - before,
     }
+    out.with_suffix(".json").write_text(json.dumps(row))
 
 
 def cosines(x, y) -> dict[str, float]:
@@ -176,6 +176,7 @@ def deviations(args: argparse.Namespace):
     import torch
 
     torch.set_num_threads(args.threads)
+    args.cells = args.deviation_cells
     module = full_size()
     found = {}
     with torch.inference_mode():
@@ -207,13 +208,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-genes", type=int, nargs="+", default=[250, 500, 1_199])
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
+    parser.add_argument("--deviation-cells", type=int, default=24)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="a row more; slow without the instructions for it"
+    )
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.variant:
-        print(json.dumps(run(args)))
+    if args.row:
+        way, n_tokens, out = args.row
+        run(args, way, n_tokens, Path(out))
         return
-
     import numpy as np
     import pandas as pd
 
@@ -221,22 +225,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for n_tokens in ["600", "1200", *(["real"] if args.data else [])]:
             latents = {}
-            for way in (*WAYS, "floor"):
-                out = str(Path(folder) / "latent.npy")
-                command = [
-                    sys.executable,
-                    __file__,
-                    *sys.argv[1:],
-                    "--variant",
-                    f"{way}/{n_tokens}",
-                    "--out",
-                    out,
-                ]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                row = rows[n_tokens, way] = json.loads(output.splitlines()[-1])
+            for way in (*WAYS[: 3 if args.bfloat16 else 2], "floor"):
+                out = Path(folder) / "row"
+                command = [sys.executable, __file__, *sys.argv[1:], "--row", way, n_tokens, str(out)]
+                subprocess.run(command, check=True)
+                row = rows[n_tokens, way] = json.loads(out.with_suffix(".json").read_text())
                 row["times original's"] = rows[n_tokens, WAYS[0]]["CPU s/cell"] / row["CPU s/cell"]
                 if way != "floor":
-                    latents[way] = np.load(out)
+                    latents[way] = np.load(out.with_suffix(".npy"))
                     row["largest difference"] = float(np.abs(latents[way] - latents[WAYS[0]]).max())
     table = pd.DataFrame.from_dict(rows, orient="index")
     print(f"{args.cells} cells, 12 layers, {args.threads} threads, random weights")
