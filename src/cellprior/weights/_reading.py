@@ -128,7 +128,7 @@ def model_of(folder: Path) -> str | None:
     content = _json(path)
     if isinstance(content, dict) and not {"model", "format_version"} & content.keys():
         return None
-    return str(read_config(folder).get("model", ""))
+    return str(content.get("model", "")) if isinstance(content, dict) else ""
 
 
 def check_genes(genes: pd.DataFrame, source: object) -> None:
