@@ -183,7 +183,7 @@ def test_annotate_writes_names_and_says_how_many_cells_have_each(reference, quer
     assert f"obs['{KEY}'], 200 cells" in printed
     for name, n in named.obs[KEY].value_counts().items():
         assert f"{name:40} {n:8,}" in printed
-    assert main(["annotate", *paths, "--weights", taught, "--key-added", "again"]) == 0
+    assert main(["annotate", *paths, "--weights", taught, "--key-added", "again", "--overwrite"]) == 0
     np.testing.assert_array_equal(ad.read_h5ad(paths[1]).obs["again"], named.obs[KEY])
 
 

@@ -184,7 +184,7 @@ def test_when_writing_fails_the_old_output_is_kept(counts, tmp_path, monkeypatch
         raise OSError(msg)
 
     monkeypatch.setattr(AnnData, "write_h5ad", fails)
-    assert main(["embed", str(counts), str(output), "--weights", STARTER]) == 1
+    assert main(["embed", str(counts), str(output), "--weights", STARTER, "--overwrite"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert output.read_text() == "the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.h5ad", "out.h5ad"]

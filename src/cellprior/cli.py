@@ -3,26 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cellprior._terminal import Signals, complain, say, warnings_in_words
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
 
+# whose messages are written for users; of others, the name says something too
+IN_WORDS = (ValueError, KeyError, OSError, RuntimeError, TypeError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 1 with a message on stderr."""
+    """Run a command and return its exit code.
+
+    0; or 1 with a message on stderr; or, if it was stopped, 128 and the number of the signal: 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.stderr.write(f"cellprior {args.command}: {message}\n")
-        return 1
+    name = f"cellprior {args.command}"
+    with warnings_in_words(name), Signals() as signals:
+        try:
+            args.run(args)
+        except BaseException as error:
+            if signals.caught is not None:  # whatever became of the exception on its way
+                how = "interrupted" if signals.caught == signal.SIGINT else "asked to end"
+                complain(f"{name}: {how}; {_way_on(args, argv)}")
+                return 128 + signals.caught
+            if getattr(args, "debug", False) or not isinstance(error, Exception):
+                raise
+            complain(f"{name}: {_in_words(error)}")
+            return 1
     return 0
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    if isinstance(error, IN_WORDS) and str(error):
+        return str(error)
+    what = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+    return f"{what}{f': {error}' if str(error) else ''} (--debug shows where)"
+
+
+def _way_on(args: argparse.Namespace, argv: Sequence[str]) -> str:
+    """What is kept of a command that was stopped, and how to go on."""
+    command = shlex.join(["cellprior", *argv])
+    if args.command == "embed" and _streams(args.output):
+        part = Path(f"{os.path.realpath(args.output)}.part")
+        if (part / "state.json").exists():
+            command = shlex.join(["cellprior", *(word for word in argv if word != "--overwrite")])
+            return f"the same command goes on from there, and what is done is kept in {part.name}: {command}"
+    if args.command == "annotate" and args.reference and args.save and (args.save / "config.json").exists():
+        return (
+            f"what was learned is kept: cellprior annotate {args.input} {args.output} --weights {args.save}"
+        )
+    if args.command == "download":
+        return f"the same command goes on, and files that are whole are kept: {command}"
+    return f"nothing was written, and the same command begins anew: {command}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--key-added", help="key in obsm (default: the model's, such as X_cellplm)")
     command.add_argument("--batch-size", type=int, help="cells in memory at a time; never changes the result")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    command.add_argument("--overwrite", action="store_true", help="replace another embedding in <name>.zarr")
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is at the output, and begin anew; an output that is the input needs no leave",
+    )
     command.add_argument(
         "--hidden", default="memory", help="to stream CellPLM: folder for hidden states (default: memory)"
     )
@@ -107,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--key-added", help="column of obs (default: the model's, such as cellplm_label)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     command.add_argument("--save", type=Path, help="folder for the weights that have learned the labels")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the output, if it is not the input"
+    )
     command.set_defaults(run=_annotate)
 
     command = commands.add_parser(
@@ -154,36 +208,41 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path(), help="folder to write to (default: the current one)"
     )
     command.set_defaults(run=_demo)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--debug", action="store_true", help="show where in the code an error comes from"
+        )
     return parser
 
 
 def _list(args: argparse.Namespace) -> None:
     from cellprior import weights
 
-    sys.stdout.write(weights.available().to_string() + "\n")
+    say(weights.available().to_string() + "\n")
 
 
 def _card(args: argparse.Namespace) -> None:
     from cellprior import weights
 
-    sys.stdout.write(f"{weights.card(args.name)}\n")
+    say(f"{weights.card(args.name)}\n")
 
 
 def _download(args: argparse.Namespace) -> None:
     from cellprior import weights
 
     for name in args.name:
-        sys.stdout.write(f"{name}: {weights.fetch(name)}\n")
+        say(f"{name}: {weights.fetch(name)}\n")
 
 
 def _embed(args: argparse.Namespace) -> None:
     from cellprior import tl
 
-    is_mudata, streams = args.input.suffix == ".h5mu", args.output.suffix == ".zarr"
+    is_mudata, streams = args.input.suffix == ".h5mu", _streams(args.output)
     if not streams and is_mudata != (args.output.suffix == ".h5mu"):
         msg = f"{args.input.name} and {args.output.name} are of different kinds: both .h5mu, or neither, is needed."
         raise ValueError(msg)
-    _refuse_no_folder(args.output)
+    if not streams:
+        _refuse_output(args)
     names = ("gene_key", "batch_key", "key_added", "batch_size", "device", "known_hash")
     options = {name: getattr(args, name) for name in names}
     options["layer"] = _by_modality(args.layer) if is_mudata else args.layer
@@ -191,11 +250,12 @@ def _embed(args: argparse.Namespace) -> None:
     if streams:
         options |= {"overwrite": args.overwrite, "hidden": args.hidden}
         tl.embed(args.input, args.weights, out=args.output, **options)
-        sys.stdout.write(f"{args.output}: complete\n")
+        say(f"{args.output}: complete\n")
         return
     data = _read(args.input)
+    _refuse_full(data, args.output)
     tl.embed(data, args.weights, **options)
-    _write(data, args.output)
+    _write(data, args.output, replace=_may_replace(args))
     key, record = next(reversed(data.uns["cellprior"].items()))
     used = "".join(
         f", {record[share]:.1%} of the counts{of} used"
@@ -206,16 +266,15 @@ def _embed(args: argparse.Namespace) -> None:
         )
         if share in record
     )
-    sys.stdout.write(
-        f"{args.output}: obsm[{key!r}], {data.n_obs:,} cells x {data.obsm[key].shape[1]}{used}\n"
-    )
+    say(f"{args.output}: obsm[{key!r}], {data.n_obs:,} cells x {data.obsm[key].shape[1]}{used}\n")
 
 
 def _annotate(args: argparse.Namespace) -> None:
     from cellprior import tl
 
-    _refuse_no_folder(args.output)
+    _refuse_output(args)
     adata: Any = _read(args.input)
+    _refuse_full(adata, args.output)
     reference: Any = None if args.reference is None else _read(args.reference)
     names = ("layer", "gene_key", "batch_key", "reject", "key_added", "device", "save", "known_hash")
     options = {name: getattr(args, name) for name in names}
@@ -225,23 +284,52 @@ def _annotate(args: argparse.Namespace) -> None:
     if args.unlabeled is not None:
         options["unlabeled_category"] = args.unlabeled
     tl.annotate(adata, args.weights, reference, args.labels, **options)
-    _write(adata, args.output)
+    _write(adata, args.output, replace=_may_replace(args))
     key = next(reversed(adata.uns["cellprior"]))
     counts = adata.obs[key].value_counts()
     shown = "\n".join(f"{name:40} {n:8,}" for name, n in counts.items() if n)
-    sys.stdout.write(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
+    say(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
     if reasons := adata.uns["cellprior"][key].get("unknown"):
-        sys.stdout.write(
+        say(
             f"unknown: {reasons['too_far']:,} too far from every type, {reasons['too_uncertain']:,} too uncertain; "
             f"obs[{key + '_best_guess'!r}] has the best guess for each cell\n"
         )
 
 
-def _refuse_no_folder(path: Path) -> None:
-    """Before anything is computed."""
-    if not path.parent.is_dir():
-        msg = f"there is no folder {path.parent} to write {path.name} into."
+def _streams(output: Path) -> bool:
+    return output.suffix == ".zarr"
+
+
+def _may_replace(args: argparse.Namespace) -> bool:
+    return args.overwrite or (args.output.exists() and args.output.samefile(args.input))
+
+
+def _refuse_output(args: argparse.Namespace) -> None:
+    """Before anything is read or computed: refuse a file that cannot be written, or may not be replaced."""
+    from cellprior.model._files import refuse_unwritable, target
+
+    output = target(args.output)
+    if output.is_dir():
+        msg = f"{args.output} is a folder: name a file to write, such as {args.output / args.input.name}."
         raise ValueError(msg)
+    if not args.input.exists():  # which is told when it is read
+        return
+    if output.exists() and not _may_replace(args):
+        msg = f"{args.output} is there already: --overwrite replaces it, or choose another name."
+        raise FileExistsError(msg)
+    refuse_unwritable(output.parent)
+
+
+def _refuse_full(data: AnnData | MuData, output: Path) -> None:
+    """Refuse to compute what will not fit: the matrices, which are most of a file and are not compressed."""
+    from anndata import AnnData
+
+    from cellprior.model._files import refuse_full, target
+
+    parts: Any = [data] if isinstance(data, AnnData) else data.mod.values()
+    matrices = [x for part in parts for x in (part.X, *part.layers.values()) if x is not None]
+    n_bytes = sum(getattr(x, "data", x).nbytes for x in matrices)  # of a sparse one, its values
+    refuse_full(target(output).parent, n_bytes)
 
 
 def _read(path: Path) -> AnnData | MuData:
@@ -261,7 +349,7 @@ def _read(path: Path) -> AnnData | MuData:
                 problem = "it holds a MuData, which is streamed: name an output that ends in .zarr"
             else:
                 data = md.read_h5mu(path) if is_mudata else ad.read_h5ad(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # none of which names the file
+    except Exception as error:  # noqa: BLE001  of HDF5, anndata or mudata, none of which names the file
         data, problem = None, error
     if data is None or (is_mudata and not data.mod):
         kind = "a zarr folder" if path.is_dir() else f"an {'h5mu' if is_mudata else 'h5ad'} file"
@@ -270,22 +358,55 @@ def _read(path: Path) -> AnnData | MuData:
     return data
 
 
-def _write(data: AnnData | MuData, path: Path) -> None:
-    """Write an h5ad or h5mu file, which is there once it is whole."""
+def _write(data: AnnData | MuData, path: Path, *, replace: bool = True) -> None:
+    """Write an h5ad or h5mu file, which is there once it is whole, however many processes write it.
+
+    Raises
+    ------
+    FileExistsError
+        If it is there meanwhile, and is not to be replaced; what was computed is kept under another name.
+    OSError
+        If it cannot be written.
+    """
     from anndata import AnnData
 
     from cellprior._compat import with_nullable_strings, without_pulled_columns
+    from cellprior.model._files import partial_name, target
 
-    partial = path.with_name(path.name + ".part")
+    path = target(path)
+    for _ in range(2):
+        partial = partial_name(path)
+        try:
+            with with_nullable_strings(), without_pulled_columns():
+                if isinstance(data, AnnData):
+                    data.write_h5ad(partial)
+                else:
+                    data.write_h5mu(partial)
+            if not _is_whole(partial, data):  # what came between? once more, then
+                continue
+            if not replace and path.exists():
+                kept = partial.rename(
+                    path.with_name(f"{path.stem}-{partial.name.split('.')[-2]}{path.suffix}")
+                )
+                msg = f"{path} was written by another process meanwhile, and is left as it is: this result is {kept}."
+                raise FileExistsError(msg)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    msg = f"{path} cannot be written: what is read back is not what was written."
+    raise OSError(msg)
+
+
+def _is_whole(path: Path, data: AnnData | MuData) -> bool:
+    """Whether a file that was just written can be read, before it replaces another."""
+    import h5py
+
     try:
-        with with_nullable_strings(), without_pulled_columns():
-            if isinstance(data, AnnData):
-                data.write_h5ad(partial)
-            else:
-                data.write_h5mu(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with h5py.File(path) as file:
+            return "obs" in file and all(key in file["obsm"] for key in data.obsm)
+    except (OSError, KeyError):
+        return False
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -299,7 +420,7 @@ def _convert(args: argparse.Namespace) -> None:
         layer=_by_modality(args.layer),
         overwrite=args.overwrite,
     )
-    sys.stdout.write(f"{folder}: {(folder / 'README.md').read_text(encoding='utf-8')}")
+    say(f"{folder}: {(folder / 'README.md').read_text(encoding='utf-8')}")
 
 
 def _by_modality(text: str | None) -> Any:
@@ -313,6 +434,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not args.weights + args.embedding:
         msg = "nothing to evaluate: give --weights (such as cellplm-starter) or --embedding (a key of obsm)."
         raise ValueError(msg)
+    if args.out is not None:
+        _prepare(args.out)
     adata: Any = _read(args.input)
     if missing := [key for key in args.embedding if key not in adata.obsm]:
         msg = f"{', '.join(missing)} not found in obsm; its keys are {list(adata.obsm)}."
@@ -328,21 +451,30 @@ def _evaluate(args: argparse.Namespace) -> None:
         max_cells=args.max_cells,
     )
     text = report.to_markdown()
-    sys.stdout.write(text)
+    say(text)
     if args.out is not None:
         import matplotlib.pyplot as plt
 
         from cellprior import pl
+        from cellprior.model._files import write_file
 
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "report.md").write_text(text, encoding="utf-8")
+        write_file(args.out / "report.md", text.encode())
         figure = pl.report(report)
         figure.savefig(args.out / "report.png", dpi=150)
         plt.close(figure)
 
 
+def _prepare(folder: Path) -> None:
+    """Make a folder for results, before they are computed."""
+    from cellprior.model._files import refuse_unwritable
+
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(folder)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from cellprior._demo import demo
 
-    sys.stdout.write(demo(args.out).to_string(float_format="{:.3f}".format) + "\n")
-    sys.stdout.write(f"Written: {args.out / 'cellprior_demo.png'}, {args.out / 'cellprior_demo.h5ad'}\n")
+    _prepare(args.out)
+    say(demo(args.out).to_string(float_format="{:.3f}".format) + "\n")
+    say(f"Written: {args.out / 'cellprior_demo.png'}, {args.out / 'cellprior_demo.h5ad'}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def embed(
         Zarr folder to write to as the cells are embedded, and nothing into ``adata``; see :doc:`/user_guide/scale`.
         Until it is complete it is called ``<out>.part``; the same call then goes on where it was cut short.
     overwrite
-        Replace what is at ``out``, or its beginning, of other data, weights or parameters.
+        Begin anew, and replace what is at ``out``. Cut short, the call without it goes on.
     hidden
         With ``out``, for CellPLM: ``"memory"``, or a folder for the hidden states of the cells of a sentence.
     progress
@@ -95,7 +96,9 @@ def embed(
     ValueError
         If the weights are of a model that reads other data: an AnnData, or RNA and ATAC.
     FileExistsError
-        If ``out`` or its beginning is of something else.
+        If ``out`` or its beginning is of something else, or damaged.
+    RuntimeError
+        If the counts change while they are read, or a cluster ends.
     OSError
         If ``out`` cannot be written, or the counts cannot be read any more.
 
@@ -116,10 +119,12 @@ def embed(
     from cellprior.model._streaming import stream
 
     cls = model_class(weights, known_hash=known_hash)
+    source = None
     if isinstance(adata, str | os.PathLike):
         if out is None:
             msg = f"{os.fspath(adata)!r} is a path: name a folder to write to, out=, or read the data first."
             raise ValueError(msg)
+        source = Path(adata)
         adata = open_counts(adata, cls._layers_on_disk(layer, modalities), as_dask=client is not None)
     if out is not None and copy:
         msg = "out= writes to a folder, and copy= returns a copy: choose one of them."
@@ -140,7 +145,8 @@ def embed(
     with cls.opened(weights, adata, **setup, **options) as model:
         if out is not None:
             options = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
-            stream(model, out, key=key, params=params, batch_size=batch_size, client=client, **options)
+            options |= {"batch_size": batch_size, "client": client, "source": source}
+            stream(model, out, key=key, params=params, **options)
             return None
         if client is None:
             latent = model.get_latent_representation(batch_size=batch_size)

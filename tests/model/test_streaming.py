@@ -122,12 +122,14 @@ def test_a_layer_of_a_file_is_streamed(adata, tmp_path):
 def test_no_more_than_a_batch_of_the_matrix_is_ever_read(counts, tmp_path, monkeypatch):
     n_read = []
     read_rows = _data.read_rows
-    monkeypatch.setattr(_data, "read_rows", lambda x, rows: n_read.append(len(rows)) or read_rows(x, rows))
+    monkeypatch.setattr(
+        _data, "read_rows", lambda x, rows, **kw: n_read.append(len(rows)) or read_rows(x, rows, **kw)
+    )
     monkeypatch.setattr(_data, "N_CHECKED", 20)
     monkeypatch.setattr(_on_disk, "N_SAMPLED", 20)
     stream(counts, tmp_path / "out.zarr", batch_key="batch", batch_size=20, hidden=tmp_path / "hidden")
     assert max(n_read) <= 20
-    assert sum(n_read) == 90 + 20 + 20
+    assert sum(n_read) == 90 + 20 + 2 * 20  # the first cells, and a sample before and after
 
 
 def test_the_users_data_are_left_alone(counts, tmp_path):
@@ -269,11 +271,11 @@ def test_another_batch_size_does_not_mix_with_the_hidden_states_of_the_first(cou
 # what is there already
 
 
-def begun(counts: Path, out: Path) -> None:
+def begun(counts: Path, out: Path, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cut_after(patch, 3)
         with pytest.raises(Cut):
-            stream(counts, out, tiny_scbert(), batch_size=20)
+            stream(counts, out, **{"weights": tiny_scbert(), "batch_size": 20, **options})
 
 
 def other_counts(adata: AnnData) -> None:
@@ -379,6 +381,136 @@ def test_two_processes_do_not_write_the_same_folder(counts, tmp_path):
     with FileLock(tmp_path / "out.zarr.part" / "lock"), pytest.raises(RuntimeError, match="Another process"):
         stream(counts, out, tiny_scbert())
     stream(counts, out, tiny_scbert())
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str | None]] = {
+    "a missing chunk": (lambda part: (part / CHUNK).unlink(), "36 cells are not as they were written"),
+    "an empty chunk": (lambda part: (part / CHUNK).write_bytes(b""), "36 cells are not as they were written"),
+    "a chunk with another bit": (lambda part: flip(part / CHUNK), "36 cells are not as they were written"),
+    "no array": (lambda part: (part / CHUNK).with_name(".zarray").unlink(), "begun anew"),
+    "a journal with NUL bytes": (lambda part: (part / "finished").write_bytes(b"0 \0\0\n1 zz\n7"), None),
+}
+CHUNK = "store/obsm/X_scbert/0.0"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4  # of the last values, which are stored as they are
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_in_a_beginning_is_noticed_and_embedded_again(counts, tmp_path, damage):
+    out = tmp_path / "out.zarr"
+    begun(counts, out)
+    change, message = DAMAGE[damage]
+    change(tmp_path / "out.zarr.part")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stream(counts, out, tiny_scbert())
+    said = [str(w.message) for w in caught if "out.zarr.part is damaged" in str(w.message)]
+    assert len(said) == (message is not None)
+    assert message is None or message in said[0]
+    stream(counts, tmp_path / "whole.zarr", tiny_scbert(), batch_size=20)
+    np.testing.assert_array_equal(read(out), read(tmp_path / "whole.zarr"))
+
+
+def test_a_state_that_cannot_be_read_is_refused_and_begun_anew_only_if_asked(counts, tmp_path):
+    out, state = tmp_path / "out.zarr", tmp_path / "out.zarr.part" / "state.json"
+    begun(counts, out)
+    for text in ("", "{}", state.read_text().replace('"batch_size": 20', '"batch_size": 30')):
+        state.write_text(text)
+        with pytest.raises(FileExistsError, match="state.json cannot be read.*overwrite=True"):
+            stream(counts, out, tiny_scbert())
+    stream(counts, out, tiny_scbert(), overwrite=True)
+    assert not state.parent.exists()
+
+
+def test_a_complete_embedding_that_is_damaged_is_not_called_complete(counts, tmp_path):
+    out = tmp_path / "out.zarr"
+    stream(counts, out, tiny_scbert())
+    expected = read(out)
+    (out / "obsm/X_scbert/0.0").unlink()
+    with pytest.raises(FileExistsError, match="out.zarr is complete, but damaged.*overwrite=True"):
+        stream(counts, out, tiny_scbert())
+    stream(counts, out, tiny_scbert(), overwrite=True)
+    np.testing.assert_array_equal(read(out), expected)
+
+
+def test_to_overwrite_is_to_begin_anew_and_the_call_without_it_goes_on(counts, tmp_path):
+    out, part = tmp_path / "out.zarr", tmp_path / "out.zarr.part"
+    stream(counts, out, tiny_scbert(), key_added="X_old")
+    for _ in range(2):
+        begun(counts, out, overwrite=True)
+        assert len((part / "finished").read_text().splitlines()) == 2
+    stream(counts, out, tiny_scbert())
+    assert list(ad.read_zarr(out).obsm) == ["X_scbert"]
+
+
+def test_weights_with_equal_tensors_and_another_configuration_are_others(counts, tmp_path):
+    for name, target_sum in (("one", 1e3), ("two", 1e4)):
+        bundle = cp.weights.read_bundle(cp.weights.fetch(STARTER))
+        config = {**bundle.config, "network": {**bundle.config["network"], "target_sum": target_sum}}
+        parts = {"state_dict": bundle.state_dict, "genes": bundle.genes, "card": ""}
+        cp.weights.write_bundle(tmp_path / name, config=config, **parts)
+    stream(counts, tmp_path / "out.zarr", tmp_path / "one")
+    with pytest.raises(FileExistsError, match="differs in weights"):
+        stream(counts, tmp_path / "out.zarr", tmp_path / "two")
+
+
+def test_the_annotation_is_that_of_the_run_that_finishes_and_nothing_of_a_killed_one_is_left(
+    adata, counts, tmp_path
+):
+    out = tmp_path / "out.zarr"
+    begun(counts, out)
+    (tmp_path / "out.zarr.part/store/obsm/X_scbert" / f"0.{'0f' * 16}.partial").touch()
+    adata.obs["new"] = "here"
+    adata.write_h5ad(counts)
+    stream(counts, out, tiny_scbert())
+    assert set(ad.read_zarr(out).obs["new"]) == {"here"}
+    assert not list(out.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("how", ["h5ad", "zarr", "a chunk"])
+def test_an_input_that_is_written_to_while_it_is_read_is_an_error(request, tmp_path, how):
+    data, out = request.getfixturevalue("counts" if how == "h5ad" else "zarr_counts"), tmp_path / "out.zarr"
+    file = data if how == "h5ad" else data / "X" / "data" / ("0" if how == "a chunk" else ".zarray")
+    file = (
+        file
+        if file.exists()
+        else next(p for p in (data / "X" / "data").rglob("*") if p.name in ("0", "zarr.json"))
+    )
+    write, n_written = LatentStore.write, 0
+
+    def touched(self: LatentStore, part: Any) -> None:
+        nonlocal n_written
+        write(self, part)
+        if (n_written := n_written + 1) == 2:
+            os.utime(file, ns=(0, 0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentStore, "write", touched)
+        said = "has changed while" if how == "a chunk" else "was written to, or replaced, while"
+        with pytest.raises(RuntimeError, match=f"{data.name} {said} it was read"):
+            stream(data, out, tiny_scbert(), batch_size=20)
+    assert not out.exists()
+    assert (tmp_path / "out.zarr.part" / "state.json").exists() == (how != "a chunk")
+
+
+def test_the_output_is_where_a_link_leads_and_not_in_the_input(counts, zarr_counts, tmp_path):
+    (tmp_path / "link.zarr").symlink_to("real.zarr")
+    stream(counts, tmp_path / "link.zarr")
+    assert (tmp_path / "link.zarr").is_symlink()
+    assert len(read(tmp_path / "real.zarr")) == 90
+    (tmp_path / "nowhere.zarr").symlink_to("nope/real.zarr")
+    with pytest.raises(FileNotFoundError, match="no folder .*nope"):
+        stream(counts, tmp_path / "nowhere.zarr")
+    with pytest.raises(ValueError, match="lie in each other"):
+        stream(zarr_counts, zarr_counts / "out.zarr")
+    (tmp_path / "mine.zarr.part").mkdir()
+    (tmp_path / "mine.zarr.part" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="not the beginning of an embedding"):
+        stream(counts, tmp_path / "mine.zarr", overwrite=True)
 
 
 # disks

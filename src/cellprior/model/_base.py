@@ -227,6 +227,11 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
                 found["batches"] = digest(manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY))
             return found
 
+    def _matrices(self) -> list[Any]:
+        """Counts of the attached data, where they are."""
+        with self._attached(None) as manager:
+            return [manager.get_from_registry(REGISTRY_KEYS.X_KEY)]
+
     @staticmethod
     def _columns(match: gene_matching.GeneMatch) -> tuple[np.ndarray, np.ndarray]:
         """Vocabulary rows that the data have, increasing, and which of them each column of the data is, -1 for none."""

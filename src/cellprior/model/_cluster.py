@@ -5,8 +5,11 @@ Everything that a worker does is a function of its arguments, so that Dask does 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from cellprior.model._embedding import BatchSize, Embedding, Part
 
 IN_FLIGHT = 2  # parts asked for, per thread of the cluster
+PATIENCE = 120.0  # seconds without any worker: a cluster may be on its way to more, or have ended
+
+
+class ClusterLostError(RuntimeError):
+    """The cluster, or the connection to it, has ended before the work."""
 
 
 @dataclass
@@ -135,6 +143,8 @@ def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Ite
         If the data are not raw counts.
     RuntimeError
         If workers die again and again on the same cells.
+    ClusterLostError
+        If the cluster ends.
     """
     from distributed import KilledWorker, as_completed
 
@@ -143,23 +153,27 @@ def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Ite
     module = embedding.model.module
     device = module.device
     module.cpu()  # as it is sent
-    worker = client.scatter(embedding.worker(), broadcast=True)
+    with connected(client):
+        worker = client.scatter(embedding.worker(), broadcast=True)
     module.to(device)
     queue, running, unfinished = deque(pending), as_completed([]), {}
     asked: dict[Any, tuple[int, np.ndarray]] = {}
     while queue or asked:
-        n_threads = sum(client.nthreads().values())
-        while queue and len(asked) < max(IN_FLIGHT * n_threads, 1):
-            unit = queue.popleft()
-            futures = embedding.submit(client, worker, embedding.units[unit])
-            unfinished[unit] = len(futures)
-            for future, cells in futures:
-                asked[future] = (unit, cells)
-                running.add(future)
-        future = next(running)
+        with connected(client):
+            n_threads = sum(client.nthreads().values())
+            while queue and len(asked) < max(IN_FLIGHT * n_threads, 1):
+                unit = queue.popleft()
+                futures = embedding.submit(client, worker, embedding.units[unit])
+                unfinished[unit] = len(futures)
+                for future, cells in futures:
+                    asked[future] = (unit, cells)
+                    running.add(future)
+            _await(running, client)
+            future = next(running)
         unit, cells = asked.pop(future)
         try:
-            latent = future.result()
+            with connected(client):
+                latent = future.result()
         except KilledWorker as error:
             msg = (
                 f"Several workers died one after the other over the same {len(cells)} cells, probably for want of "
@@ -170,6 +184,55 @@ def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Ite
         unfinished[unit] -= 1
         embedding.progress(embedding.n_stages * len(cells))
         yield Part(unit, cells, latent, not unfinished[unit])
+
+
+@contextmanager
+def connected(client: Any) -> Iterator[None]:
+    """Say in one way that a cluster has ended, which Dask says in many.
+
+    Raises
+    ------
+    ClusterLostError
+        If the client is closed, the scheduler gone, or what was sent to the workers lost with them.
+    """
+    try:
+        yield
+    except ClusterLostError:
+        raise
+    except CancelledError as error:  # of a future, which nobody here cancels
+        raise ClusterLostError(_ending(client)) from error
+    except (OSError, RuntimeError, AttributeError, TimeoutError) as error:
+        if client.status == "running":
+            raise
+        raise ClusterLostError(_ending(client)) from error
+
+
+def _ending(client: Any) -> str:
+    if client.status == "running":
+        why = "its workers were lost, and what had been sent to them"
+    else:
+        why = f"the client was closed, or its scheduler has gone (it is {client.status})"
+    return f"The Dask cluster ended before all cells were embedded: {why}. Start one, and pass its client."
+
+
+def _await(running: Any, client: Any) -> None:
+    """Wait for a result, not longer than ``PATIENCE`` if nobody is there to work on it."""
+    seen = looked = time.monotonic()
+    while not running.has_ready():
+        time.sleep(0.01)
+        if (now := time.monotonic()) - looked < 1:
+            continue
+        looked = now
+        if client.status != "running":
+            raise ClusterLostError(_ending(client))
+        if client.nthreads():
+            seen = now
+        elif now - seen > PATIENCE:
+            msg = (
+                f"The Dask cluster has had no worker for {now - seen:.0f} seconds. Add workers, or start another "
+                "cluster and pass its client."
+            )
+            raise ClusterLostError(msg)
 
 
 class Blocks:

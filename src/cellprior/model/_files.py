@@ -1,9 +1,17 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and places where they can be."""
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
 from pathlib import Path
+
+
+def partial_name(path: Path) -> Path:
+    """Where a file stands until it is whole: beside its place, under a name that no other writer has."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -14,7 +22,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     OSError
         With the name of the file, which the system leaves out where a disk is full.
     """
-    partial = path.with_name(path.name + ".part")
+    partial = partial_name(path)
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -22,5 +30,63 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def target(path: Path) -> Path:
+    """Where something that is written to a path will be: where it leads, if it is a link.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no folder to write into.
+    """
+    found = Path(os.path.realpath(path)) if path.is_symlink() else path
+    where = f"{path}, a link to {found}," if found is not path else str(path)
+    if found.is_symlink():
+        msg = f"{path} is a link that leads in a circle: remove it, or choose another name."
+        raise FileNotFoundError(msg)
+    if not found.parent.is_dir():
+        msg = f"There is no folder {found.parent} to write {path.name} into."
+        if found is not path:
+            msg = f"{where} cannot be written: there is no folder {found.parent}."
+        raise FileNotFoundError(msg)
+    return found
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Try to write a file, since no other question is answered truly: of rights, quotas, read-only disks.
+
+    Raises
+    ------
+    OSError
+        With the folder and the reason.
+    """
+    if not folder.exists():
+        msg = f"there is no folder {folder} to write into. Nothing has been computed."
+        raise FileNotFoundError(errno.ENOENT, msg)
+    probe = partial_name(folder / "cellprior")
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        msg = f"{folder} cannot be written to: {error.strerror}. Nothing has been computed."
+        raise OSError(error.errno, msg) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def refuse_full(folder: Path, n_bytes: int) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises
+    ------
+    OSError
+        With what is needed and what is free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        msg = f"{folder} has {free / 1e9:.1f} GB free, and {n_bytes / 1e9:.1f} GB are needed."
+        raise OSError(errno.ENOSPC, msg)

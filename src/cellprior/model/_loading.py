@@ -77,6 +77,7 @@ class LoadableModel(BaseModelClass):
         GeneMatchError
             If too few genes match.
         """
+        device = usable_device(device)
         path = resolve(weights, known_hash=known_hash)
         bundle, file = cls._read_fetched(str(weights), path)
         digest = sha256(*(bundle.files or (file,)))
@@ -94,8 +95,6 @@ class LoadableModel(BaseModelClass):
             raise WeightsError(msg) from error
         model.split_ = bundle.config.get("split", {})
         model.is_trained_ = True
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to_device(device)
         model.module.eval()
         return model
@@ -337,3 +336,24 @@ class LoadableModel(BaseModelClass):
             "counts_share": match and match.counts_share,
             "cellprior_version": version("cellprior"),
         }
+
+
+def usable_device(device: str | int | torch.device) -> str | int | torch.device:
+    """A device that is there; ``"auto"`` is the first GPU if there is one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    n_found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        found.type
+    )
+    if n_found is not None and (found.index or 0) >= n_found:
+        n = n_found or "no"
+        msg = f'device={str(device)!r}: PyTorch finds {n} such device(s) here. Leave it out, or use "cpu".'
+        raise ValueError(msg)
+    return device

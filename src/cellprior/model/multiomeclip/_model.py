@@ -309,6 +309,10 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
             found[f"{name} features"] = digest(counts.column, cells.rows[name])
         return found
 
+    def _matrices(self) -> list[Any]:
+        """Counts of the attached data, where they are."""
+        return [counts.x for counts in self._counts(None, self._cells(None)).values()]
+
     @staticmethod
     def _wanted(cells: Cells, modality: str | None) -> list[Modality]:
         """Modalities to embed."""
