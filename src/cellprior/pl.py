@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cellprior.genes import GeneMatch
     from cellprior.model._base import PretrainedModel
 
-__all__ = ["gene_match", "report", "training"]
+__all__ = ["gene_match", "perturbation", "report", "training"]
 
 # of what is evaluated, and of baselines and controls in the order in which they come
 EVALUATED = (("C1", "D"), ("C3", "D"), ("C2", "D"), ("C8", "D"))
@@ -113,6 +113,72 @@ def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None
     ax.set_xlabel("epoch")
     ax.set_ylabel(f"{loss.replace('_', ' ')}{'' if loss.endswith(('accuracy', 'loss')) else ' loss'}")
     ax.legend(frameon=False)
+    return ax
+
+
+def perturbation(
+    shifts: pd.DataFrame, *, of: str = "cell", n_genes: int = 30, ax: Axes | None = None
+) -> Axes:
+    """Draw how far cells move when genes are perturbed in silico, beside how far they move for random genes.
+
+    Parameters
+    ----------
+    shifts
+        Of :meth:`cellprior.model.Geneformer.perturb`.
+    of
+        What has moved: ``"cell"``, or a gene.
+    n_genes
+        Perturbations that are drawn at most: those that are furthest above or below random genes of equal expression.
+    ax
+        Axes to draw on; new ones by default.
+
+    Returns
+    -------
+    The axes: means over cells with 95 % intervals, the largest difference to random genes of equal expression on top.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = shifts[shifts["of"] == of]
+    if rows.empty:
+        msg = f"of={of!r} has no rows; there are {', '.join(map(repr, shifts['of'].unique())) or 'none at all'}."
+        raise ValueError(msg)
+    kinds = {
+        "shift": ("the genes", "C3"),
+        "expression_control": ("random genes of equal expression", "C0"),
+        "count_control": ("random genes", "0.6"),
+    }
+    by_genes = rows.groupby("genes", sort=False)[list(kinds)]
+    mean, error = by_genes.mean(), 1.96 * by_genes.sem().fillna(0.0)
+    above = (mean["shift"] - mean["expression_control"].fillna(0.0)).sort_values(key=abs, ascending=False)
+    names = list(above.head(n_genes).sort_values().index)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 1.2 + 0.3 * len(names)), layout="constrained")
+    for i, (kind, (label, colour)) in enumerate(kinds.items()):
+        place = [n + 0.15 * (1 - i) for n in range(len(names))]
+        ends = error.loc[names, kind]
+        ax.errorbar(
+            mean.loc[names, kind],
+            place,
+            xerr=ends,
+            fmt="o",
+            color=colour,
+            capsize=2,
+            label=label,
+            markersize=4,
+        )
+    n_cells = rows.groupby("genes")["cell"].nunique()
+    ax.set_yticks(range(len(names)), [f"{name} ({n_cells[name]:,} cells)" for name in names], fontsize=8)
+    ax.set(
+        xlabel=f"shift of {'the cell' if of == 'cell' else of}, 1 - cosine",
+        title=", ".join(rows["how"].unique()),
+    )
+    ax.grid(axis="x", alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._data import row_numbers
+from cellprior.model._embedding import Embedding
 from cellprior.model._genes import gene_rows
 
 if TYPE_CHECKING:
@@ -27,17 +29,20 @@ def gene_vectors(
     """See :meth:`cellprior.model.Geneformer.get_gene_representation`."""
     module = model.module
     module.checked_layer(layer)
+    if precision not in ("float32", "bfloat16"):
+        msg = f'precision={precision!r} is not known; choose "float32" or "bfloat16".'
+        raise ValueError(msg)
     total = torch.zeros(module.n_genes, module.n_hidden, dtype=torch.float64)
     n_cells = torch.zeros(module.n_genes, dtype=torch.float64)
 
-    def add(tokens: Tensor) -> None:
-        states = module.states(tokens, layer=layer)
+    half = torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    for _, tokens in token_chunks(model, adata, indices):
+        with torch.inference_mode(), half:
+            states = module.states(tokens, layer=layer)
         here = tokens >= module.first_gene
         gene = (tokens[here] - module.first_gene).cpu()
         total.index_add_(0, gene, states[here].double().cpu())
         n_cells.index_add_(0, gene, torch.ones(len(gene), dtype=torch.float64))
-
-    _for_cells(model, adata, indices, precision, add)
     rows, names = _known_genes(model, adata)
     mean = (total[rows] / n_cells[rows][:, None]).float().numpy()  # 0 / 0 is NaN
     return pd.DataFrame(mean, index=names)
@@ -61,7 +66,7 @@ def attention_between(
         size = (module.n_genes,)
     total, n_cells = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
 
-    def add(tokens: Tensor) -> None:
+    for _, tokens in token_chunks(model, adata, indices):
         for cell in tokens:
             cell = cell[cell != 0][None]
             place = place_of[cell[0].cpu()]
@@ -76,8 +81,6 @@ def attention_between(
                 row, column = place[here][:, None], place[here][None]
                 total[row, column] += paid[here][:, here]
                 n_cells[row, column] += 1
-
-    _for_cells(model, adata, indices, "float32", add)
     mean = (total / n_cells).float().numpy()
     if genes is None:
         rows, names = _known_genes(model, adata)
@@ -94,27 +97,30 @@ def _known_genes(model: PretrainedModel, adata: ad.AnnData | None) -> tuple[np.n
     return match.index[known], match.var_names[known]
 
 
-def _for_cells(
+def token_chunks(
     model: PretrainedModel,
     adata: ad.AnnData | None,
     indices: Indices,
-    precision: Precision,
-    function: Callable[[Tensor], None],
-) -> None:
-    """Call a function with the tokens of a few cells at a time, each cell once.
+    batch_size: int | None = None,
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Row numbers and tokens of a few cells at a time, in the order of ``indices``; the network is in eval mode.
 
     Raises
     ------
     ValueError
         If there are no cells.
     """
-
-    def read(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
-        for counts in chunks:
-            for tokens in model.module.tokens(counts, gene_index=gene_index).split(FEW):
-                function(tokens)
-                yield torch.zeros(len(tokens), 1)
-
-    if not len(model._embed(adata, indices, None, precision, encode=read, width=1)):
-        msg = "indices names no cells; a mean needs at least one."
-        raise ValueError(msg)
+    model._check_if_trained(warn=False)
+    with model._attached(adata) as manager:
+        rows = row_numbers(indices, manager.adata.n_obs)
+        if not len(rows):
+            msg = "indices names no cells; at least one is needed."
+            raise ValueError(msg)
+        cells = Embedding(model, manager, rows, batch_size=batch_size)
+        model.module.eval()
+        pieces = np.array_split(np.arange(len(rows)), -(-len(rows) // cells.size.n_cells))
+        for piece, counts in zip(pieces, cells._read(pieces), strict=True):
+            with torch.inference_mode():
+                tokens = model.module.tokens(counts, gene_index=cells.gene_index)
+            for start in range(0, len(piece), FEW):
+                yield rows[piece[start : start + FEW]], tokens[start : start + FEW]

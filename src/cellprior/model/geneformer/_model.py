@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import nonzero_medians
 from cellprior.model.geneformer._masked import masked_scores
 from cellprior.model.geneformer._module import GeneformerModule, Pooling
+from cellprior.model.geneformer._perturb import How, Request, perturb
 from cellprior.weights import Bundle, WeightsError
 
 SCALE_CELLS = 10_000  # training cells that medians are taken over, at least, where there are so many
@@ -208,6 +210,78 @@ class Geneformer(PretrainedModel):
             If there are no cells.
         """
         return attention_between(self, adata, indices, genes)
+
+    def perturb(
+        self,
+        genes: Sequence[str | Sequence[str]],
+        how: How = "delete",
+        adata: ad.AnnData | None = None,
+        indices: Indices = None,
+        *,
+        shift_of: Sequence[str] = (),
+        n_controls: int = 10,
+        pooling: Pooling | None = None,
+        layer: int = -1,
+        batch_size: int | None = None,
+        seed: int = 0,
+        out: str | os.PathLike[str] | None = None,
+    ) -> pd.DataFrame | None:
+        """Delete or overexpress genes in silico, and see how far each cell moves, beside random genes.
+
+        A shift alone says nothing: any gene that is taken out moves a cell. A gene means something to the network
+        where its ``shift`` is larger than ``expression_control``; and expression does where that is larger than
+        ``count_control``. What a cell would do in the laboratory is another question.
+
+        Parameters
+        ----------
+        genes
+            Names of the data, symbols or Ensembl ids; a tuple of names is perturbed together.
+        how
+            ``"delete"`` takes the genes out of a cell's list, so that the others move up; ``"overexpress"`` puts them
+            to the top, also where the cell lacks them; ``"inhibit"`` puts them to the end. What is not among the
+            tokens of a cell cannot be deleted or inhibited there: such a cell has no row.
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask.
+        shift_of
+            Genes whose own vectors are compared too, in the cells that have them.
+        n_controls
+            Random genes, or tuples of them, of each kind and cell; 0 for none. The time is that of
+            ``1 + 2 * n_controls`` embeddings for each perturbation.
+        pooling, layer
+            See :meth:`get_latent_representation`.
+        batch_size
+            Cells that are read at a time.
+        seed
+            Of the random genes. They depend on it and on the number of the cell only.
+        out
+            CSV file that the result is written to, a few cells at a time, instead of being returned.
+
+        Returns
+        -------
+        A row per cell, perturbation and what has moved: ``cell``; ``genes``, joined by ``+``; ``how``; ``of``,
+        ``"cell"`` or a gene of ``shift_of``; ``rank``, the mean place of the genes before, from 1, NaN if the cell
+        lacks them; ``n_tokens`` and ``n_tokens_after``, its genes; ``shift``, one minus the cosine of the vectors
+        before and after, the mean over a cell's genes without the perturbed ones; the mean ``shift`` of random genes of
+        equal expression, ``expression_control``: near in rank, or where the cell lacks them, near in median; and of
+        any genes, ``count_control``, which knows no more than how the number of tokens changes.
+
+        Raises
+        ------
+        KeyError
+            If a gene is not in the vocabulary.
+        ValueError
+            If there are no cells, or an argument is not one of those above.
+        FileExistsError
+            If ``out`` is there already.
+        """
+        self.module.checked_layer(layer)
+        options: dict[str, Any] = {"n_controls": n_controls, "seed": seed, "pooling": pooling, "layer": layer}
+        request = Request.of(self, adata, genes, shift_of, how, **options)
+        return perturb(
+            self, adata, indices, request, batch_size=batch_size, out=None if out is None else Path(out)
+        )
 
     def fine_tune(self, labels_key: str | None = None, **options: Any) -> None:
         """Learn the labels of the attached data, see :meth:`cellprior.model.CellPLM.fine_tune`.
