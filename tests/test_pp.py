@@ -298,3 +298,18 @@ def test_a_barcode_that_stands_for_two_cells_is_not_padded():
 
 def dense(x: Any) -> np.ndarray:
     return x.toarray() if sp.issparse(x) else np.asarray(x)
+
+
+def test_antibodies_that_were_normalised_otherwise_are_refused_with_the_line_for_the_genes():
+    counts, (n_cells, n_genes) = some_counts(), some_counts().shape
+    clr = np.random.default_rng(1).normal(size=(n_cells, 5))
+    for added, message in ((clr, "negative values"), (np.abs(clr), "not log")):
+        adata = as_anndata(np.hstack([normalised(counts), added]))
+        adata.var["feature_types"] = ["Gene Expression"] * n_genes + ["Antibody Capture"] * 5
+        with pytest.raises(ValueError, match=rf"{message}[\s\S]*5 antibodies.*== 'Gene Expression'\]"):
+            recover_counts(adata)
+        assert_counts(recover_counts(adata[:, adata.var["feature_types"] == "Gene Expression"]), counts)
+    # normalised together, all come back
+    adata = as_anndata(normalised(np.hstack([counts, counts[:, :5]])))
+    adata.var["feature_types"] = ["Gene Expression"] * n_genes + ["Antibody Capture"] * 5
+    assert_counts(recover_counts(adata), np.hstack([counts, counts[:, :5]]))

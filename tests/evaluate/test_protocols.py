@@ -311,3 +311,18 @@ def test_scvi_is_a_baseline_where_asked_for(cells):
     )
     assert np.isfinite(value(table, "scVI"))
     assert table.loc[table["method"] == "scVI", "seconds"].iloc[0] > 0
+
+
+def test_baselines_read_genes_as_the_models_do_and_the_table_says_what_was_left_out(cells):
+    adata = cells()
+    antibodies = sp.csr_matrix(np.random.default_rng(0).poisson(500, (adata.n_obs, 4)).astype(np.float32))
+    types = {"feature_types": ["Gene Expression"] * adata.n_vars + ["Antibody Capture"] * 4}
+    var = pd.DataFrame(types, index=[*adata.var_names, "CD3", "CD4", "CD8", "CD19"])
+    joint = AnnData(sp.hstack([adata.X, antibodies], format="csr"), obs=adata.obs, var=var)
+    options = {"labels_key": "type", "batch_key": None, "layer": None, "seeds": 2, "test_size": 0.2}
+    alone, both = (
+        _task.make_task(x, {"told": told(adata)}, **options, scvi_epochs=None, max_cells=1000)
+        for x in (adata, joint)
+    )
+    assert (alone.log != both.log).nnz == 0
+    assert any("4 columns are no genes" in note for note in both.notes) and len(alone.notes) < len(both.notes)

@@ -532,6 +532,8 @@ def test_signs_are_never_guessed_between_two_genes_nor_put_before_the_same_name(
         "punctuation",
         "symbol",
     ]
+    nameless = pd.DataFrame({"ensembl_id": IDS, "symbol": ["", *SYMBOLS[1:]]})
+    assert match(named("X", *SYMBOLS[1:]), nameless).index[0] == -1
     retired = pd.DataFrame({"symbol": ["NEW1", *SYMBOLS], "previous_symbols": ["OLD-1", *[""] * 60]})
     assert match(named("OLD.1", *SYMBOLS), retired).index[0] == 0
 

@@ -18,8 +18,8 @@ _MADE_UNIQUE = r"^(.+)[:_-]([\d,]+)[_-]([\d,]+)[-.]\d+$"
 # names that can only be those of peaks, where peaks stand among other features
 _PLACE = re.compile(
     r"(?:(?i:chr)[\w.*]+|\d{1,2}[LR]?|[XYMW]|MT|[A-Z]{2}_?\d{6}(?:\.\d+)?)[:_-][\d,]+[_-][\d,]+(?:[-.]\d+)?"
-    r"|(?:.*[-_.])?[Pp]eaks?[-_.]\d+[a-z]?|peak\d+"  # PEAK1 and Peak1 are genes
 )
+_NUMBERED = re.compile(r"(?:.*[-_.])?[Pp]eaks?[-_.]\d+[a-z]?|peak\d+")  # PEAK1 and Peak1 are genes
 _SAMPLE = 1000
 _FEWEST_BINS = 20
 # Columns with the three parts of a place, whatever their upper and lower case, and columns with all in one.
@@ -163,12 +163,15 @@ def are_peaks(names: Iterable[str]) -> bool:
 
 def which_are_peaks(names: pd.Index) -> np.ndarray:
     """Which names are those of peaks, by place or number, if as few as 1 of 1,000 are, evenly drawn ``(n_names,)``."""
-    sample = [str(name) for name in names[:: _step(len(names))]]
-    if any(map(_PLACE.fullmatch, sample)):
-        return np.fromiter(
-            (_PLACE.fullmatch(str(name)) is not None for name in names), dtype=bool, count=len(names)
-        )
+    sample = names[:: _step(len(names))]
+    if any(map(_is_peak, sample)):
+        return np.fromiter(map(_is_peak, names), dtype=bool, count=len(names))
     return np.zeros(len(names), dtype=bool)
+
+
+def _is_peak(name: object) -> bool:
+    text = str(name)
+    return bool(_PLACE.fullmatch(text) or ("eak" in text and _NUMBERED.fullmatch(text)))
 
 
 def _step(n: int) -> int:

@@ -45,56 +45,22 @@ _BIOTYPE = re.compile(
     r"protein coding|.*rna|.*gene|tec|artifact|ribozyme|.*overlapping.*|.*intronic|antisense"
 )
 
-# What its name says, and lower-case texts without which no name says it: most data are done with after these.
+# What its name says.
 _NAMED = {
-    "antibody": (
-        (
-            "totalseq",
-            "adt_",
-            "adt-",
-            "adt:",
-            "adt.",
-            "_adt",
-            "-adt",
-            ".adt",
-            "prot_",
-            "prot:",
-            "protein_",
-            "protein:",
-        )
-        + ("_prot", "|pabo", "_pabo", "_tsa", "_tsb", "_tsc", "abseq_", "\nanti-", "\nanti_", "\nanti."),
-        r"(?i:.*[-_. ]totalseq[-_ ]?[abcd]?.*|(?:adt|prot|protein|abseq)[-_:.].+|.+[-_.](?:adt|ts[abc])|"
-        r".+_prot(?:ein)?|.+[|_]pabo|anti[-_.](?:human|mouse|hamster|rat)[-_.].+)",
-    ),
-    "guide": (
-        (
-            "\nsg",
-            "grna_",
-            "grna-",
-            "_grna",
-            "-grna",
-            "_sgrna",
-            "-sgrna",
-            "non-target",
-            "non_target",
-            "nontarget",
-        )
-        + ("non.target",),
-        r"sg[A-Z].*|(?i:s?grna[-_.].+|.+[-_.]s?grna[-_.]?\d*|non[-_.]?target.*)",
-    ),
-    "tag": (
-        ("\nhto", "_hto", "-hto", "hashtag", "\ncmo"),
-        r"(?i:hto[-_.]?[a-z]?\d+.*|hto[-_.].+|.+[-_.]hto|.*hashtag.*|cmo\d{3})",
-    ),
-    "spike-in": (("\nercc-", "\nercc_", "\nercc.", "\nsirv"), r"(?i:ercc[-_.]\d{5}|sirv\d.*)"),
-    "control": (
-        ("\nneg", "\nblank", "codeword", "\ngenomiccontrol", "deprecated_", "antisense_", "\nsystemcontrol"),
-        r"(?i:neg(?:ative)?[-_. ]?(?:control|ctrl|prb|probe).*|negative\d+|blank[-_. ]?\d+|"
-        r"(?:unassigned|deprecated|blank)[-_. ]?codeword.*|genomiccontrol.*|deprecated_.+|antisense_.+|"
-        r"systemcontrol\d+)",
-    ),
+    "antibody": r"(?i:.*[-_. ]totalseq[-_ ]?[abcd]?.*|(?:adt|prot|protein|abseq)[-_:.].+|.+[-_.](?:adt|ts[abc])|"
+    r".+_prot(?:ein)?|.+[|_]pabo|anti[-_.](?:human|mouse|hamster|rat)[-_.].+)",
+    "guide": r"sg[A-Z].*|(?i:s?grna[-_.].+|.+[-_.]s?grna[-_.]?\d*|non[-_.]?target.*)",
+    "tag": r"(?i:hto[-_.]?[a-z]?\d+.*|hto[-_.].+|.+[-_.]hto|.*hashtag.*|cmo\d{3})",
+    "spike-in": r"(?i:ercc[-_.]\d{5}|sirv\d.*)",
+    "control": r"(?i:neg(?:ative)?[-_. ]?(?:control|ctrl|prb|probe).*|negative\d+|blank[-_. ]?\d+|"
+    r"(?:unassigned|deprecated|blank)[-_. ]?codeword.*|genomiccontrol.*|deprecated_.+|antisense_.+|systemcontrol\d+)",
 }
-_NAMED_PATTERNS = {kind: (needles, re.compile(pattern)) for kind, (needles, pattern) in _NAMED.items()}
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in _NAMED.items()}
+# One of these is in each such name, in lower case and with _ for all signs; few genes have one, and are looked at.
+_NEEDLES = (
+    "seq adt prot pabo _ts anti \nsg grna target hto hashtag cmo ercc_ sirv neg blank codeword control deprecated_"
+).split(" ")
+_ALIKE = str.maketrans("-:. |", "_____")
 
 
 def kinds_by_type(var: pd.DataFrame) -> tuple[np.ndarray, str]:
@@ -126,32 +92,29 @@ def kinds_by_type(var: pd.DataFrame) -> tuple[np.ndarray, str]:
     return np.full(len(var), "", dtype=object), ""
 
 
-def kinds_by_name(names: Iterable[str], text: str | None = None) -> dict[int, str]:
+def kinds_by_name(names: Iterable[str]) -> dict[int, str]:
     """Names that are those of no gene, such as `CD4_TotalSeqB`, `sgRNA_CD4` or `ERCC-00002`; peaks are not looked for.
 
     Parameters
     ----------
     names
         Some names.
-    text
-        The same, each between line breaks, if it is there.
 
     Returns
     -------
     Kind by the number of the name.
     """
     names = list(names)
-    text = "\n" + "\n".join(names) + "\n" if text is None else text
-    lower = text.lower()
+    text = "\n" + "\n".join(names) + "\n"
+    lower = text.lower().translate(_ALIKE)
     found: dict[str, str] = {}
-    for kind, (needles, pattern) in _NAMED_PATTERNS.items():
-        for name in _lines_with(needles, text, lower):
-            if name not in found and pattern.fullmatch(name):
-                found[name] = kind
+    for name in dict.fromkeys(_lines_with(_NEEDLES, text, lower)):
+        if kind := next((kind for kind, pattern in _PATTERNS.items() if pattern.fullmatch(name)), ""):
+            found[name] = kind
     return {i: found[name] for i, name in enumerate(names) if name in found} if found else {}
 
 
-def _lines_with(needles: tuple[str, ...], text: str, lower: str) -> Iterator[str]:
+def _lines_with(needles: list[str], text: str, lower: str) -> Iterator[str]:
     """Lines of a text in which one of some lower-case texts stands."""
     if len(lower) != len(text):  # a letter that is two in lower case
         yield from text.split("\n")

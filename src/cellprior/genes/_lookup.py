@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellprior.genes._kinds import kinds_by_name
-from cellprior.genes._spelling import plain
+from cellprior.genes._spelling import plain, signed
 from cellprior.genes._table import Names
 
 
@@ -75,33 +75,42 @@ class Lookup:
     def find_with_other_signs(self, found: Found) -> Found:
         """Add what is found if signs in the names do not count."""
         lost = np.flatnonzero(found.rows < 0)
-        spelled = plain(found.names.distinct[lost])
-        more = [
-            (i, row) for i, name in zip(lost, spelled, strict=True) if (row := self.by_spelling.get(name))
-        ]
-        for i, row in more:
-            found.rows[i], found.routes[i] = row - 1, "punctuation"
+        for i, name in signed(found.names.distinct[lost]):
+            if (row := self.by_spelling.get(name, -1)) >= 0:
+                found.rows[lost[i]], found.routes[lost[i]] = row, "punctuation"
         return found
 
     @cached_property
     def by_spelling(self) -> dict[str, int]:
-        """Row + 1 of each symbol with signs in it, current or retired, whatever the signs."""
+        """Row of each symbol with signs in it, current or retired, whatever the signs."""
         symbols, previous, identities = self._spelled
-        rows = [*range(len(symbols)), *(row for row, _ in previous)]
-        names = plain([*symbols, *(name for _, name in previous)])
-        pairs = [(row, name) for row, name in zip(rows, names, strict=True) if "-" in name]
-        # R puts an X before a digit: 7SK becomes X7SK
-        pairs += [(row, f"X{name}") for row, name in zip(rows, names, strict=True) if name[:1].isdigit()]
-        return {name: row + 1 for name, row in _first_rows(pairs, identities).items()}
+        pairs = []
+        for rows, names in (
+            (range(len(symbols)), plain(symbols)),
+            ([row for row, _ in previous], plain([name for _, name in previous])),
+        ):
+            # R puts an X before a digit: 7SK becomes X7SK
+            pairs += [
+                (row, name if "-" in name else f"X{name}")
+                for row, name in zip(rows, names, strict=True)
+                if "-" in name or name[:1].isdigit()
+            ]
+        pairs += [(row, f"X{name}") for row, name in pairs if name[:1].isdigit()]
+        return _first_rows(pairs, identities)
 
-    def kinds_by_name(self, names: Names) -> dict[int, str]:
+    def kinds_by_name(self, found: Found) -> dict[int, str]:
         """What names are that are those of no gene, by their number; one that the vocabulary has is a gene."""
-        found = kinds_by_name(names.distinct, names.text)
-        return {
-            i: kind
-            for i, kind in found.items()
-            if names.distinct[i] not in self.by_symbol and names.distinct[i] not in self.by_id
-        }
+        names = found.names
+        if 3 * len(names.distinct) < len(names.codes):
+            return {}  # few values for many rows say something else (protein_coding)
+        rest = np.flatnonzero(found.rows < 0)
+        if any(names.ids):  # one may stand behind another word (antisense_ENSG00000000003)
+            ids = enumerate(zip(names.ids, names.distinct, strict=True))
+            more = [
+                i for i, (identifier, name) in ids if identifier and name[:3] != "ENS" and found.rows[i] >= 0
+            ]
+            rest = np.concatenate([rest, np.array(more, dtype=np.int64)])
+        return {int(rest[i]): kind for i, kind in kinds_by_name(names.distinct[rest]).items()}
 
 
 def _first_rows(pairs: Iterable[tuple[int, str]], identities: list[str]) -> dict[str, int]:

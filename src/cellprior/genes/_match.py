@@ -109,11 +109,12 @@ def match(
         if table is not None:
             lookup = Lookup(table.complete(genes), given=genes)
             results = [lookup.find(names) for names in own]
-    found = best([lookup.find_with_other_signs(found) for found in results])
-    index_too = [] if gene_key in (None, INDEX) else [Names.read(INDEX, part.index.to_series())]
-    # a column with few values for many rows says something else (protein_coding)
-    for names in [names for names in [*sources, *index_too] if 3 * len(names.distinct) >= len(names.codes)]:
-        for code, other in lookup.kinds_by_name(names).items():
+    results = [lookup.find_with_other_signs(found) for found in results]
+    found = best(results)
+    if gene_key not in (None, INDEX):
+        results.append(lookup.find(Names.read(INDEX, part.index.to_series())))
+    for names, kinds in ((each.names, lookup.kinds_by_name(each)) for each in results):
+        for code, other in kinds.items():
             rows = columns[names.codes == code]
             # what var calls a gene is one, though its control is none
             kind[rows[~said[rows] | (other in ("spike-in", "control"))]] = other
@@ -185,10 +186,12 @@ def _table_may_help(results: list[Found], genes: pd.DataFrame, species: str) -> 
     if most.n_matched >= LOW_COVERAGE * min(len(most.names.codes), len(genes)):
         results = [most]  # no other place will do better
     return any(
-        row < 0 and (helps_ids if identifier else helps_symbols) and species_of(name) == species
+        (helps_ids if identifier else helps_symbols) and species_of(name) == species
         for found in results
         if found.names.species == species
-        for name, identifier, row in zip(found.names.distinct, found.names.ids, found.rows, strict=True)
+        for name, identifier in (
+            (found.names.distinct[i], found.names.ids[i]) for i in np.flatnonzero(found.rows < 0).tolist()
+        )
     )
 
 

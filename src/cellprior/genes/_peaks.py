@@ -26,7 +26,7 @@ MOSTLY_IDENTICAL = 0.5
 # Base pairs by which peaks are shifted: near enough to stay among as many peaks, as those of another build do, which
 # lie 5,000 to some 100,000 away; far enough to leave the peak itself.
 _NEAREST, _FARTHEST = 5_000, 150_000
-_SHIFTED = 40_000  # peaks in all
+_SHIFTED = 16_000  # peaks in all
 
 
 class PeakMatchError(ValueError):

@@ -11,6 +11,7 @@ import numpy as np
 _SIGNS = str.maketrans(
     dict.fromkeys("._\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d\u00ad", "-")
 )
+_X = re.compile(r"\nX[0-9]")
 # Genes of mouse without a name, in capitals (Gm1234, 0610005C13Rik): no human gene is called so
 _GM = re.compile(r"\nGM[0-9]{3,}(?=\n)")
 _RIK = re.compile(r"\n[0-9A-Z][0-9]{5,6}[A-Z][0-9]{2}RIK[0-9]?(?=\n)")
@@ -25,6 +26,15 @@ GENOME = re.compile(
 def plain(names: Sequence[str] | np.ndarray) -> list[str]:
     """Names with hyphens for all their signs."""
     return "\n".join(names).translate(_SIGNS).split("\n") if len(names) else []
+
+
+def signed(names: Sequence[str] | np.ndarray) -> list[tuple[int, str]]:
+    """Number and `plain` form of each name that has a sign, or an X before a digit."""
+    spelled = plain(names)
+    found = [(i, name) for i, name in enumerate(spelled) if "-" in name]
+    if _X.search("\n".join(["", *spelled])):
+        found += [(i, name) for i, name in enumerate(spelled) if "-" not in name and name.startswith("X")]
+    return found
 
 
 def in_capitals(text: str) -> str:

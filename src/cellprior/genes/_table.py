@@ -93,25 +93,21 @@ class Names:
     @classmethod
     def read(cls, source: str, values: pd.Series) -> Names:
         """Read them from an index or a column."""
-        codes, distinct = _factorized(values)
+        codes, distinct = pd.factorize(_text(values))
         ids = [ensembl_id(name) if "ENS" in name else "" for name in distinct]
         text = "\n" + "\n".join(distinct) + "\n"
         return cls(source, codes, distinct, ids, species_of_most(distinct, n_rows=len(codes)), text)
 
 
-def _factorized(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of values, and the distinct texts that they stand for."""
-    codes, found = pd.factorize(values)
-    distinct = np.array([str(value).strip() for value in found], dtype=object)
-    if (codes < 0).any() or len(set(distinct)) < len(distinct):  # a missing value, or 1 beside "1"
-        codes, distinct = pd.factorize(_text(values))
-    return codes, distinct
-
-
 def _text(values: pd.Series) -> np.ndarray:
     """Values as stripped strings; a missing one is empty."""
-    pairs = zip(values, values.isna(), strict=True)
-    return np.array(["" if missing else str(value).strip() for value, missing in pairs], dtype=object)
+    text = [
+        value.strip() if value.__class__ is str else "" if pd.isna(value) else str(value).strip()
+        for value in values.to_numpy(dtype=object)
+    ]
+    found = np.empty(len(text), dtype=object)
+    found[:] = text
+    return found
 
 
 def read_vocabulary(vocabulary: Sequence[str] | pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +135,9 @@ def read_vocabulary(vocabulary: Sequence[str] | pd.DataFrame) -> pd.DataFrame:
     columns = ["ensembl_id", "symbol", "previous_symbols"]
     text = {name: _text(given[name]) if name in given else [""] * len(given) for name in columns}
     genes = pd.DataFrame(text, dtype=object)
-    in_symbol = genes["symbol"].map(ensembl_id)
+    in_symbol = pd.Series(
+        [ensembl_id(name) if "ENS" in name else "" for name in text["symbol"]], dtype=object
+    )
     genes["symbol"] = genes["symbol"].where(in_symbol == "", "")
     genes["ensembl_id"] = genes["ensembl_id"].map(ensembl_id).where(genes["ensembl_id"] != "", in_symbol)
     return genes
