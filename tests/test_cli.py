@@ -140,7 +140,7 @@ def test_cells_without_any_count_can_be_embedded(counts, capsys):
         (["embed", "text.h5ad", "out.h5ad", "--weights", STARTER], "text.h5ad"),
         (["embed", "nope.h5ad", "out.zarr", "--weights", STARTER], "nope.h5ad"),
         (["embed", "text.h5ad", "out.zarr", "--weights", STARTER], "text.h5ad"),
-        (["embed", "counts.h5ad", "nope/out.h5ad", "--weights", STARTER], "there is no folder nope"),
+        (["embed", "counts.h5ad", "nope/out.h5ad", "--weights", STARTER], "There is no folder nope"),
         (["embed", "counts.h5ad", "out.h5ad", "--weights", "nope"], "'nope' is neither a registry name nor"),
         (
             ["embed", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--layer", "log"],

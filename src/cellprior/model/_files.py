@@ -64,9 +64,6 @@ def refuse_unwritable(folder: Path) -> None:
     OSError
         With the folder and the reason.
     """
-    if not folder.exists():
-        msg = f"there is no folder {folder} to write into. Nothing has been computed."
-        raise FileNotFoundError(errno.ENOENT, msg)
     probe = partial_name(folder / "cellprior")
     try:
         probe.touch(exist_ok=False)

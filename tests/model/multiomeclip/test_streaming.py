@@ -153,7 +153,7 @@ def test_counts_that_are_none_are_found_on_a_cluster_by_their_cell_and_peak(clie
 def test_a_file_that_cannot_be_read_is_an_error_that_says_what_it_has(bundle, files, tmp_path):
     for options, message in (
         ({}, r"has the modalities .*'GEX'.*needed: 'RNA' or 'ATAC'. Name them: modalities=."),
-        ({"layer": "raw"}, "GEX has no layers/raw; .*Its layers are counts"),
+        ({"layer": "raw"}, "GEX has no raw/var and no raw/X; .*Its layers are counts"),
     ):
         names = {"modalities": {"rna": "RNA", "atac": "ATAC"}} if not options else {}
         with pytest.raises(ValueError, match=message):

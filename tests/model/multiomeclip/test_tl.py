@@ -149,7 +149,7 @@ def test_embed_writes_an_h5mu_file(bundle, latent, mdata, tmp_path, capsys):
     given, output = written(renamed, tmp_path / "in.h5mu"), tmp_path / "out.h5mu"
     command = ["embed", str(given), str(output), "--weights", str(bundle), "--modalities", "rna=GEX"]
     for layer in ("counts", "rna=counts,atac=counts"):
-        assert main([*command, "--layer", layer]) == 0
+        assert main([*command, "--layer", layer, "--overwrite"]) == 0
         found = read(output)
         np.testing.assert_allclose(found.obsm[KEY], latent["joint"], **CLOSE)
         assert list(found.obs) == list(mdata.obs)
