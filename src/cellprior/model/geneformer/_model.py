@@ -95,10 +95,6 @@ class Geneformer(PretrainedModel):
         return ["config.json"] if name in FILES else []
 
     @classmethod
-    def _files_beside(cls, name: str) -> Sequence[str]:
-        return ["config.json"] if name in FILES else []
-
-    @classmethod
     def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
         checkpoint = find_official(path)
         if checkpoint is None:
