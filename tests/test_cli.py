@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import pytest
 from anndata import AnnData
 
 import cellprior as cp
-from cellprior.cli import main
+from cellprior.cli import _write, main
 from tests.contract.models import blood_cells
 
 STARTER = "cellplm-starter"
@@ -190,6 +191,86 @@ def test_when_writing_fails_the_old_output_is_kept(counts, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.h5ad", "out.h5ad"]
 
 
+def test_an_output_that_is_there_is_replaced_only_if_asked(counts, tmp_path, capsys):
+    output, link = tmp_path / "out.h5ad", tmp_path / "link.h5ad"
+    output.write_text("the old one")
+    link.symlink_to(output)
+    arguments = ["embed", str(counts), str(link), "--weights", STARTER]
+    assert main(arguments) == 1
+    assert "link.h5ad is there already: --overwrite replaces it" in capsys.readouterr().err
+    assert output.read_text() == "the old one"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert link.is_symlink()
+    assert "X_cellplm" in ad.read_h5ad(output).obsm
+    assert main(["embed", str(counts), str(tmp_path), "--weights", STARTER]) == 1
+    assert "is a folder: name a file to write" in capsys.readouterr().err
+
+
+def test_two_writers_of_one_file_do_not_harm_each_other(counts, tmp_path, monkeypatch):
+    mine, theirs = ad.read_h5ad(counts), ad.read_h5ad(counts)[:9].copy()
+    output, write = tmp_path / "out.h5ad", AnnData.write_h5ad
+
+    def meanwhile(self: AnnData, path: Path) -> None:
+        write(self, path)
+        monkeypatch.setattr(AnnData, "write_h5ad", write)
+        _write(theirs, output, replace=False)
+        assert Path(path).exists()
+
+    monkeypatch.setattr(AnnData, "write_h5ad", meanwhile)
+    with pytest.raises(FileExistsError, match="by another process meanwhile.*this result is .*out-.*h5ad"):
+        _write(mine, output, replace=False)
+    assert ad.read_h5ad(output).n_obs == 9
+    (kept,) = tmp_path.glob("out-*.h5ad")
+    assert ad.read_h5ad(kept).n_obs == 150
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_run_that_is_stopped_says_in_one_line_how_it_goes_on(
+    counts, tmp_path, monkeypatch, capsys, name, code
+):
+    output, write = tmp_path / "out.zarr", cp.model._streaming.LatentStore.write
+    arguments = ["embed", str(counts), str(output), "--weights", STARTER, "--batch-key", "batch"]
+
+    def stopped(self: object, part: object) -> None:
+        write(self, part)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(cp.model._streaming.LatentStore, "write", stopped)
+        assert main([*arguments, "--overwrite"]) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("cellprior embed: ")
+    assert last.endswith(f"kept in out.zarr.part: cellprior {' '.join(arguments)}")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert main(arguments) == 0
+    assert ad.read_zarr(output).n_obs == 150
+
+
+def test_nothing_that_goes_wrong_is_a_traceback_unless_asked(monkeypatch, capsys):
+    def fails(name: str) -> None:
+        raise AssertionError("\x1b[31mred\u202e")
+
+    monkeypatch.setattr(cp.weights, "card", fails)
+    assert main(["card", STARTER]) == 1
+    expected = "cellprior card: AssertionError: \\x1b[31mred\\u202e (--debug shows where)\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(AssertionError):
+        main(["card", STARTER, "--debug"])
+
+
+def test_a_reader_that_has_gone_ends_the_command_in_silence(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patch, os.fdopen(write, "w") as pipe:
+        patch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stopped:
+            main(["list"])
+    assert stopped.value.code == 141
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["embed", "a.h5ad", "b.h5ad"]])
 def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
@@ -206,7 +287,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_as_a_process_it_embeds_and_fails_like_any_command(counts, tmp_path):
-    command = [sys.executable, "-c", "import sys; from cellprior.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-m", "cellprior"]
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

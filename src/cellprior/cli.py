@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _in_words(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
+    if isinstance(error, OSError) and error.strerror and error.filename is None:  # without "[Errno 28]"
+        return error.strerror
     if isinstance(error, IN_WORDS) and str(error):
         return str(error)
     what = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__

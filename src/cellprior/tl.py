@@ -114,11 +114,14 @@ def embed(
     >>> anndata.read_zarr("latent.zarr").obsm["X_cellplm"]
     """
     from cellprior.model import model_class
+    from cellprior.model._cluster import await_workers
     from cellprior.model._embedding import in_memory
     from cellprior.model._on_disk import open_counts
     from cellprior.model._streaming import stream
 
     cls = model_class(weights, known_hash=known_hash)
+    if client is not None:
+        await_workers(client)
     source = None
     if isinstance(adata, str | os.PathLike):
         if out is None:

@@ -13,6 +13,8 @@ import pytest
 from anndata import AnnData
 
 import cellprior as cp
+from cellprior.model import _cluster as clusters
+from cellprior.model import _streaming
 from cellprior.model.cellplm import _cluster
 from cellprior.model.scbert._module import ScBERTModule
 from tests.contract.models import blood_cells, tiny_scbert
@@ -141,3 +143,34 @@ def test_workers_that_die_again_and_again_are_an_error_that_says_so(client, adat
     client.run(always_die)
     with pytest.raises(RuntimeError, match="workers died one after the other over the same 300 cells"):
         cp.tl.embed(as_dask(adata), tiny_scbert(), batch_size=300, client=client)
+
+
+@pytest.mark.parametrize("ending", ["client closed", "workers gone"])
+def test_a_cluster_that_ends_is_an_error_that_says_so_and_the_same_call_goes_on(
+    adata, tmp_path, monkeypatch, ending
+):
+    distributed = pytest.importorskip("distributed")
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    options = {"out": tmp_path / "out.zarr", "batch_size": 50, "progress": False}
+    write = _streaming.LatentStore.write
+
+    def ends(self: Any, part: Any) -> None:
+        write(self, part)
+        if ending == "client closed":
+            client.close()
+        else:
+            cluster.sync(next(iter(cluster.workers.values())).close, nanny=False)
+
+    monkeypatch.setattr(clusters, "PATIENCE", 0.3)
+    how = {"processes": False, "dashboard_address": ":0", "threads_per_worker": 1}
+    with distributed.LocalCluster(n_workers=1, **how) as cluster, distributed.Client(cluster) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(_streaming.LatentStore, "write", ends)
+            with pytest.raises(RuntimeError, match="Dask cluster .* the same call goes on from there"):
+                cp.tl.embed(tmp_path / "counts.h5ad", tiny_scbert(), **options, client=client)
+        with pytest.raises(RuntimeError, match="Dask cluster has ended|has had no worker for 0 seconds"):
+            cp.tl.embed(tmp_path / "counts.h5ad", tiny_scbert(), **options, client=client)
+    with distributed.LocalCluster(n_workers=1, **how) as cluster, distributed.Client(cluster) as client:
+        cp.tl.embed(tmp_path / "counts.h5ad", tiny_scbert(), **options, client=client)
+    latent = ad.read_zarr(tmp_path / "out.zarr").obsm["X_scbert"]
+    np.testing.assert_allclose(latent, expected(adata, tiny_scbert()), **CLOSE)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 2  # parts asked for, per thread of the cluster
 PATIENCE = 120.0  # seconds without any worker: a cluster may be on its way to more, or have ended
+NO_WORKER = "The Dask cluster has had no worker for {:.0f} seconds. Add workers, or pass the client of another cluster."
 
 
 class ClusterLostError(RuntimeError):
@@ -186,6 +187,23 @@ def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Ite
         yield Part(unit, cells, latent, not unfinished[unit])
 
 
+def await_workers(client: Any) -> None:
+    """Wait for a first worker, before anything is asked of the cluster: Dask itself would wait for ever.
+
+    Raises
+    ------
+    ClusterLostError
+        If none comes.
+    """
+    if client.status != "running":
+        raise ClusterLostError(_ending(client))
+    try:
+        with connected(client):
+            client.wait_for_workers(1, timeout=PATIENCE)
+    except TimeoutError as error:
+        raise ClusterLostError(NO_WORKER.format(PATIENCE)) from error
+
+
 @contextmanager
 def connected(client: Any) -> Iterator[None]:
     """Say in one way that a cluster has ended, which Dask says in many.
@@ -201,8 +219,8 @@ def connected(client: Any) -> Iterator[None]:
         raise
     except CancelledError as error:  # of a future, which nobody here cancels
         raise ClusterLostError(_ending(client)) from error
-    except (OSError, RuntimeError, AttributeError, TimeoutError) as error:
-        if client.status == "running":
+    except Exception as error:
+        if client.status == "running" or isinstance(error, ValueError):  # which is about the data
             raise
         raise ClusterLostError(_ending(client)) from error
 
@@ -212,7 +230,7 @@ def _ending(client: Any) -> str:
         why = "its workers were lost, and what had been sent to them"
     else:
         why = f"the client was closed, or its scheduler has gone (it is {client.status})"
-    return f"The Dask cluster ended before all cells were embedded: {why}. Start one, and pass its client."
+    return f"The Dask cluster has ended: {why}. Start one, and pass its client."
 
 
 def _await(running: Any, client: Any) -> None:
@@ -228,11 +246,7 @@ def _await(running: Any, client: Any) -> None:
         if client.nthreads():
             seen = now
         elif now - seen > PATIENCE:
-            msg = (
-                f"The Dask cluster has had no worker for {now - seen:.0f} seconds. Add workers, or start another "
-                "cluster and pass its client."
-            )
-            raise ClusterLostError(msg)
+            raise ClusterLostError(NO_WORKER.format(now - seen))
 
 
 class Blocks:

@@ -236,7 +236,7 @@ def digest(*parts: np.ndarray | Iterable[object]) -> str:
             found.update(np.ascontiguousarray(part).tobytes())
         else:
             for name in part:
-                found.update(str(name).encode() + b"\0")
+                found.update(str(name).encode(errors="surrogatepass") + b"\0")
         found.update(b"\1")
     return found.hexdigest()[:16]
 
