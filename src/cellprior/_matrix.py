@@ -62,14 +62,14 @@ def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: s
     who = "the AnnData" if name is None else repr(name)
     has_raw = getattr(adata, "raw", None) is not None
     if layer is None:
-        if adata.X is None:
+        if (x := x_of(adata)) is None:
             raw = f' It has raw: {argument}="raw".' if has_raw else ""
             msg = (
                 f"{who[0].upper()}{who[1:]} has no X; its layers are {layers or 'none'}.{raw} Name the one with raw "
                 f"counts: {argument}=..., or put them into X."
             )
             raise ValueError(msg)
-        return Matrix(adata.X, adata.var, "X")
+        return Matrix(x, adata.var, "X")
     if layer not in layers:
         raw = f' It has raw, which is named as {argument}="raw".' if has_raw else ""
         msg = (
@@ -79,6 +79,32 @@ def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: s
         )
         raise ValueError(msg)
     return Matrix(adata.layers[layer], adata.var, f"layers[{layer!r}]")
+
+
+def x_of(adata: Any) -> Any:
+    """``X``, None if there is none; of an open file without it, anndata raises a KeyError, or finds an empty one."""
+    try:
+        x = adata.X
+    except KeyError:
+        return None
+    return None if getattr(x, "shape", ()) is None else x
+
+
+def in_memory(adata: Any) -> Any:
+    """A copy in memory of an AnnData in a file.
+
+    Raises
+    ------
+    ValueError
+        If the file has no ``X``: anndata then reads it whole, and no part of it.
+    """
+    if x_of(adata) is None:
+        msg = (
+            f"{adata.filename} has no X, and anndata makes no copy of such a file, or of a part of it, while it is "
+            f"open. Read it whole: adata = anndata.read_h5ad({str(adata.filename)!r})."
+        )
+        raise ValueError(msg)
+    return adata.to_memory()
 
 
 def totals(matrix: Matrix) -> np.ndarray | None:

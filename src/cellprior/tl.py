@@ -304,9 +304,10 @@ def _copy(data: AnnData | MuData) -> AnnData | MuData:
     from mudata import MuData
 
     from cellprior._compat import without_pulled_columns
+    from cellprior._matrix import in_memory
 
     if not isinstance(data, MuData):
-        return data.to_memory() if data.isbacked else data.copy()
+        return in_memory(data) if data.isbacked else data.copy()
     if data.isbacked:
         msg = f"A MuData in a file ({data.filename}) cannot be copied: read it without backed=, or leave out copy=True."
         raise ValueError(msg)

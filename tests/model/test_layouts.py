@@ -260,6 +260,33 @@ def test_without_x_there_is_one_message_everywhere(bundle, tmp_path, capsys):
     adata.write_h5ad(tmp_path / "in.h5ad")
     assert main(["embed", f"{tmp_path}/in.h5ad", f"{tmp_path}/out.h5ad", "--weights", str(bundle)]) == 1
     assert "has no X; its layers are ['counts']" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=message):
+        CellPLM.setup_anndata(ad.read_h5ad(tmp_path / "in.h5ad", backed="r"))
+    in_a_stream = r"has no X; .* Its layers are counts. Name the one with raw counts, such as layer='counts'"
+    with pytest.raises(ValueError, match=in_a_stream):
+        cp.tl.embed(tmp_path / "in.h5ad", bundle, out=tmp_path / "out.zarr")
+
+
+def test_an_open_file_without_x_is_embedded_by_its_layer_and_cannot_be_copied(bundle, tmp_path):
+    AnnData(obs=plain().obs, var=plain().var, layers={"counts": counts()}).write_h5ad(tmp_path / "in.h5ad")
+    opened, expected = ad.read_h5ad(tmp_path / "in.h5ad", backed="r"), plain()
+    cp.tl.embed(opened, bundle, layer="counts", key_added="E")
+    cp.tl.embed(expected, bundle, key_added="E")
+    np.testing.assert_allclose(opened.obsm["E"], expected.obsm["E"], **CLOSE)
+    message = r"in.h5ad has no X, and anndata makes no copy .*anndata.read_h5ad\("
+    with pytest.raises(ValueError, match=message):
+        cp.tl.embed(opened, bundle, layer="counts", copy=True)
+    with pytest.raises(ValueError, match=message):
+        cp.tl.embed(opened[:20], bundle, layer="counts", out=tmp_path / "out.zarr")
+
+
+def test_a_stream_names_the_layer_that_holds_the_counts(bundle, tmp_path):
+    adata = plain()
+    adata.layers["counts"], adata.X = adata.X, adata.X * 0.5
+    adata.layers["table"] = adata.to_df()
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    with pytest.raises(NotCountsError, match=r"layers\['counts'\] holds raw counts, name it: layer='counts'"):
+        cp.tl.embed(tmp_path / "in.h5ad", bundle, out=tmp_path / "out.zarr")
 
 
 # numbers

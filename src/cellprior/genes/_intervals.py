@@ -77,7 +77,9 @@ class Intervals:
         return step, int(start[0] % step)
 
 
-def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
+def read_peaks(
+    peaks: Sequence[str] | pd.Index | pd.DataFrame, *, among: np.ndarray | None = None
+) -> Intervals:
     """Read peak names such as `chr1:100-200`, `chr1-100-200`, `chr1_100_200` or `1:100-200`.
 
     The number that `var_names_make_unique` puts behind a name that stands twice (`chr1:100-200-1`) is passed over.
@@ -95,10 +97,13 @@ def read_peaks(peaks: Sequence[str] | pd.Index | pd.DataFrame) -> Intervals:
         If an interval ends before it starts.
     """
     names = pd.Series(peaks.index if isinstance(peaks, pd.DataFrame) else peaks, dtype=object).astype(str)
+    rest = np.zeros(len(names), dtype=bool) if among is None else ~among
     parts = names.str.extract(_PEAK)
-    if isinstance(peaks, pd.DataFrame) and parts[0].isna().mean() > 0.5:
+    parts.loc[rest] = np.nan
+    if isinstance(peaks, pd.DataFrame) and parts[0][~rest].isna().mean() > 0.5:
         in_columns = _in_columns(peaks, fewest=int(parts[0].notna().sum()))
         parts = parts if in_columns is None else in_columns
+        parts.loc[rest] = np.nan
     numbers = _numbers(parts)
     backwards = np.flatnonzero(numbers[1] < numbers[0])
     if len(backwards):

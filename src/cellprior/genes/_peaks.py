@@ -230,7 +230,8 @@ def match_peaks(
         Coverage below 0.5, peaks that are matched by a name without a place, or what looks like two genome builds in
         spite of intervals that are the same.
     """
-    query, reference = read_peaks(query_peaks), read_peaks(reference_peaks)
+    is_peak = _which_are_peaks(query_peaks)
+    query, reference = read_peaks(query_peaks, among=is_peak), read_peaks(reference_peaks)
     if not len(query.names) or not len(reference.names):
         msg = (
             f"{len(query.names)} peaks of the data, {len(reference.names)} of the reference; both are needed."
@@ -240,7 +241,6 @@ def match_peaks(
     if counts is not None and len(counts) != len(query.names):
         msg = f"peak_counts has {len(counts)} values for {len(query.names)} peaks. Pass one total per peak."
         raise ValueError(msg)
-    is_peak = _which_are_peaks(query_peaks)
     grids = query.grid(), reference.grid()
     bins = grids[0][0] if grids[0] is not None and grids[0] == grids[1] else None
     index, overlap, hits, chance = _by_overlap(query, reference)

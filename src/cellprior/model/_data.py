@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from cellprior._matrix import (
     Matrix,
     damaged,
+    in_memory,
     is_raw,
     matrix_of,
     refuse_damaged,
@@ -548,7 +549,7 @@ def without_view(adata: ad.AnnData) -> ad.AnnData:
             refuse_pointers(
                 x.indptr[:-1], x.indptr[1:], min(len(x.indices), len(x.data)), "of the whole data"
             )
-    return adata.to_memory() if adata.isbacked else adata.copy()
+    return in_memory(adata) if adata.isbacked else adata.copy()
 
 
 def check_whole(**arguments: Any) -> None:

@@ -82,13 +82,15 @@ def _open_anndata(path: Path, root: Any, layer: str | None, as_dask: bool) -> ad
             "once: anndata.read_h5ad(path).write_h5ad(path)."
         )
         raise ValueError(msg)
-    layers = root["layers"] if "layers" in root else {}
+    layers: Any = root["layers"] if "layers" in root else {}
     raw = layer == RAW and RAW not in layers
     where, var = ("raw/X", "raw/var") if raw else ("X" if layer is None else f"layers/{layer}", "var")
     if missing := [name for name in ("obs", var, where) if not _holds(root, name)]:
         msg = f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(root))}."
-        if layer is not None and "layers" in root:
+        if "layers" in root:
             msg += f" Its layers are {', '.join(sorted(layers)) or 'none'}."
+        if names := sorted(layers):
+            msg += f" Name the one with raw counts, such as layer={names[0]!r}."
         if layer != RAW and _holds(root, "raw/X"):
             msg += ' Its raw is named as layer="raw".'
         raise ValueError(msg)
@@ -96,8 +98,11 @@ def _open_anndata(path: Path, root: Any, layer: str | None, as_dask: bool) -> ad
     obs = ad.io.read_elem(root["obs"])
     if raw:  # as a layer of that name, with the genes of raw
         return ad.AnnData(obs=obs, var=ad.io.read_elem(root[var]), layers={RAW: x})
-    data: dict[str, Any] = {"X": x} if layer is None else {"layers": {layer: x}}
-    if _holds(root, "raw/X") and _holds(root, "raw/var"):  # for an error that finds the counts there
+    stored = {name: _on_disk(layers[name]) for name in layers if name != layer and _is_matrix(layers[name])}
+    others = {name: each for name, each in stored.items() if each.shape == x.shape}
+    # the others, and raw, are for an error that finds the counts there
+    data: dict[str, Any] = {"X": x, "layers": others} if layer is None else {"layers": {**others, layer: x}}
+    if _holds(root, "raw/X") and _holds(root, "raw/var"):
         data["raw"] = {"X": _open_matrix(root["raw/X"], as_dask), "var": ad.io.read_elem(root["raw/var"])}
     return ad.AnnData(obs=obs, var=ad.io.read_elem(root["var"]), **data)
 
@@ -105,6 +110,15 @@ def _open_anndata(path: Path, root: Any, layer: str | None, as_dask: bool) -> ad
 def _holds(root: Any, name: str) -> bool:
     """Whether a part of a file is there; "null" is how anndata 0.12 writes that there is no X."""
     return name in root and root[name].attrs.get("encoding-type") != "null"
+
+
+def _on_disk(stored: Any) -> Any:
+    """A matrix as it lies there, of which nothing is read."""
+    return stored if hasattr(stored, "shape") else ad.io.sparse_dataset(stored)
+
+
+def _is_matrix(stored: Any) -> bool:
+    return hasattr(stored, "shape") or "indptr" in stored
 
 
 def _open_matrix(stored: Any, as_dask: bool) -> Any:
@@ -115,7 +129,7 @@ def _open_matrix(stored: Any, as_dask: bool) -> Any:
     ValueError
         If they begin where no values are.
     """
-    x = stored if hasattr(stored, "shape") else ad.io.sparse_dataset(stored)
+    x = _on_disk(stored)
     if x is not stored:
         where = f"{stored.name} of {place_of(stored)}"
         pointers, indices = np.asarray(stored["indptr"][...]), stored["indices"]
@@ -203,13 +217,21 @@ def refuse_by_gene(x: Any) -> None:
     ValueError
         With the way out.
     """
-    if isinstance(x, ad.abc.CSCDataset):
-        msg = (
-            "The counts are stored gene by gene (CSC), so that every read of some cells would read the whole matrix. "
-            "Store them cell by cell once: adata = anndata.read_h5ad(path); adata.X = adata.X.tocsr(); "
-            "adata.write_h5ad(path)."
-        )
-        raise ValueError(msg)
+    if not isinstance(x, ad.abc.CSCDataset):
+        return
+    name = str(x.group.name).strip("/")
+    parts = name.split("/")
+    data, read, write = "adata", "adata = anndata.read_h5ad(path)", "adata.write_h5ad(path)"
+    if parts[0] == "mod":
+        data, read, write = f"mdata[{parts[1]!r}]", "mdata = mudata.read_h5mu(path)", "mdata.write(path)"
+    elif parts[0] == "raw":
+        read += ".raw.to_adata()"
+    counts = f"{data}.layers[{parts[-1]!r}]" if "layers" in parts[:-1] else f"{data}.X"
+    msg = (
+        f"The counts, {name} of {place_of(x.group)}, are stored gene by gene (CSC), so that every read of some cells "
+        f"would read the whole matrix. Store them cell by cell once: {read}; {counts} = {counts}.tocsr(); {write}."
+    )
+    raise ValueError(msg)
 
 
 def refuse_vanished(x: Any) -> None:

@@ -57,6 +57,17 @@ def test_one_table_with_genes_and_peaks_is_read_as_both(weights, how):
         assert found["rna"].not_genes == {"peak": N_PEAKS}
 
 
+def test_genes_beside_peaks_are_no_lost_peaks_and_no_places(weights):
+    mdata = cells(40, seed=3)
+    rna, atac = mdata["rna"].copy(), mdata["atac"][:, :30].copy()
+    expected = weights.get_latent_representation(multiome({"rna": rna, "atac": atac}))
+    rest = [f"FAKE{i}" for i in range(120)] + ["H1-10-1"]  # the second H1-10, which reads like a place
+    more = ad.AnnData(np.ones((40, 121), dtype=np.float32), obs=rna.obs, var=pd.DataFrame(index=rest))
+    both = ad.concat([rna, more, atac], axis=1)
+    assert weights.feature_match(both)["atac"].coverage == 1
+    np.testing.assert_allclose(weights.get_latent_representation(both), expected, atol=1e-6)
+
+
 def test_a_table_with_both_is_streamed_as_both(weights, tmp_path):
     mdata = cells(40, seed=3)
     joined(mdata).write_h5ad(tmp_path / "both.h5ad")

@@ -13,6 +13,7 @@ from scvi.model.base import BaseModelClass
 
 from cellprior import genes as matching
 from cellprior._matrix import matrix_of, totals
+from cellprior.genes._kinds import kinds_of
 from cellprior.model.multiomeclip._barcodes import differ_by_suffix
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, cells_of
 from cellprior.model.multiomeclip._embedding import Encoder
@@ -58,8 +59,11 @@ class ReadingModel(Encoder, BaseModelClass):
                     min_coverage=self.min_coverage,
                 )
             else:
+                var = adata.var
+                if cells.data.get("rna") is adata:  # of one table with both, genes are not lost peaks
+                    var = var.assign(feature_types=kinds_of(var))
                 found[name] = matching.match_peaks(
-                    adata.var, self.peaks, peak_counts=sums, min_coverage=self.min_coverage
+                    var, self.peaks, peak_counts=sums, min_coverage=self.min_coverage
                 )
         return found
 
