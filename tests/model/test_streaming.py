@@ -474,12 +474,10 @@ def test_the_annotation_is_that_of_the_run_that_finishes_and_nothing_of_a_killed
 @pytest.mark.parametrize("how", ["h5ad", "zarr", "a chunk"])
 def test_an_input_that_is_written_to_while_it_is_read_is_an_error(request, tmp_path, how):
     data, out = request.getfixturevalue("counts" if how == "h5ad" else "zarr_counts"), tmp_path / "out.zarr"
-    file = data if how == "h5ad" else data / "X" / "data" / ("0" if how == "a chunk" else ".zarray")
-    file = (
-        file
-        if file.exists()
-        else next(p for p in (data / "X" / "data").rglob("*") if p.name in ("0", "zarr.json"))
-    )
+    names = {"zarr": (".zarray", "zarr.json"), "a chunk": ("0",)}  # of both formats of zarr
+    file = data
+    if how != "h5ad":
+        file = next(path for path in sorted((data / "X" / "data").rglob("*")) if path.name in names[how])
     write, n_written = LatentStore.write, 0
 
     def touched(self: LatentStore, part: Any) -> None:

@@ -80,9 +80,10 @@ def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
 
 def shipped() -> Vocabulary:
     """The vocabulary of V1, of Genecorpus-30M."""
-    # the default reads some numbers one bit off, and a stable order wants all of them
-    table = pd.read_csv(SHIPPED, sep="\t", keep_default_na=False, float_precision="round_trip")
-    return Vocabulary(table.drop(columns="median"), table["median"].to_numpy(), False, (SHIPPED,))
+    table = pd.read_csv(SHIPPED, sep="\t", keep_default_na=False, dtype=str)
+    # pandas reads some numbers one bit off, and a stable order wants all of them
+    scale = np.array([float(median) for median in table["median"]])
+    return Vocabulary(table.drop(columns="median"), scale, False, (SHIPPED,))
 
 
 def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocabulary:
