@@ -448,15 +448,17 @@ def draw_batches(d: Draw, n_cells: int) -> tuple[pd.Series | None, np.ndarray]:
     kind = d.pick(
         "batches", None, [*BATCHES, "category", "category of int", "string", "Int64", "missing"], odd=0.7
     )
-    group = d.np.integers(0, d.rng.choice([2, 3]), n_cells)
+    group = d.np.integers(0, d.rng.choice([2, 3, 4]), n_cells)
     if kind is None:
         return None, np.zeros(n_cells, dtype=int)
     if kind == "bool":
         group %= 2
     if kind == "category":
-        return pd.Series(pd.Categorical([f"b{i}" for i in group], ["b9", "b2", "b0", "b1", "ref"])), group
+        return pd.Series(
+            pd.Categorical([f"b{i}" for i in group], ["b9", "b2", "b0", "b3", "b1", "ref"])
+        ), group
     if kind == "category of int":
-        return pd.Series(pd.Categorical(group, [7, 2, 1, 0])), group
+        return pd.Series(pd.Categorical(group, [7, 3, 2, 1, 0])), group
     if kind == "Int64":
         return pd.Series(group, dtype="Int64"), group
     if kind == "string":

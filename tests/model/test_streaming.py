@@ -616,10 +616,16 @@ def test_an_input_that_vanishes_is_an_error_and_no_zeros(zarr_counts, tmp_path):
 
 
 def test_counts_that_are_stored_gene_by_gene_are_refused_on_disk(adata, tmp_path):
-    adata.X = adata.X.tocsc()
+    adata.X = adata.layers["counts"] = adata.X.tocsc()
+    adata.raw = adata
     adata.write_h5ad(tmp_path / "csc.h5ad")
-    with pytest.raises(ValueError, match=r"stored gene by gene \(CSC\).*tocsr"):
-        stream(tmp_path / "csc.h5ad", tmp_path / "out.zarr")
+    for layer, line in (
+        (None, r"read_h5ad\(path\); adata.X = adata.X.tocsr\(\)"),
+        ("counts", r"adata.layers\['counts'\] = adata.layers\['counts'\].tocsr\(\)"),
+        ("raw", r"read_h5ad\(path\).raw.to_adata\(\); adata.X = adata.X.tocsr\(\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"stored gene by gene \(CSC\).*{line}"):
+            stream(tmp_path / "csc.h5ad", tmp_path / "out.zarr", layer=layer)
     stream(adata, tmp_path / "out.zarr")
 
 
