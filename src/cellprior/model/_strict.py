@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,12 @@ from cellprior.model._annotation_training import AnnotationHead
 from cellprior.weights import Bundle, WeightsError
 from cellprior.weights._bundle import is_finite
 
-if TYPE_CHECKING:
-    from cellprior.model._loading import LoadableModel
-
 PARTS_OF_A_TENSOR = 20  # modules and parameters of a network for each tensor in its file, at most
 FEW_PARTS = 1_000
 SHOWN = 10
 
 
-def check_fits(cls: type[LoadableModel], bundle: Bundle, source: str) -> None:
+def check_fits(cls: type[Any], bundle: Bundle, source: str) -> None:
     """Refuse tensors that are not those of the network that the configuration describes.
 
     The network is made without memory for its tensors (on the device "meta"), and with no more parts than the file
@@ -142,6 +139,6 @@ def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _no_network(cls: type[LoadableModel], source: str, error: Exception) -> str:
+def _no_network(cls: type[Any], source: str, error: Exception) -> str:
     text = str(error) or repr(error)
     return f"{source}: its configuration (config.json, `network`) is not that of a {cls.__name__}: {text}"

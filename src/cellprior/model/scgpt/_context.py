@@ -15,14 +15,14 @@ from cellprior.model._genes import gene_rows
 if TYPE_CHECKING:
     import anndata as ad
 
-    from cellprior.model.scgpt._model import ScGPT
+    from cellprior.model._base import PretrainedModel
     from cellprior.model.scgpt._module import Tokens
 
 Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
 
 
 @torch.no_grad()
-def gene_vectors(model: ScGPT, adata: ad.AnnData | None) -> pd.DataFrame:
+def gene_vectors(model: PretrainedModel, adata: ad.AnnData | None) -> pd.DataFrame:
     """Vectors that genes have in every cell, of the genes of the data, or of the vocabulary where there are none."""
     if adata is None and model.adata is None:
         names = pd.Index(model.genes["symbol"].where(model.genes["symbol"] != "", model.genes["ensembl_id"]))
@@ -33,7 +33,7 @@ def gene_vectors(model: ScGPT, adata: ad.AnnData | None) -> pd.DataFrame:
     return pd.DataFrame(model.module.gene_encoder(index).cpu().numpy(), index=names)
 
 
-def gene_vectors_in_cells(model: ScGPT, adata: ad.AnnData | None, indices: Indices) -> pd.DataFrame:
+def gene_vectors_in_cells(model: PretrainedModel, adata: ad.AnnData | None, indices: Indices) -> pd.DataFrame:
     """Hidden states of genes, mean over the cells that express them; NaN where none does."""
     rows, names = _known_genes(model, adata)
     module, place = model.module, _places(rows, len(model.genes))
@@ -52,7 +52,7 @@ def gene_vectors_in_cells(model: ScGPT, adata: ad.AnnData | None, indices: Indic
 
 
 def attention_received(
-    model: ScGPT, adata: ad.AnnData | None, indices: Indices, layer: int | None
+    model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, layer: int | None
 ) -> pd.Series:
     """Attention that each gene receives, mean over all tokens of a cell and over cells."""
     rows, names = _known_genes(model, adata)
@@ -69,7 +69,11 @@ def attention_received(
 
 
 def attention_between(
-    model: ScGPT, adata: ad.AnnData | None, indices: Indices, genes: Sequence[str], layer: int | None
+    model: PretrainedModel,
+    adata: ad.AnnData | None,
+    indices: Indices,
+    genes: Sequence[str],
+    layer: int | None,
 ) -> pd.DataFrame:
     """Attention that some genes pay to each other, mean over the cells that express both; NaN where none does."""
     with model._attached(adata) as manager:
@@ -92,7 +96,7 @@ def attention_between(
     return pd.DataFrame(paid.numpy(), index=list(genes), columns=list(genes))
 
 
-def _known_genes(model: ScGPT, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
+def _known_genes(model: PretrainedModel, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
     """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
     with model._attached(adata) as manager:
         match = model._match_of(manager)
@@ -115,7 +119,7 @@ def _one_by_one(tokens: Tokens) -> Iterator[Tokens]:
 
 
 def _summed(
-    model: ScGPT,
+    model: PretrainedModel,
     add: Callable[[Tensor, Tensor, Tokens], None],
     shape: tuple[int, ...],
     adata: ad.AnnData | None,
