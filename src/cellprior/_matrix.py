@@ -90,7 +90,7 @@ def x_of(adata: Any) -> Any:
     return None if getattr(x, "shape", ()) is None else x
 
 
-def in_memory(adata: Any) -> Any:
+def to_memory(adata: Any) -> Any:
     """A copy in memory of an AnnData in a file.
 
     Raises

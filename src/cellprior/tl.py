@@ -135,7 +135,7 @@ def embed(
     if copy:
         adata = _copy(adata)
     elif out is None:
-        refuse_view_of_file(adata)
+        _refuse_view_of_file(adata)
     key = key_added or cls.obsm_key
     setup: dict[str, Any] = {
         "layer": layer,
@@ -258,7 +258,7 @@ def annotate(
     if copy:
         adata = _copy(adata)
     else:
-        refuse_view_of_file(adata)
+        _refuse_view_of_file(adata)
     key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
     setup: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
     options = {**setup, "min_coverage": min_coverage, "device": device, "known_hash": known_hash}
@@ -290,7 +290,7 @@ def _note(data: AnnData | MuData, key: str, record: Mapping[str, Any]) -> None:
     data.uns["cellprior"] = {**others, key: _stated(**record)}
 
 
-def refuse_view_of_file(data: AnnData | MuData) -> None:
+def _refuse_view_of_file(data: AnnData | MuData) -> None:
     """Refuse a part of data in a file, into which nothing can be written, before anything is computed."""
     if getattr(data, "isbacked", False) and getattr(data, "is_view", False):
         msg = (
@@ -304,10 +304,10 @@ def _copy(data: AnnData | MuData) -> AnnData | MuData:
     from mudata import MuData
 
     from cellprior._compat import without_pulled_columns
-    from cellprior._matrix import in_memory
+    from cellprior._matrix import to_memory
 
     if not isinstance(data, MuData):
-        return in_memory(data) if data.isbacked else data.copy()
+        return to_memory(data) if data.isbacked else data.copy()
     if data.isbacked:
         msg = f"A MuData in a file ({data.filename}) cannot be copied: read it without backed=, or leave out copy=True."
         raise ValueError(msg)

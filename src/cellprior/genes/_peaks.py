@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ import pandas as pd
 from cellprior.genes._genomes import possible_genomes
 from cellprior.genes._intervals import Intervals, SortedIntervals, read_peaks
 from cellprior.genes._kinds import PEAK, kinds_by_type
+from cellprior.genes._report import Report
 
 LOW_COVERAGE = 0.5
 MIN_PEAKS = 20
@@ -33,8 +33,8 @@ class PeakMatchError(ValueError):
     """Too few peaks of the data belong to the vocabulary, or they are those of another genome."""
 
 
-@dataclass(frozen=True, eq=False)
-class PeakMatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class PeakMatch(Report):
     """Which peak of the data is which peak of a reference.
 
     Attributes
@@ -65,6 +65,7 @@ class PeakMatch:
         Which features of the data are peaks, shape `(n_peaks,)`; None for all.
     """
 
+    _label_width: ClassVar[int] = 18
     index: np.ndarray
     names: np.ndarray
     reference: np.ndarray
@@ -87,24 +88,9 @@ class PeakMatch:
         return float((self.route == "interval").sum() / max(self._peaks.sum(), 1))
 
     @property
-    def n_matched(self) -> int:
-        """Number of reference peaks that the data have."""
-        return len(np.unique(self.index[self.index >= 0]))
-
-    @property
-    def n_summed(self) -> int:
-        """Number of peaks of the data that share their reference peak with an earlier one."""
-        return int((self.index >= 0).sum()) - self.n_matched
-
-    @property
     def n_smaller(self) -> int:
         """Length of the smaller list."""
         return min(int(self._peaks.sum()), len(self.reference))
-
-    @property
-    def coverage(self) -> float:
-        """Matched reference peaks over the smaller of the two lists."""
-        return self.n_matched / max(self.n_smaller, 1)
 
     @property
     def vocabulary_share(self) -> float:
@@ -127,11 +113,6 @@ class PeakMatch:
             return False
         above = (self.hits - self.chance) / max(1 - self.chance, 1e-9)
         return above < MIN_ABOVE_CHANCE and self.hits < MIN_ENRICHMENT * self.chance
-
-    @property
-    def routes(self) -> dict[str, int]:
-        """Number of matched peaks of the data by route, the most frequent first."""
-        return dict(Counter(self.route[self.index >= 0].tolist()).most_common())
 
     def to_frame(self) -> pd.DataFrame:
         """One row per peak of the data: reference row and peak, route, shared base pairs, and counts if known."""
@@ -178,17 +159,6 @@ class PeakMatch:
             examples = ", ".join(map(str, self.lost_peaks(3).index))
             rows.append(("lost", f"{int(lost.sum()):,} of {len(self.names):,}, such as {examples}"))
         return rows + [("note", note) for note in self.notes]
-
-    def __repr__(self) -> str:
-        return "\n".join(["PeakMatch", *(f"  {label:<18} {value}" for label, value in self._rows())])
-
-    def _repr_html_(self) -> str:
-        left = 'style="text-align:left"'
-        rows = "".join(
-            f"<tr><th {left}>{label}</th><td {left}>{html.escape(value)}</td></tr>"
-            for label, value in self._rows()
-        )
-        return f"<table><caption>PeakMatch</caption><tbody>{rows}</tbody></table>"
 
 
 def match_peaks(

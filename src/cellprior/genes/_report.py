@@ -6,6 +6,7 @@ import html
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,57 @@ from cellprior.genes._kinds import GENE, counted
 INDEX = "index"
 
 
-@dataclass(frozen=True, eq=False)
-class GeneMatch:
+class Report:
+    """What the reports on genes and on peaks share."""
+
+    index: np.ndarray
+    route: np.ndarray
+    _label_width: ClassVar[int]  # of the text
+
+    @property
+    def n_smaller(self) -> int:
+        """Length of the smaller list."""
+        raise NotImplementedError
+
+    @property
+    def n_matched(self) -> int:
+        """Number of genes, or peaks, of the vocabulary that the data have."""
+        return len(np.unique(self.index[self.index >= 0]))
+
+    @property
+    def n_summed(self) -> int:
+        """Number of data columns that share their gene, or peak, of the vocabulary with an earlier column."""
+        return int((self.index >= 0).sum()) - self.n_matched
+
+    @property
+    def coverage(self) -> float:
+        """Matched genes, or peaks, over the smaller of the two lists: a small panel is judged fairly."""
+        return self.n_matched / max(self.n_smaller, 1)
+
+    @property
+    def routes(self) -> dict[str, int]:
+        """Number of matched data columns by route, the most frequent first."""
+        return dict(Counter(self.route[self.index >= 0].tolist()).most_common())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        lines = (f"  {label:<{self._label_width}} {value}" for label, value in self._rows())
+        return "\n".join([type(self).__name__, *lines])
+
+    def _repr_html_(self) -> str:
+        left = 'style="text-align:left"'
+        rows = "".join(
+            f"<tr><th {left}>{label}</th><td {left}>{html.escape(value)}</td></tr>"
+            for label, value in self._rows()
+        )
+        return f"<table><caption>{type(self).__name__}</caption><tbody>{rows}</tbody></table>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GeneMatch(Report):
     """Which column of the data is which gene of a vocabulary.
 
     Attributes
@@ -45,6 +95,7 @@ class GeneMatch:
         "custom" or "other", of which none has a vocabulary row. None stands for genes only.
     """
 
+    _label_width: ClassVar[int] = 17
     index: np.ndarray
     source: str
     names: np.ndarray
@@ -66,24 +117,9 @@ class GeneMatch:
         return {} if self.kind is None else dict(Counter(self.kind[~self.is_gene].tolist()).most_common())
 
     @property
-    def n_matched(self) -> int:
-        """Number of vocabulary genes that the data have."""
-        return len(np.unique(self.index[self.index >= 0]))
-
-    @property
-    def n_summed(self) -> int:
-        """Number of data columns that share their vocabulary gene with an earlier column."""
-        return int((self.index >= 0).sum()) - self.n_matched
-
-    @property
     def n_smaller(self) -> int:
         """Length of the smaller list: distinct genes of the data, or of the vocabulary."""
         return min(_n_genes(self.names[self.is_gene]), len(self.vocabulary))
-
-    @property
-    def coverage(self) -> float:
-        """Matched vocabulary genes over the smaller of the two lists: a small panel is judged fairly."""
-        return self.n_matched / max(self.n_smaller, 1)
 
     @property
     def vocabulary_share(self) -> float:
@@ -96,11 +132,6 @@ class GeneMatch:
         if self.gene_counts is None or not (total := self.gene_counts[self.is_gene].sum()) > 0:
             return None
         return float(self.gene_counts[self.index >= 0].sum() / total)
-
-    @property
-    def routes(self) -> dict[str, int]:
-        """Number of matched data columns by route, the most frequent first."""
-        return dict(Counter(self.route[self.index >= 0].tolist()).most_common())
 
     def to_frame(self) -> pd.DataFrame:
         """One row per data column: name, vocabulary row and gene, route, counts if known, and kind."""
@@ -163,17 +194,6 @@ class GeneMatch:
         """A few columns of a kind."""
         some = np.flatnonzero(self.kind == kind)
         return ", ".join(map(str, self.var_names[some[:3]])) + (", ..." if len(some) > 3 else "")
-
-    def __repr__(self) -> str:
-        return "\n".join(["GeneMatch", *(f"  {label:<17} {value}" for label, value in self._rows())])
-
-    def _repr_html_(self) -> str:
-        left = 'style="text-align:left"'
-        rows = "".join(
-            f"<tr><th {left}>{label}</th><td {left}>{html.escape(value)}</td></tr>"
-            for label, value in self._rows()
-        )
-        return f"<table><caption>GeneMatch</caption><tbody>{rows}</tbody></table>"
 
 
 def _n_genes(names: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""What a network may be made with: the ranges that networks state, checked alike for users and for files."""
+"""Ranges of arguments: those that networks state, checked alike for users and for files, and those of methods."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def whole(*, least: int = 1, most: int = LARGEST, **values: Any) -> None:
     for name, value in values.items():
         if not _is(value, Integral) or not least <= value <= most:
             msg = f"{name}={_shown(value)}; needed: a whole number from {least} to {most:,}."
+            raise ValueError(msg)
+
+
+def count(**values: Any) -> None:
+    """Refuse what is no whole number from 1 on."""
+    for name, value in values.items():
+        if not _is(value, Integral) or value < 1:
+            msg = f"{name}={value!r}; a whole number is needed, 1 or more."
             raise ValueError(msg)
 
 

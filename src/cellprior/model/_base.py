@@ -48,9 +48,8 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
 
     _data_loader_cls = VocabularyLoader
     _sentences = False  # whether cells see each other
-    _input_buffers: tuple[
-        str, ...
-    ] = ()  # of the module: how counts become its input, which no training changes
+    # buffers of the module: how counts become its input, which no training changes
+    _input_buffers: tuple[str, ...] = ()
     default_batch_size = 1024
     _unit_size = (
         1024  # cells after which a stream to disk can be cut short, where cells do not see each other
@@ -291,6 +290,13 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         if self.gene_match is None or not self.gene_match.var_names.equals(manager.counts.var.index):
             self.gene_match = self._match(manager)
         return self.gene_match
+
+    def _known_genes(self, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
+        """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
+        with self._attached(adata) as manager:
+            match = self._match_of(manager)
+        known = match.index >= 0
+        return match.index[known], match.var_names[known]
 
     @contextmanager
     def _attached(self, adata: ad.AnnData | None) -> Iterator[CountsManager]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 NAN = np.uint32(0x7FC00000)  # there are many; what is missing in an array on disk is read back as this one
-GOLDEN, MIX = (
-    0x9E3779B97F4A7C15,
-    0xBF58476D1CE4E5B9,
-)  # odd constants of splitmix64 (Steele et al., OOPSLA 2014)
+# odd constants of splitmix64 (Steele et al., OOPSLA 2014)
+GOLDEN, MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
 def row_sums(latent: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -28,13 +28,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from cellprior._matrix import (
     Matrix,
     damaged,
-    in_memory,
     is_raw,
     matrix_of,
     refuse_damaged,
     refuse_pointers,
+    to_memory,
 )
 from cellprior._obs import read_column, text_of
+from cellprior.model._arguments import count
 from cellprior.model._distributed import from_first, rank_and_count
 from cellprior.model._on_disk import place_of, refuse_vanished
 
@@ -159,12 +160,8 @@ class CountsDataset(Dataset):
         self.adata = manager.adata
         self.layer = manager.data_registry[REGISTRY_KEYS.X_KEY]["attr_key"]
         self.data: dict[str, Any] = {key: manager.get_from_registry(key) for key in keys}
-        x = self.data.get(REGISTRY_KEYS.X_KEY)
-        if isinstance(x, sp.csc_matrix | sp.csc_array):
-            refuse_damaged(x, manager.counts.where)
-            self.data[REGISTRY_KEYS.X_KEY] = (
-                x.tocsr()
-            )  # once, as rows of CSC cost a pass over the matrix each
+        if REGISTRY_KEYS.X_KEY in self.data:
+            self.data[REGISTRY_KEYS.X_KEY] = by_cell(self.data[REGISTRY_KEYS.X_KEY], manager.counts.where)
 
     def __len__(self) -> int:
         return self.adata.n_obs
@@ -179,6 +176,20 @@ class CountsDataset(Dataset):
             else:
                 batch[key] = np.asarray(data.iloc[rows] if isinstance(data, pd.DataFrame) else data[rows])
         return batch
+
+
+def by_cell(x: Any, where: str) -> Any:
+    """A matrix whose rows can be read: CSC in memory as CSR, once, as each of its rows costs a pass over it.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged.
+    """
+    if not isinstance(x, sp.csc_matrix | sp.csc_array):
+        return x
+    refuse_damaged(x, where)
+    return x.tocsr()
 
 
 def read_rows(x: Any, rows: np.ndarray, *, where: str = "of counts") -> sp.csr_matrix:
@@ -407,7 +418,7 @@ class SentenceSampler(Sampler[list[int]]):
     """
 
     def __init__(self, rows: np.ndarray, group: np.ndarray | None, batch_size: int, shuffle: bool) -> None:
-        check_whole(batch_size=batch_size)
+        count(batch_size=batch_size)
         codes = np.zeros(len(rows), dtype=np.int64) if group is None else group
         self.groups = [rows[codes == code] for code in np.unique(codes)]
         self.batch_size = batch_size
@@ -549,21 +560,7 @@ def without_view(adata: ad.AnnData) -> ad.AnnData:
             refuse_pointers(
                 x.indptr[:-1], x.indptr[1:], min(len(x.indices), len(x.data)), "of the whole data"
             )
-    return in_memory(adata) if adata.isbacked else adata.copy()
-
-
-def check_whole(**arguments: Any) -> None:
-    """Refuse arguments that are no whole numbers from 1 on.
-
-    Raises
-    ------
-    ValueError
-        With name and value.
-    """
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            msg = f"{name}={value!r}; a whole number is needed, 1 or more."
-            raise ValueError(msg)
+    return to_memory(adata) if adata.isbacked else adata.copy()
 
 
 def row_numbers(indices: Sequence[int] | Sequence[bool] | np.ndarray | None, n_obs: int) -> np.ndarray:

@@ -15,9 +15,8 @@ from torch import Tensor
 from cellprior.model._distributed import sum_over_processes
 
 History = dict[str, pd.DataFrame]
-STEPS_BETWEEN = (
-    50  # checks of the loss, each of which waits for the device; and at the first step of an epoch
-)
+# checks of the loss, each of which waits for the device; and at the first step of an epoch
+STEPS_BETWEEN = 50
 
 LR_ARGUMENT = 'plan_kwargs={{"lr": {lr}}}'  # how a method is told the learning rate
 
@@ -149,9 +148,8 @@ def run(model: Any, runner: TrainRunner, join: Callable[[History, History], Hist
         If a loss is not finite.
     """
     guard, plan = FiniteLoss(), runner.training_plan
-    runner.trainer.callbacks.insert(
-        0, guard
-    )  # in front of those that save, or end the training on NaN themselves
+    # in front of those that save, or end the training on NaN themselves
+    runner.trainer.callbacks.insert(0, guard)
     found, was_trained = model.history_, model.is_trained_
     model.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
     try:

@@ -14,9 +14,8 @@ NAMED_SHARES = tuple(np.arange(4, 21) / 20)  # of the cells that look known, tri
 SPARE_ERRORS = 3  # of the first share tried, lest one unlucky cell among a few ends the search
 
 
-SURPRISE = (
-    0.05  # that as many unknown cells come about although no more than twice the usual share is expected
-)
+# that as many unknown cells come about although no more than twice the usual share is expected
+SURPRISE = 0.05
 REJECTS = tuple(np.arange(1, 100) / 100)  # tried when it is said which of them names cells
 
 

@@ -43,7 +43,7 @@ def gene_vectors(
         gene = (tokens[here] - module.first_gene).cpu()
         total.index_add_(0, gene, states[here].double().cpu())
         n_cells.index_add_(0, gene, torch.ones(len(gene), dtype=torch.float64))
-    rows, names = _known_genes(model, adata)
+    rows, names = model._known_genes(adata)
     mean = (total[rows] / n_cells[rows][:, None]).float().numpy()  # 0 / 0 is NaN
     return pd.DataFrame(mean, index=names)
 
@@ -83,18 +83,10 @@ def attention_between(
                 n_cells[row, column] += 1
     mean = (total / n_cells).float().numpy()
     if genes is None:
-        rows, names = _known_genes(model, adata)
+        rows, names = model._known_genes(adata)
         return pd.Series(mean[rows], index=names, name="attention")
     order = np.searchsorted(np.unique(chosen), chosen)
     return pd.DataFrame(mean[np.ix_(order, order)], index=list(genes), columns=list(genes))
-
-
-def _known_genes(model: PretrainedModel, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
-    """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
-    with model._attached(adata) as manager:
-        match = model._match_of(manager)
-    known = match.index >= 0
-    return match.index[known], match.var_names[known]
 
 
 def token_chunks(

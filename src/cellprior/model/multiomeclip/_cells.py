@@ -14,13 +14,13 @@ import scipy.sparse as sp
 from mudata import MuData
 from scvi.data.fields import BaseMuDataWrapperClass
 
-from cellprior._matrix import RAW, Matrix, is_raw, matrix_of, refuse_damaged
+from cellprior._matrix import RAW, Matrix, is_raw, matrix_of
 from cellprior._obs import read_names, read_presence, warn_of_unlabeled
 from cellprior.genes import GeneMatch, PeakMatch
 from cellprior.genes._intervals import are_peaks, read_peaks
 from cellprior.genes._kinds import GENE, PEAK, kinds_by_type, kinds_of, which_are_genes
 from cellprior.genes._table import ensembl_id
-from cellprior.model._data import CountsField, check_counts, read_rows, select_columns
+from cellprior.model._data import CountsField, by_cell, check_counts, read_rows, select_columns
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.pp import presence_column
 
@@ -322,11 +322,7 @@ class CountsOf:
     def of(cls, cells: Cells, modality: Modality, match: GeneMatch | PeakMatch, n_features: int) -> CountsOf:
         """Counts of cells, by the match of their features and the vocabulary."""
         adata, layer = cells.data[modality], cells.layers[modality]
-        x = counts_matrix(adata, layer)
-        if isinstance(x, sp.csc_matrix | sp.csc_array):
-            refuse_damaged(x, f"of {modality}")
-        # once, as rows of CSC cost a pass over the matrix each
-        x = x.tocsr() if isinstance(x, sp.csc_matrix | sp.csc_array) else x
+        x = by_cell(counts_matrix(adata, layer), f"of {modality}")
         return cls(adata, modality, layer, x, cells.rows[modality], match.index, n_features)
 
     def read(self, cells: np.ndarray) -> sp.csr_matrix:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._data import check_whole
+from cellprior.model._arguments import count
 
 ROWS = 2048  # cells whose similarities to all others are in memory at a time
 N_ITERATIONS = 100
@@ -32,7 +32,7 @@ def nearest(queries: np.ndarray, references: np.ndarray, k: int) -> tuple[np.nda
     ValueError
         If ``k`` is no whole number from 1 on.
     """
-    check_whole(n_neighbors=k)
+    count(n_neighbors=k)
     k = min(k, len(references))
     everything = torch.from_numpy(references)
     found = [(part @ everything.T).topk(k, dim=1) for part in torch.from_numpy(queries).split(ROWS)]

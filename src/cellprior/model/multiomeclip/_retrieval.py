@@ -12,7 +12,8 @@ import scipy.sparse as sp
 import torch
 
 from cellprior._obs import read_names
-from cellprior.model._data import check_whole, csr_tensor, read_rows
+from cellprior.model._arguments import count
+from cellprior.model._data import csr_tensor, read_rows
 from cellprior.model._holdout import recalled
 from cellprior.model._rejection import Calibration, check_reject, explain_unknown, find_limits
 from cellprior.model.multiomeclip._cells import Cells, codes_of, counts_matrix, features_of
@@ -157,7 +158,7 @@ class RetrievalModel(ReadingModel):
         KeyError
             If there is no such column.
         """
-        check_whole(n_neighbors=n_neighbors)  # before anything is embedded
+        count(n_neighbors=n_neighbors)  # before anything is embedded
         args = self.registry["setup_args"]
         key = args["labels_key"] if labels_key is None else labels_key
         if key is None:
@@ -243,7 +244,7 @@ class RetrievalModel(ReadingModel):
         -------
         AnnData with a row per cell of the query that has the other modality, and the reference's genes or peaks.
         """
-        check_whole(n_neighbors=n_neighbors)
+        count(n_neighbors=n_neighbors)
         if target not in MODALITIES:
             msg = f'target={target!r} is not known; choose "rna" or "atac".'
             raise ValueError(msg)

@@ -10,7 +10,7 @@ import torch
 from scvi.train import TrainRunner
 from torch import Tensor
 
-from cellprior.model._data import check_whole
+from cellprior.model._arguments import count
 from cellprior.model._distributed import from_first, trainer_defaults
 from cellprior.model._fitting import run
 from cellprior.model._holdout import keep_split, noted
@@ -89,7 +89,7 @@ class ContrastiveModel(PretrainableModel):
             If a loss is not finite. The model has the last weights with a finite loss.
         """
         if micro_batch_size is not None:
-            check_whole(micro_batch_size=micro_batch_size)
+            count(micro_batch_size=micro_batch_size)
         if self.adata is None:
             msg = "The model was loaded without data; load it with the data to train on."
             raise ValueError(msg)

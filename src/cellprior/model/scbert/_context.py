@@ -94,13 +94,6 @@ class ContextMixin(PretrainedModel):
         )
         return pd.DataFrame(paid, index=list(genes), columns=list(genes))
 
-    def _known_genes(self, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
-        """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
-        with self._attached(adata) as manager:
-            match = self._match_of(manager)
-        known = match.index >= 0
-        return match.index[known], match.var_names[known]
-
     def _mean_over_cells(
         self,
         function: Callable[[Tensor], Tensor],

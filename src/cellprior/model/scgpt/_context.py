@@ -28,14 +28,14 @@ def gene_vectors(model: PretrainedModel, adata: ad.AnnData | None) -> pd.DataFra
         names = pd.Index(model.genes["symbol"].where(model.genes["symbol"] != "", model.genes["ensembl_id"]))
         rows = np.arange(len(names))
     else:
-        rows, names = _known_genes(model, adata)
+        rows, names = model._known_genes(adata)
     index = torch.as_tensor(rows, device=model.module.device)
     return pd.DataFrame(model.module.gene_encoder(index).cpu().numpy(), index=names)
 
 
 def gene_vectors_in_cells(model: PretrainedModel, adata: ad.AnnData | None, indices: Indices) -> pd.DataFrame:
     """Hidden states of genes, mean over the cells that express them; NaN where none does."""
-    rows, names = _known_genes(model, adata)
+    rows, names = model._known_genes(adata)
     module, place = model.module, _places(rows, len(model.genes))
 
     def add(total: Tensor, n: Tensor, tokens: Tokens) -> None:
@@ -55,7 +55,7 @@ def attention_received(
     model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, layer: int | None
 ) -> pd.Series:
     """Attention that each gene receives, mean over all tokens of a cell and over cells."""
-    rows, names = _known_genes(model, adata)
+    rows, names = model._known_genes(adata)
     module, place = model.module, _places(rows, len(model.genes))
 
     def add(total: Tensor, n: Tensor, tokens: Tokens) -> None:
@@ -94,14 +94,6 @@ def attention_between(
     total, n, _ = _summed(model, add, (size, size), adata, indices, n_shape=(size, size))
     paid = (total / n).float()[place[chosen]][:, place[chosen]]
     return pd.DataFrame(paid.numpy(), index=list(genes), columns=list(genes))
-
-
-def _known_genes(model: PretrainedModel, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
-    """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
-    with model._attached(adata) as manager:
-        match = model._match_of(manager)
-    known = match.index >= 0
-    return match.index[known], match.var_names[known]
 
 
 def _places(rows: np.ndarray, n_genes: int) -> Tensor:
