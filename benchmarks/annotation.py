@@ -43,7 +43,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.multiclass import OneVsRestClassifier
 
 from cellprior.model import CellPLM
-from cellprior.model._rejection import find_limits
+from cellprior.model.learning._rejection import find_limits
 
 WEIGHTS = "cellplm-starter"
 PARTS = ("accuracy", "promise", "unseen")

@@ -16,8 +16,8 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from cellprior.model._data import csr_tensor
 from cellprior.model.cellplm._kernels import _sparse_product, to_dense
+from cellprior.model.data._counts import csr_tensor
 
 DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3)
 

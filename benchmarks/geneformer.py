@@ -52,7 +52,7 @@ def tokens_of(args: argparse.Namespace):
     import torch
 
     from cellprior import genes
-    from cellprior.model._data import csr_tensor, select_columns
+    from cellprior.model.data._counts import csr_tensor, select_columns
     from cellprior.model.geneformer._inputs import rank_tokens
     from cellprior.model.geneformer._vocabulary import shipped
 

@@ -50,7 +50,7 @@ from sklearn.cross_decomposition import PLSRegression
 from cellprior._compat import without_pulled_columns
 from cellprior.evaluate import accuracy, balanced_accuracy
 from cellprior.evaluate._probes import linear as linear_probe
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._inputs import log_share
 from cellprior.model.multiomeclip._matching import nearest

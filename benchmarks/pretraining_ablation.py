@@ -35,7 +35,7 @@ from cellprior.evaluate._masked import masked_prediction
 from cellprior.evaluate._stability import stability
 from cellprior.model import model_class
 from cellprior.model._base import PretrainedModel
-from cellprior.model._masked import MODEL
+from cellprior.model.learning._masked import MODEL
 
 PARTS = ("ablation", "masked", "stability")
 WEIGHTS = ("cellplm-starter", "scbert-starter")

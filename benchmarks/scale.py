@@ -101,7 +101,7 @@ def attach(model: str, folder: Path, n_cells: int) -> Any:
     import torch
 
     from cellprior.model import CellPLM, MultiomeCLIP, ScBERT
-    from cellprior.model._on_disk import open_counts
+    from cellprior.model.data._files import open_counts
 
     adata = open_counts(folder / f"{model}-{n_cells}.zarr", None)
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Stream one embedding; times without what comes before the first cell."""
     import torch
 
-    from cellprior.model._streaming import LatentStore, stream
+    from cellprior.model.engine._stream import LatentStore, stream
 
     torch.set_num_threads(args.threads)
     model, n_cells = args.model, args.cells[0]

@@ -40,7 +40,7 @@ from _starter_data import (
 from _starter_scbert_card import evaluate, evaluate_masked, render_card
 from sklearn.utils.extmath import randomized_svd
 
-from cellprior.model._contrast import info_nce
+from cellprior.model.learning._contrast import info_nce
 from cellprior.model.scbert._inputs import TARGET_SUM, counts_to_bins, sample_mask
 from cellprior.model.scbert._module import ScBERTModule
 from cellprior.weights import read_bundle, write_bundle

@@ -86,7 +86,7 @@ def test_embed_streams_to_a_zarr_folder_and_goes_on_where_it_was_cut_short(
     arguments = ["embed", str(counts), str(output), "--weights", STARTER, "--batch-key", "batch"]
     arguments += ["--hidden", str(tmp_path / "hidden")]
     with monkeypatch.context() as patch:
-        patch.setattr(cp.model._streaming.LatentStore, "close", lambda self: sys.exit("cut short"))
+        patch.setattr(cp.model.engine._stream.LatentStore, "close", lambda self: sys.exit("cut short"))
         with pytest.raises(SystemExit):
             main(arguments)
     assert not output.exists()
@@ -229,7 +229,7 @@ def test_two_writers_of_one_file_do_not_harm_each_other(counts, tmp_path, monkey
 def test_a_run_that_is_stopped_says_in_one_line_how_it_goes_on(
     counts, tmp_path, monkeypatch, capsys, name, code
 ):
-    output, write = tmp_path / "out.zarr", cp.model._streaming.LatentStore.write
+    output, write = tmp_path / "out.zarr", cp.model.engine._stream.LatentStore.write
     arguments = ["embed", str(counts), str(output), "--weights", STARTER, "--batch-key", "batch"]
 
     def stopped(self: object, part: object) -> None:
@@ -238,7 +238,7 @@ def test_a_run_that_is_stopped_says_in_one_line_how_it_goes_on(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(cp.model._streaming.LatentStore, "write", stopped)
+        patch.setattr(cp.model.engine._stream.LatentStore, "write", stopped)
         assert main([*arguments, "--overwrite"]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("cellprior embed: ")

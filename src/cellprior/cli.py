@@ -308,7 +308,7 @@ def _may_replace(args: argparse.Namespace) -> bool:
 
 def _refuse_output(args: argparse.Namespace) -> None:
     """Before anything is read or computed: refuse a file that cannot be written, or may not be replaced."""
-    from cellprior.model._files import refuse_unwritable, target
+    from cellprior._outputs import refuse_unwritable, target
 
     output = target(args.output)
     if output.is_dir():
@@ -326,7 +326,7 @@ def _refuse_full(data: AnnData | MuData, output: Path) -> None:
     """Refuse to compute what will not fit: the matrices, which are most of a file and are not compressed."""
     from anndata import AnnData
 
-    from cellprior.model._files import refuse_full, target
+    from cellprior._outputs import refuse_full, target
 
     parts: Any = [data] if isinstance(data, AnnData) else data.mod.values()
     matrices = [x for part in parts for x in (part.X, *part.layers.values()) if x is not None]
@@ -339,7 +339,7 @@ def _read(path: Path) -> AnnData | MuData:
     import mudata as md
 
     from cellprior._compat import without_pulled_columns
-    from cellprior.model._on_disk import refuse_foreign
+    from cellprior.model.data._files import refuse_foreign
 
     refuse_foreign(path)
     is_mudata = path.suffix == ".h5mu"
@@ -373,7 +373,7 @@ def _write(data: AnnData | MuData, path: Path, *, replace: bool = True) -> None:
     from anndata import AnnData
 
     from cellprior._compat import with_nullable_strings, without_pulled_columns
-    from cellprior.model._files import partial_name, target
+    from cellprior._outputs import partial_name, target
 
     path = target(path)
     for _ in range(2):
@@ -458,7 +458,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         import matplotlib.pyplot as plt
 
         from cellprior import pl
-        from cellprior.model._files import write_file
+        from cellprior._outputs import write_file
 
         write_file(args.out / "report.md", text.encode())
         figure = pl.report(report)
@@ -468,7 +468,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _prepare(folder: Path) -> None:
     """Make a folder for results, before they are computed."""
-    from cellprior.model._files import refuse_unwritable
+    from cellprior._outputs import refuse_unwritable
 
     folder.mkdir(parents=True, exist_ok=True)
     refuse_unwritable(folder)

@@ -114,10 +114,10 @@ def embed(
     >>> anndata.read_zarr("latent.zarr").obsm["X_cellplm"]
     """
     from cellprior.model import model_class
-    from cellprior.model._cluster import await_workers
-    from cellprior.model._embedding import in_memory
-    from cellprior.model._on_disk import open_counts
-    from cellprior.model._streaming import stream
+    from cellprior.model.data._files import open_counts
+    from cellprior.model.engine._dask import await_workers
+    from cellprior.model.engine._embedding import in_memory
+    from cellprior.model.engine._stream import stream
 
     cls = model_class(weights, known_hash=known_hash)
     if client is not None:
@@ -237,7 +237,7 @@ def annotate(
     import pandas as pd
 
     from cellprior.model import model_class
-    from cellprior.model._rejection import check_share
+    from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
     if not hasattr(cls, "fine_tune"):

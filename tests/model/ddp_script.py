@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cellprior.model import CellPLM, MultiomeCLIP, ScBERT
-from cellprior.model._distributed import gather_cells, rank_and_count
+from cellprior.model.data._ranks import rank_and_count
+from cellprior.model.learning._processes import gather_cells
 from cellprior.model.multiomeclip._loss import same_label
 from cellprior.model.multiomeclip._module import MultiomeCLIPModule
 from cellprior.model.scbert._loss import contrastive_losses

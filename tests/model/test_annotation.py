@@ -17,7 +17,7 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.metrics import f1_score
 
 from cellprior.model import CellPLM
-from cellprior.model._annotation_training import (
+from cellprior.model.learning._annotation_plan import (
     NO_CLASS,
     SPREAD_PRIOR,
     AnnotationHead,
@@ -25,7 +25,7 @@ from cellprior.model._annotation_training import (
     macro_f1,
     split_cells,
 )
-from cellprior.model._rejection import (
+from cellprior.model.learning._rejection import (
     Calibration,
     cells_needed,
     explain_unknown,

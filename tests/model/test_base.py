@@ -14,7 +14,7 @@ import torch
 from anndata import AnnData
 
 from cellprior.model import CellPLM, MultiomeCLIP, NotCountsError, ScBERT
-from cellprior.model._loading import load_strictly
+from cellprior.model.files._loading import load_strictly
 from cellprior.weights import WeightsError, write_bundle
 
 N_CELLS, N_GENES = 30, 60

@@ -13,9 +13,9 @@ import pytest
 from anndata import AnnData
 
 import cellprior as cp
-from cellprior.model import _cluster as clusters
-from cellprior.model import _streaming
 from cellprior.model.cellplm import _cluster
+from cellprior.model.engine import _dask as clusters
+from cellprior.model.engine import _stream as _streaming
 from cellprior.model.scbert._module import ScBERTModule
 from tests.contract.models import blood_cells, tiny_scbert
 
@@ -74,7 +74,7 @@ def test_a_cluster_streams_a_file_to_disk_and_goes_on_where_it_was_cut_short(
 ):
     adata.write_h5ad(tmp_path / "counts.h5ad")
     options = {"out": tmp_path / "out.zarr", "batch_size": 50, "client": client, "progress": False}
-    write, n_written = cp.model._streaming.LatentStore.write, 0
+    write, n_written = cp.model.engine._stream.LatentStore.write, 0
 
     def cut(self: Any, part: Any) -> None:
         nonlocal n_written
@@ -83,7 +83,7 @@ def test_a_cluster_streams_a_file_to_disk_and_goes_on_where_it_was_cut_short(
         write(self, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cp.model._streaming.LatentStore, "write", cut)
+        patch.setattr(cp.model.engine._stream.LatentStore, "write", cut)
         with pytest.raises(KeyboardInterrupt):
             cp.tl.embed(tmp_path / "counts.h5ad", tiny_scbert(), **options)
     cp.tl.embed(tmp_path / "counts.h5ad", tiny_scbert(), **options)

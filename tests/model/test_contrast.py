@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cellprior.model._contrast import in_micro_batches, info_nce, retrieval_accuracy, similarities
+from cellprior.model.learning._contrast import in_micro_batches, info_nce, retrieval_accuracy, similarities
 
 
 def views(n_cells: int = 12, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,15 +15,9 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
 from cellprior.model import CellPLM, NotCountsError
-from cellprior.model._data import (
-    CountsField,
-    ToVocabulary,
-    VocabularyLoader,
-    check_counts,
-    csr_tensor,
-    read_rows,
-    select_columns,
-)
+from cellprior.model.data._counts import check_counts, csr_tensor, read_rows, select_columns
+from cellprior.model.data._fields import CountsField
+from cellprior.model.data._minibatches import ToVocabulary, VocabularyLoader
 
 N_CELLS, N_GENES = 23, 11
 

@@ -17,7 +17,7 @@ from anndata import AnnData
 from cellprior.genes import GeneMatchError
 from cellprior.model import CellPLM, NotCountsError, ScBERT
 from cellprior.model._base import PretrainedModel
-from cellprior.model._datamodule import StreamedCells
+from cellprior.model.data._datamodule import StreamedCells
 from tests.contract.models import blood_cells
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
@@ -114,7 +114,7 @@ def test_counts_are_in_the_order_of_the_vocabulary(adata):
 
 
 def test_predictors_without_biology_are_fitted_to_some_of_many_cells(adata, monkeypatch):
-    monkeypatch.setattr("cellprior.model._datamodule.FLOOR_CELLS", 200)
+    monkeypatch.setattr("cellprior.model.data._datamodule.FLOOR_CELLS", 200)
     split = {"train_size": 1.0, "validation_size": None, "shuffle_set_split": True, "batch_size": 64}
     genes = pd.DataFrame({"ensembl_id": "", "symbol": adata.var_names, "previous_symbols": ""})
     assert len(list(StreamedCells(SomeCells(adata), genes, 0.1, **split).floor_minibatches())) == 3

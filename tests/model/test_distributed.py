@@ -13,8 +13,9 @@ import pytest
 import scvi
 import torch
 
-from cellprior.model import CellPLM, _data
-from cellprior.model._data import SentenceSampler
+from cellprior.model import CellPLM
+from cellprior.model.data import _minibatches as _data
+from cellprior.model.data._minibatches import SentenceSampler
 from tests.contract.models import blood_cells
 from tests.model import ddp_script
 

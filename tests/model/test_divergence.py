@@ -15,8 +15,8 @@ import torch
 from scvi.train import SaveCheckpoint
 
 from cellprior.model import CellPLM, DivergedError, MultiomeCLIP
-from cellprior.model._fitting import not_finite
-from cellprior.model._holdout import noted, recalled
+from cellprior.model.learning._fitting import not_finite
+from cellprior.model.learning._holdout import noted, recalled
 from tests.model.multiomeclip.data import cells
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}

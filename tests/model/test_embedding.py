@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from cellprior.model import CellPLM, ScBERT
 from cellprior.model._base import PretrainedModel
-from cellprior.model._embedding import MAX_CHUNK, MIN_CHUNK, BatchSize, fitting
+from cellprior.model.engine._sizes import MAX_CHUNK, MIN_CHUNK, BatchSize, fitting
 from tests.contract.models import blood_cells, tiny_scbert
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -100,7 +100,7 @@ def test_what_is_added_up_over_cells_is_not_added_twice_when_memory_runs_out(ada
     monkeypatch.setattr(model.module, "tokens", fails_once)
     monkeypatch.setattr(model, "default_batch_size", 16)
     monkeypatch.setattr(model, "_units", lambda manager, rows, size: [np.arange(len(rows))])
-    monkeypatch.setattr("cellprior.model._embedding.MIN_CHUNK", 8)
+    monkeypatch.setattr("cellprior.model.engine._sizes.MIN_CHUNK", 8)
     with pytest.warns(UserWarning, match="ran out of memory"):
         found = model.get_gene_representation(indices=range(20))
     assert calls[:2] == [10, 10]

@@ -23,8 +23,8 @@ from cellprior.cli import main
 from cellprior.evaluate._expression import raw_counts
 from cellprior.evaluate._task import make_task
 from cellprior.model import CellPLM, NotCountsError
-from cellprior.model._data import read_rows
-from cellprior.model._on_disk import open_counts, refuse_foreign
+from cellprior.model.data._counts import read_rows
+from cellprior.model.data._files import open_counts, refuse_foreign
 from cellprior.weights import write_bundle
 
 N_CELLS, N_GENES = 40, 60

@@ -13,7 +13,8 @@ import scipy.sparse as sp
 import zarr
 
 from cellprior._compat import new_group
-from cellprior.model._on_disk import digest, digest_of_counts, refuse_vanished
+from cellprior.model.data._counts import refuse_vanished
+from cellprior.model.data._fingerprint import digest, digest_of_counts
 
 N_CELLS, N_GENES = 300, 40
 

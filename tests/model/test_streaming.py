@@ -24,10 +24,13 @@ from filelock import FileLock
 
 import cellprior as cp
 from cellprior._compat import new_group
-from cellprior.model import CellPLM, _data, _files, _on_disk, _streaming
-from cellprior.model._embedding import Embedding
-from cellprior.model._streaming import LatentStore
+from cellprior.model import CellPLM, _files
 from cellprior.model.cellplm import _hidden
+from cellprior.model.data import _files as _on_disk
+from cellprior.model.data import _minibatches as _data
+from cellprior.model.engine import _stream as _streaming
+from cellprior.model.engine._embedding import Embedding
+from cellprior.model.engine._stream import LatentStore
 from tests.contract.models import blood_cells, tiny_scbert
 
 STARTER = "cellplm-starter"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from scvi.module.base import BaseModuleClass
 
 from cellprior.model import CellPLM, MultiomeCLIP, ScBERT, model_class
-from cellprior.model._loading import LoadableModel
-from cellprior.model._strict import few_parts, load_strictly
+from cellprior.model.files._loading import LoadableModel
+from cellprior.model.files._strict import few_parts, load_strictly
 from cellprior.weights import WeightsError
 
 STORED = Path(__file__).parents[1] / "compatibility"
@@ -155,7 +155,7 @@ class LooksAtItsNumbers(BaseModuleClass):
 
 
 def test_a_module_that_needs_its_memory_is_compared_once_it_is_there(tmp_path):
-    from cellprior.model._strict import check_fits
+    from cellprior.model.files._strict import check_fits
     from cellprior.weights import Bundle
 
     class Model:

@@ -9,9 +9,9 @@ import scvi
 import torch
 
 import cellprior as cp
-from cellprior.model._data import SentenceSampler
-from cellprior.model._training import adamw
 from cellprior.model.cellplm._loss import GeneMeans
+from cellprior.model.data._minibatches import SentenceSampler
+from cellprior.model.learning._training import adamw
 
 FLOOR = "reconstruction_floor_gene_means"
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}

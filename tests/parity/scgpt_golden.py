@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._loading import load_strictly
+from cellprior.model.files._loading import load_strictly
 from cellprior.model.scgpt._checkpoint import network, read_official, rename
 from cellprior.model.scgpt._inputs import Counts
 from cellprior.model.scgpt._module import ScGPTModule, Tokens

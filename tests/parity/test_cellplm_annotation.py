@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellprior.model._annotation_training import NO_CLASS, AnnotationHead, annotation_loss
+from cellprior.model.learning._annotation_plan import NO_CLASS, AnnotationHead, annotation_loss
 
 from .cellplm_golden import DATA
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cellprior.model import Geneformer
-from cellprior.model._data import csr_tensor, read_rows
+from cellprior.model.data._counts import csr_tensor, read_rows
 from cellprior.model.geneformer._checkpoint import rename
 from cellprior.model.geneformer._inputs import rank_tokens
 from cellprior.model.geneformer._vocabulary import read_tokens, shipped

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.scbert import _module
 from cellprior.model.scbert._attention import FavorAttention, orthogonal_features
 from cellprior.model.scbert._checkpoint import read_official, rename

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file
 
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip._checkpoint import rename
 from cellprior.model.multiomeclip._loss import infonce
 from cellprior.model.multiomeclip._metrics import foscttm, matching_score

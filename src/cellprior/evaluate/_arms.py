@@ -17,7 +17,7 @@ from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._splits import Split
 from cellprior.evaluate._twin import random_twin, same_weights
 from cellprior.model._base import PretrainedModel
-from cellprior.model._data import without_view
+from cellprior.model.data._fields import without_view
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
 LEARNED = 0.2  # of the training cells that the largest class gets wrong, at least, for an arm to have learned

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from cellprior._matrix import matrix_of
 from cellprior.genes._kinds import which_are_genes
-from cellprior.model._data import read_rows
+from cellprior.model.data._counts import read_rows
 
 COUNTS_PER_CELL = 1e4
 

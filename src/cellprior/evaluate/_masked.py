@@ -17,16 +17,17 @@ from tqdm.auto import tqdm
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split, random_splits
 from cellprior.model._base import PretrainedModel
-from cellprior.model._data import CountsManager, VocabularyLoader
-from cellprior.model._genes import measured_genes
-from cellprior.model._masked import MODEL
+from cellprior.model.data._fields import CountsManager
+from cellprior.model.data._minibatches import VocabularyLoader
+from cellprior.model.data._panels import measured_genes
+from cellprior.model.learning._masked import MODEL
 
 HIGHER_IS_BETTER = ("accuracy",)
 SENTENCE = 512  # cells at most
 
 
 class PerCell(NamedTuple):
-    """Of the test cells of a split, see :class:`~cellprior.model._masked.MaskedScores`."""
+    """Of the test cells of a split, see :class:`~cellprior.model.learning._masked.MaskedScores`."""
 
     n_hidden: np.ndarray
     sums: dict[str, dict[str, np.ndarray]]

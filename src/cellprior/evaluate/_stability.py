@@ -23,8 +23,8 @@ from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split
 from cellprior.genes._kinds import which_are_genes
 from cellprior.model._base import PretrainedModel
-from cellprior.model._data import without_view
-from cellprior.model._masked import MODEL
+from cellprior.model.data._fields import without_view
+from cellprior.model.learning._masked import MODEL
 
 N_COMPONENTS = 50
 N_PAIRS = 10_000  # of cells, for the typical distance

@@ -122,7 +122,7 @@ def make_task(
     NotCountsError
         If the data are not raw counts.
     """
-    from cellprior.model._data import check_counts, read_rows
+    from cellprior.model.data._counts import check_counts, read_rows
 
     _refuse_missing(adata, (labels_key, batch_key), layer)
     codes, labels = label_codes(adata.obs[labels_key])

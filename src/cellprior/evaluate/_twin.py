@@ -6,7 +6,7 @@ import anndata as ad
 import torch
 
 from cellprior.model._base import PretrainedModel
-from cellprior.model._loading import LoadableModel, load_strictly
+from cellprior.model.files._loading import LoadableModel, load_strictly
 
 RANDOM_WEIGHTS = "random weights"  # what the provenance of a twin says
 

@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cellprior._plugins import plugins, warn_broken
-from cellprior.model._convert import convert
+from cellprior.model.files._convert import convert
 
 if TYPE_CHECKING:
     from cellprior.model._base import PretrainedModel
-    from cellprior.model._data import NotCountsError
-    from cellprior.model._fitting import DivergedError
-    from cellprior.model._loading import LoadableModel
     from cellprior.model.cellplm import CellPLM
+    from cellprior.model.data._counts import NotCountsError
+    from cellprior.model.files._loading import LoadableModel
     from cellprior.model.geneformer import Geneformer
+    from cellprior.model.learning._fitting import DivergedError
     from cellprior.model.multiomeclip import MultiomeCLIP
     from cellprior.model.scbert import ScBERT
     from cellprior.model.scgpt import ScGPT
@@ -48,9 +48,9 @@ _MODELS = {
 }
 _PLACES = {
     **_MODELS,
-    "DivergedError": "_fitting",
-    "LoadableModel": "_loading",
-    "NotCountsError": "_data",
+    "DivergedError": "learning._fitting",
+    "LoadableModel": "files._loading",
+    "NotCountsError": "data._counts",
     "PretrainedModel": "_base",
 }
 
@@ -80,7 +80,7 @@ def models() -> Iterator[type[LoadableModel]]:
 @cache
 def _added() -> tuple[type[LoadableModel], ...]:
     """Model classes of plug-ins."""
-    from cellprior.model._loading import LoadableModel
+    from cellprior.model.files._loading import LoadableModel
 
     found = []
     for plugin in plugins():

@@ -18,22 +18,17 @@ from cellprior import genes as gene_matching
 from cellprior._matrix import matrix_of, totals
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
-from cellprior.model._annotation import AnnotatingModel
-from cellprior.model._cluster import Blocks, embed_unit
-from cellprior.model._data import (
-    BatchField,
-    CountsField,
-    CountsManager,
-    VocabularyLoader,
-    row_numbers,
-    without_view,
-)
-from cellprior.model._embedding import Embedding, in_memory
-from cellprior.model._fitting import NOT_FINITE, DivergedError
-from cellprior.model._genes import distinct
-from cellprior.model._loading import LoadableModel
-from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
-from cellprior.model._training import TrainableModel
+from cellprior.model.data._counts import refuse_by_gene, row_numbers
+from cellprior.model.data._fields import BatchField, CountsField, CountsManager, without_view
+from cellprior.model.data._fingerprint import digest, digest_of_counts
+from cellprior.model.data._minibatches import VocabularyLoader
+from cellprior.model.data._panels import distinct
+from cellprior.model.engine._dask import Blocks, embed_unit
+from cellprior.model.engine._embedding import Embedding, in_memory
+from cellprior.model.files._loading import LoadableModel
+from cellprior.model.learning._annotation import AnnotatingModel
+from cellprior.model.learning._fitting import NOT_FINITE, DivergedError
+from cellprior.model.learning._training import TrainableModel
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -196,7 +191,7 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
         precision: Precision,
         **options: Any,
     ) -> np.ndarray:
-        """Embed cells into memory; ``options`` as of :class:`~cellprior.model._embedding.Embedding`."""
+        """Embed cells into memory; ``options`` as of :class:`~cellprior.model.engine._embedding.Embedding`."""
         self._check_if_trained(warn=False)
         with self._attached(adata) as manager:
             rows = row_numbers(indices, manager.adata.n_obs)

@@ -9,9 +9,9 @@ import torch
 from anndata import AnnData
 
 from cellprior.model import CellPLM
-from cellprior.model._data import csr_tensor
 from cellprior.model.cellplm import _module
 from cellprior.model.cellplm._module import CellPLMModule
+from cellprior.model.data._counts import csr_tensor
 
 N_CELLS, N_GENES = 48, 40
 NETWORK = {"n_hidden": 32, "n_layers": 2, "n_heads": 4, "n_latent": 8}

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip._inputs import (
     components_of,
     inverse_document_frequency,

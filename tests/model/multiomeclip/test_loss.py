@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cellprior.model._contrast import info_nce
+from cellprior.model.learning._contrast import info_nce
 from cellprior.model.multiomeclip._loss import infonce, same_label, sigmoid_loss
 
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip._module import MultiomeCLIPModule, ViTEncoder
 
 VIT = {"encoder": "vit", "n_hidden": 16, "n_heads": 2, "n_layers": 2, "n_mlp": 32, "n_latent": 8}

@@ -12,7 +12,7 @@ from mudata import MuData
 
 from cellprior import pl
 from cellprior.genes import PeakMatchError
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._module import MLPEncoder
 from cellprior.model.multiomeclip._pretraining import MaskedPeaks, Popularity, draw_closed, hide

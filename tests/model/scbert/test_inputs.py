@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.scbert._inputs import cell_depth, counts_to_bins, loses_single_counts, sample_mask
 
 

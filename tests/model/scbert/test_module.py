@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import erf
 
-from cellprior.model._annotation_training import AnnotationHead, only_trainable
+from cellprior.model.learning._annotation_plan import AnnotationHead, only_trainable
 from cellprior.model.scbert import _module
 from cellprior.model.scbert._module import ScBERTModule, sample_genes
 

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from cellprior.model._official import find_checkpoint, shortened, translate
+from cellprior.model.files._official import find_checkpoint, shortened, translate
 from cellprior.weights import Bundle, WeightsError, read_checkpoint
 
 CHECKPOINT_SUFFIX = ".best.ckpt"

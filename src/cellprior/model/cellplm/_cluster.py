@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cellprior.model._cluster import Blocks, Worker, embed_unit
 from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._module import N_STREAMS, Pair, Projections, add_up, as_float
+from cellprior.model.engine._dask import Blocks, Worker, embed_unit
 
 PART_CELLS = 8192  # of a sentence, that a worker has in one piece
 
@@ -78,7 +78,7 @@ def submit_sentence(
     client
         Of the cluster.
     worker
-        Future of the :class:`~cellprior.model._cluster.Worker`.
+        Future of the :class:`~cellprior.model.engine._dask.Worker`.
     blocks
         The data.
     cells

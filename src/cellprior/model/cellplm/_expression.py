@@ -13,9 +13,10 @@ from torch import Tensor
 
 from cellprior.genes import GeneMatch
 from cellprior.model._base import PretrainedModel
-from cellprior.model._data import CountsManager, row_numbers
-from cellprior.model._genes import gene_rows, measured_genes, refuse_unmeasured
 from cellprior.model.cellplm._masked import MAX_CELLS, decoded, fit_covariates
+from cellprior.model.data._counts import row_numbers
+from cellprior.model.data._fields import CountsManager
+from cellprior.model.data._panels import gene_rows, measured_genes, refuse_unmeasured
 
 if TYPE_CHECKING:
     import anndata as ad

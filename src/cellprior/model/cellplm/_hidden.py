@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._files import write_file
+from cellprior._outputs import write_file
 
 BLOCK_BYTES = 64 * 2**20  # of hidden states in one piece of memory
 

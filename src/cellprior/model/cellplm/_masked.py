@@ -12,9 +12,9 @@ from scvi.distributions import NegativeBinomial
 from torch import Tensor
 from torch.distributions import Poisson
 
-from cellprior.model._masked import MODEL, MaskedScores
 from cellprior.model.cellplm._inputs import sample_mask
 from cellprior.model.cellplm._loss import GeneMeans
+from cellprior.model.learning._masked import MODEL, MaskedScores
 
 if TYPE_CHECKING:
     from cellprior.model.cellplm._module import CellPLMModule

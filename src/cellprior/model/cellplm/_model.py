@@ -12,13 +12,9 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
+from cellprior._arguments import positive
 from cellprior._obs import older_text, text_of
-from cellprior.model._arguments import positive
 from cellprior.model._base import Precision
-from cellprior.model._cluster import Blocks
-from cellprior.model._data import CountsManager
-from cellprior.model._embedding import Chunks
-from cellprior.model._masked import MaskedScores
 from cellprior.model.cellplm._checkpoint import (
     CHECKPOINT_SUFFIX,
     config_name,
@@ -32,6 +28,10 @@ from cellprior.model.cellplm._inputs import sentences
 from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.cellplm._masked import Fitted, fit_covariates, masked_scores
 from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
+from cellprior.model.data._fields import CountsManager
+from cellprior.model.engine._dask import Blocks
+from cellprior.model.engine._sizes import Chunks
+from cellprior.model.learning._masked import MaskedScores
 from cellprior.weights import Bundle
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
-from cellprior.model._arguments import one_of, positive, share, whole
+from cellprior._arguments import one_of, positive, share, whole
 from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses

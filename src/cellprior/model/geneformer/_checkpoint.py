@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellprior.model._official import shortened, translate
+from cellprior.model.files._official import shortened, translate
 from cellprior.model.geneformer._vocabulary import find_vocabulary
 from cellprior.weights import Bundle, WeightsError, read_checkpoint
 

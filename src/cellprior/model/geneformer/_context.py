@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cellprior.model._base import Precision, PretrainedModel
-from cellprior.model._data import row_numbers
-from cellprior.model._embedding import Embedding
-from cellprior.model._genes import gene_rows
+from cellprior.model.data._counts import row_numbers
+from cellprior.model.data._panels import gene_rows
+from cellprior.model.engine._embedding import Embedding
 
 if TYPE_CHECKING:
     import anndata as ad

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._masked import MODEL, MaskedScores
 from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import mask_tokens
 from cellprior.model.geneformer._loss import gene_scores
+from cellprior.model.learning._masked import MODEL, MaskedScores
 
 if TYPE_CHECKING:
     from cellprior.model.geneformer._module import GeneformerModule

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
-from cellprior.model._arguments import flag, share, whole
-from cellprior.model._contrast import in_micro_batches
+from cellprior._arguments import flag, share, whole
 from cellprior.model.geneformer._inputs import first_gene, rank_tokens, token_counts
 from cellprior.model.geneformer._loss import TRAINED_TOKENS, masked_losses
+from cellprior.model.learning._contrast import in_micro_batches
 
 # tokens that go through the network together: what a core's cache likes, and what keeps a GPU busy
 CPU_TOKENS, GPU_TOKENS = 4096, 2**17

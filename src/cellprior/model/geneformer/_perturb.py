@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellprior.model._base import PretrainedModel
-from cellprior.model._genes import gene_rows
+from cellprior.model.data._panels import gene_rows
 from cellprior.model.geneformer._context import Indices, token_chunks
 from cellprior.model.geneformer._inputs import CLS, EOS
 

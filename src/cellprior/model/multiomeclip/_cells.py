@@ -20,7 +20,8 @@ from cellprior.genes import GeneMatch, PeakMatch
 from cellprior.genes._intervals import are_peaks, read_peaks
 from cellprior.genes._kinds import GENE, PEAK, kinds_by_type, kinds_of, which_are_genes
 from cellprior.genes._table import ensembl_id
-from cellprior.model._data import CountsField, by_cell, check_counts, read_rows, select_columns
+from cellprior.model.data._counts import by_cell, check_counts, read_rows, select_columns
+from cellprior.model.data._fields import CountsField
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.pp import presence_column
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cellprior.model._official import shortened, translate
+from cellprior.model.files._official import shortened, translate
 from cellprior.weights import InertCheckpoint, WeightsError
 from cellprior.weights._inert import found, row_names
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._cluster import block_of, on_device_here, parts_on_cluster, refuse_here
-from cellprior.model._data import csr_tensor
-from cellprior.model._embedding import BatchSize, Part
-from cellprior.model._fitting import NOT_FINITE, DivergedError
+from cellprior.model.data._counts import csr_tensor
+from cellprior.model.engine._dask import block_of, on_device_here, parts_on_cluster, refuse_here
+from cellprior.model.engine._sizes import BatchSize, Part
+from cellprior.model.learning._fitting import NOT_FINITE, DivergedError
 from cellprior.model.multiomeclip._cells import CountsOf
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Worker(Encoder):
 
 
 class JointEmbedding:
-    """All attached cells, by what they have; see :class:`~cellprior.model._embedding.Embedding`."""
+    """All attached cells, by what they have; see :class:`~cellprior.model.engine._embedding.Embedding`."""
 
     n_stages = 1
     scratch: Path | None = None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellprior.model._contrast import info_nce_of_scores
+from cellprior.model.learning._contrast import info_nce_of_scores
 
 
 def infonce(scores: Tensor, *, same: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._arguments import count
+from cellprior._arguments import count
 
 ROWS = 2048  # cells whose similarities to all others are in memory at a time
 N_ITERATIONS = 100

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from cellprior.model._contrast import similarities
+from cellprior.model.learning._contrast import similarities
 
 RECALL_AT = (1, 10)
 

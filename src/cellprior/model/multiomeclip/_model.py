@@ -16,9 +16,10 @@ from scvi.data import AnnDataManagerValidationCheck
 
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
-from cellprior.model._data import CountsManager, row_numbers
-from cellprior.model._genes import distinct
-from cellprior.model._on_disk import digest, digest_of_counts, refuse_by_gene
+from cellprior.model.data._counts import refuse_by_gene, row_numbers
+from cellprior.model.data._fields import CountsManager
+from cellprior.model.data._fingerprint import digest, digest_of_counts
+from cellprior.model.data._panels import distinct
 from cellprior.model.multiomeclip._barcodes import differ_by_suffix
 from cellprior.model.multiomeclip._cells import (
     Cells,

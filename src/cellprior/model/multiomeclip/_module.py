@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
-from cellprior.model._arguments import flag, one_of, pair, share, whole
-from cellprior.model._contrast import in_micro_batches, similarities
-from cellprior.model._data import csr_tensor
-from cellprior.model._distributed import gather_cells
+from cellprior._arguments import flag, one_of, pair, share, whole
+from cellprior.model.data._counts import csr_tensor
+from cellprior.model.learning._contrast import in_micro_batches, similarities
+from cellprior.model.learning._processes import gather_cells
 from cellprior.model.multiomeclip._inputs import (
     components_of,
     inverse_document_frequency,

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from mudata import MuData
 
-from cellprior.model._arguments import flag
-from cellprior.model._loading import LoadableModel
-from cellprior.model._strict import load_strictly
+from cellprior._arguments import flag
+from cellprior.model.files._loading import LoadableModel
+from cellprior.model.files._strict import load_strictly
 from cellprior.model.multiomeclip._cells import codes_of, modality_keys
 from cellprior.model.multiomeclip._checkpoint import read_scclip
 from cellprior.model.multiomeclip._module import MODALITIES
@@ -44,7 +44,7 @@ class OpenedModel(ContrastiveModel, LoadableModel):
     ) -> Self:
         """Load pretrained weights; data to attach are needed to train on only.
 
-        See :meth:`cellprior.model._loading.LoadableModel.from_pretrained`.
+        See :meth:`cellprior.model.files._loading.LoadableModel.from_pretrained`.
         """
         return super().from_pretrained(
             weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash

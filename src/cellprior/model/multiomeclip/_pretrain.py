@@ -10,11 +10,12 @@ import scipy.sparse as sp
 import torch
 from scvi.train import TrainRunner
 
-from cellprior.model._data import row_numbers
-from cellprior.model._distributed import from_first, trainer_defaults
-from cellprior.model._fitting import continued, run
-from cellprior.model._holdout import keep_split, noted
-from cellprior.model._training import TrainingPlan, warn_above_floor
+from cellprior.model.data._counts import row_numbers
+from cellprior.model.data._ranks import from_first
+from cellprior.model.learning._fitting import continued, run
+from cellprior.model.learning._holdout import keep_split, noted
+from cellprior.model.learning._processes import trainer_defaults
+from cellprior.model.learning._training import TrainingPlan, warn_above_floor
 from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._module import MLPEncoder, Modality
 from cellprior.model.multiomeclip._pretraining import (
@@ -83,7 +84,7 @@ class PretrainableModel(ReadingModel):
             Cells of a minibatch.
         plan_kwargs
             ``lr`` (0.0003 unless given), ``weight_decay``, ``schedule``, ``warmup``, see
-            :class:`~cellprior.model._training.TrainingPlan`.
+            :class:`~cellprior.model.learning._training.TrainingPlan`.
         **trainer_kwargs
             To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
 

@@ -14,7 +14,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cellprior.model._data import csr_tensor
+from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._module import MLPEncoder
 

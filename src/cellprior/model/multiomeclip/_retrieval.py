@@ -11,11 +11,11 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from cellprior._arguments import count
 from cellprior._obs import read_names
-from cellprior.model._arguments import count
-from cellprior.model._data import csr_tensor, read_rows
-from cellprior.model._holdout import recalled
-from cellprior.model._rejection import Calibration, check_reject, explain_unknown, find_limits
+from cellprior.model.data._counts import csr_tensor, read_rows
+from cellprior.model.learning._holdout import recalled
+from cellprior.model.learning._rejection import Calibration, check_reject, explain_unknown, find_limits
 from cellprior.model.multiomeclip._cells import Cells, codes_of, counts_matrix, features_of
 from cellprior.model.multiomeclip._inputs import log_share, open_peaks
 from cellprior.model.multiomeclip._matching import Method, nearest, pairs

@@ -10,11 +10,12 @@ import torch
 from scvi.train import TrainRunner
 from torch import Tensor
 
-from cellprior.model._arguments import count
-from cellprior.model._distributed import from_first, trainer_defaults
-from cellprior.model._fitting import run
-from cellprior.model._holdout import keep_split, noted
-from cellprior.model._training import warn_above_floor
+from cellprior._arguments import count
+from cellprior.model.data._ranks import from_first
+from cellprior.model.learning._fitting import run
+from cellprior.model.learning._holdout import keep_split, noted
+from cellprior.model.learning._processes import trainer_defaults
+from cellprior.model.learning._training import warn_above_floor
 from cellprior.model.multiomeclip._cells import Cells, CountsOf, codes_of
 from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.model.multiomeclip._pretrain import MAX_FITTED, PRETRAINED, PretrainableModel

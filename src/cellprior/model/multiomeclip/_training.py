@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cellprior.model._data import SentenceSampler, csr_tensor
-from cellprior.model._distributed import gather_cells
-from cellprior.model._training import adamw, steps_of
+from cellprior.model.data._counts import csr_tensor
+from cellprior.model.data._minibatches import SentenceSampler
+from cellprior.model.learning._processes import gather_cells
+from cellprior.model.learning._training import adamw, steps_of
 from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._loss import infonce_chance, same_label, sigmoid_chance
 from cellprior.model.multiomeclip._metrics import depth_scores, latent_metrics, matching_metrics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cellprior.model._base import Precision, PretrainedModel
-from cellprior.model._genes import gene_rows
+from cellprior.model.data._panels import gene_rows
 
 if TYPE_CHECKING:
     import anndata as ad

@@ -11,8 +11,8 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._contrast import in_micro_batches, info_nce, retrieval_accuracy, similarities
-from cellprior.model._distributed import gather_cells, shared_generator
+from cellprior.model.learning._contrast import in_micro_batches, info_nce, retrieval_accuracy, similarities
+from cellprior.model.learning._processes import gather_cells, shared_generator
 from cellprior.model.scbert._floors import BinFloors
 from cellprior.model.scbert._inputs import sample_mask
 
@@ -96,7 +96,7 @@ def cell_losses(
         Of the mask, see :func:`~cellprior.model.scbert._inputs.sample_mask`. Of held-out cells, all selected genes are
         replaced.
     temperature
-        See :func:`~cellprior.model._contrast.info_nce`.
+        See :func:`~cellprior.model.learning._contrast.info_nce`.
     micro_batch_size
         Cells in memory at a time, for a third more work; ``None`` for all. Never changes the gradient.
     redraw_every
@@ -271,7 +271,7 @@ def contrastive_losses(
     views
         Raw counts ``(cells, n_genes)`` each, of different genes.
     temperature
-        See :func:`~cellprior.model._contrast.info_nce`.
+        See :func:`~cellprior.model.learning._contrast.info_nce`.
     micro_batch_size
         See :func:`cell_losses`.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MODEL, MaskedScores
 from cellprior.model.scbert._floors import PRIOR, BinFloors
 from cellprior.model.scbert._inputs import sample_mask
 from cellprior.model.scbert._loss import hits

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from cellprior.model._arguments import whole
+from cellprior._arguments import whole
 from cellprior.model._base import Precision
-from cellprior.model._masked import MaskedScores
+from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.scbert._attention import KeyMax
 from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, GENE_FILE, find_official, read_official
 from cellprior.model.scbert._context import ContextMixin, Indices

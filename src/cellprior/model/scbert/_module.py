@@ -21,8 +21,8 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cellprior.model._arguments import one_of, share, whole
-from cellprior.model._contrast import in_micro_batches
+from cellprior._arguments import one_of, share, whole
+from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scbert._attention import FavorAttention, KeyMax, KeySums
 from cellprior.model.scbert._inputs import counts_to_bins
 from cellprior.model.scbert._loss import cell_losses

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cellprior.model._official import find_checkpoint, shortened, translate
+from cellprior.model.files._official import find_checkpoint, shortened, translate
 from cellprior.model.scgpt._heads import QUERY_WIDTH
 from cellprior.model.scgpt._inputs import N_BINS, PAD
 from cellprior.weights import Bundle, WeightsError, read_checkpoint

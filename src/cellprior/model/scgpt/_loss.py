@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._contrast import in_micro_batches, similarities
-from cellprior.model._distributed import gather_cells
+from cellprior.model.learning._contrast import in_micro_batches, similarities
+from cellprior.model.learning._processes import gather_cells
 from cellprior.model.scgpt._floors import BinFloors, depth_of
 from cellprior.model.scgpt._heads import reverse_gradient, zero_loss
 from cellprior.model.scgpt._inputs import (

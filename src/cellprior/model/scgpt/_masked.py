@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MODEL, MaskedScores
 from cellprior.model.scgpt._floors import BinFloors, depth_of
 from cellprior.model.scgpt._inputs import MASK, sample_mask
 

@@ -13,7 +13,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior.model._base import Precision, PretrainedModel
-from cellprior.model._masked import MaskedScores
+from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.scgpt import _context
 from cellprior.model.scgpt._checkpoint import (
     ARGS,

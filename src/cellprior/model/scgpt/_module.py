@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
-from cellprior.model._arguments import flag, one_of, positive, share, whole
-from cellprior.model._contrast import in_micro_batches
+from cellprior._arguments import flag, one_of, positive, share, whole
+from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
 from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, entries_of, tokenize
 from cellprior.model.scgpt._loss import cell_losses

@@ -16,7 +16,8 @@ from scvi.train import TrainRunner
 from torch import Tensor
 
 from cellprior._obs import read_names, text_of, warn_of_unlabeled
-from cellprior.model._annotation_training import (
+from cellprior.model.data._ranks import from_first
+from cellprior.model.learning._annotation_plan import (
     MIN_CELLS,
     NO_CLASS,
     AnnotationCells,
@@ -26,10 +27,16 @@ from cellprior.model._annotation_training import (
     only_trainable,
     split_cells,
 )
-from cellprior.model._distributed import from_first, trainer_defaults
-from cellprior.model._fitting import run
-from cellprior.model._holdout import keep_split, noted, recalled
-from cellprior.model._rejection import Calibration, Limits, check_reject, explain_unknown, find_limits
+from cellprior.model.learning._fitting import run
+from cellprior.model.learning._holdout import keep_split, noted, recalled
+from cellprior.model.learning._processes import trainer_defaults
+from cellprior.model.learning._rejection import (
+    Calibration,
+    Limits,
+    check_reject,
+    explain_unknown,
+    find_limits,
+)
 
 
 class Names(NamedTuple):

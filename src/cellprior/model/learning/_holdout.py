@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellprior.model._on_disk import digest
+from cellprior.model.data._fingerprint import digest
 
 Parts = dict[str, np.ndarray]  # row numbers, increasing, by what they are for
 TRAIN = "train"

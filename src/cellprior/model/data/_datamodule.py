@@ -14,11 +14,10 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior import genes as matching
-from cellprior.model._data import NotCountsError
+from cellprior.model.data._counts import NotCountsError
 
-FLOOR_CELLS = (
-    100_000  # training cells that predictors without biology are fitted to: a pass over all may take hours
-)
+# training cells that predictors without biology are fitted to: a pass over all may take hours
+FLOOR_CELLS = 100_000
 
 
 class StreamedCells(pl.LightningDataModule):

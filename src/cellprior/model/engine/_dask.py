@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model._data import ToVocabulary, check_counts, csr_tensor, read_rows_of_block, select_columns
+from cellprior.model.data._counts import check_counts, csr_tensor, read_rows_of_block, select_columns
+from cellprior.model.data._minibatches import ToVocabulary
 
 if TYPE_CHECKING:
-    from cellprior.model._embedding import BatchSize, Embedding, Part
+    from cellprior.model.engine._embedding import Embedding
+    from cellprior.model.engine._sizes import BatchSize, Part
 
 IN_FLIGHT = 2  # parts asked for, per thread of the cluster
 PATIENCE = 120.0  # seconds without any worker: a cluster may be on its way to more, or have ended
@@ -47,7 +49,7 @@ class Worker:
     gene_index
         Vocabulary row of each column then, None if they are the vocabulary.
     size, precision, options
-        See :class:`~cellprior.model._embedding.Embedding`.
+        See :class:`~cellprior.model.engine._embedding.Embedding`.
     labels
         ``var_names``, ``layers`` and ``layer``, for what is refused.
     """
@@ -126,7 +128,7 @@ def embed_unit(worker: Worker, block: Any, position: np.ndarray, names: np.ndarr
 
 
 def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Iterator[Part]:
-    """Embed units on a cluster, as :meth:`~cellprior.model._embedding.Embedding.parts` does here, in any order.
+    """Embed units on a cluster, as :meth:`~cellprior.model.engine._embedding.Embedding.parts` does here, in any order.
 
     Parameters
     ----------
@@ -149,7 +151,7 @@ def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Ite
     """
     from distributed import KilledWorker, as_completed
 
-    from cellprior.model._embedding import Part
+    from cellprior.model.engine._sizes import Part
 
     module = embedding.model.module
     device = module.device

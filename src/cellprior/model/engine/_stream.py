@@ -22,14 +22,14 @@ from tqdm.auto import tqdm
 
 from cellprior._compat import new_array, new_group, with_nullable_strings
 from cellprior._obs import writable
-from cellprior.model._checksums import row_sums, total
-from cellprior.model._cluster import ClusterLostError
-from cellprior.model._files import refuse_full, refuse_unwritable, target, write_file
-from cellprior.model._on_disk import digest
-from cellprior.model._sources import Sources
+from cellprior._outputs import refuse_full, refuse_unwritable, target, write_file
+from cellprior.model.data._fingerprint import digest
+from cellprior.model.data._sources import Sources
+from cellprior.model.engine._checksums import row_sums, total
+from cellprior.model.engine._dask import ClusterLostError
 
 if TYPE_CHECKING:
-    from cellprior.model._embedding import Part
+    from cellprior.model.engine._sizes import Part
 
 CHUNK_BYTES = 2**20  # of the array on disk
 MIN_CHUNK_ROWS = 1024

@@ -9,21 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def rank_and_count() -> tuple[int, int]:
-    """Number of this process, and how many train together; 0 and 1 where there is no other."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def from_first(number: int) -> int:
-    """The number that the first process has drawn, in all of them."""
-    if rank_and_count()[1] == 1:
-        return number
-    box = [number]
-    dist.broadcast_object_list(box)
-    return box[0]
+from cellprior.model.data._ranks import from_first, rank_and_count
 
 
 def shared_generator() -> torch.Generator | None:

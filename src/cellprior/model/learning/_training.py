@@ -18,13 +18,14 @@ from scvi.train import TrainRunner
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
-from cellprior.model._data import VocabularySplitter
-from cellprior.model._datamodule import StreamedCells
-from cellprior.model._distributed import from_first, rank_and_count, trainer_defaults
-from cellprior.model._fitting import run
-from cellprior.model._genes import measured_genes, refuse_unmeasured
-from cellprior.model._holdout import keep_split, noted, warn_of_other_cells
-from cellprior.model._masked import MaskedScores
+from cellprior.model.data._datamodule import StreamedCells
+from cellprior.model.data._minibatches import VocabularySplitter
+from cellprior.model.data._panels import measured_genes, refuse_unmeasured
+from cellprior.model.data._ranks import from_first, rank_and_count
+from cellprior.model.learning._fitting import run
+from cellprior.model.learning._holdout import keep_split, noted, warn_of_other_cells
+from cellprior.model.learning._masked import MaskedScores
+from cellprior.model.learning._processes import trainer_defaults
 
 
 class TrainingPlan(pl.LightningModule):
@@ -209,7 +210,7 @@ class TrainableModel(BaseModelClass):
             Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
         plan_kwargs
             ``lr``, ``weight_decay``, ``schedule``, ``warmup``, and arguments of the objective, see
-            :class:`~cellprior.model._training.TrainingPlan`.
+            :class:`~cellprior.model.learning._training.TrainingPlan`.
         datasplitter_kwargs
             To :class:`~scvi.dataloaders.DataSplitter`.
         objective

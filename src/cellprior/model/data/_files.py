@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,13 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from mudata import MuData
 
 from cellprior._compat import without_pulled_columns
 from cellprior._matrix import RAW, refuse_indices, refuse_pointers
+from cellprior.model.data._counts import place_of
 
-# stores of zarr 3 and of zarr 2 that are folders, and which of their attributes leads there
-FOLDERS = {"LocalStore": "root", "DirectoryStore": "path", "NestedDirectoryStore": "path"}
 N_INDICES = 2**22  # that are looked at in one go
-N_SAMPLED = 64  # cells of which every count goes into a fingerprint
 
 
 def open_counts(
@@ -140,14 +136,6 @@ def _open_matrix(stored: Any, as_dask: bool) -> Any:
     return ad.experimental.read_elem_lazy(stored) if as_dask else x
 
 
-def place_of(stored: Any) -> str:
-    """File or folder in which something is stored."""
-    if hasattr(stored, "file"):
-        return str(stored.file.filename)
-    store = getattr(stored, "store", None)
-    return str(getattr(store, FOLDERS.get(type(store).__name__, ""), store))
-
-
 def refuse_foreign(path: Path) -> None:
     """Refuse files of other formats with counts, and say how to make an h5ad file of them.
 
@@ -207,77 +195,3 @@ def _open_zarr(path: Path) -> Any:
     import zarr
 
     return zarr.open_group(path, mode="r")
-
-
-def refuse_by_gene(x: Any) -> None:
-    """Refuse a matrix on disk that is stored gene by gene: its cells cannot be read without reading all of it.
-
-    Raises
-    ------
-    ValueError
-        With the way out.
-    """
-    if not isinstance(x, ad.abc.CSCDataset):
-        return
-    name = str(x.group.name).strip("/")
-    parts = name.split("/")
-    data, read, write = "adata", "adata = anndata.read_h5ad(path)", "adata.write_h5ad(path)"
-    if parts[0] == "mod":
-        data, read, write = f"mdata[{parts[1]!r}]", "mdata = mudata.read_h5mu(path)", "mdata.write(path)"
-    elif parts[0] == "raw":
-        read += ".raw.to_adata()"
-    counts = f"{data}.layers[{parts[-1]!r}]" if "layers" in parts[:-1] else f"{data}.X"
-    msg = (
-        f"The counts, {name} of {place_of(x.group)}, are stored gene by gene (CSC), so that every read of some cells "
-        f"would read the whole matrix. Store them cell by cell once: {read}; {counts} = {counts}.tocsr(); {write}."
-    )
-    raise ValueError(msg)
-
-
-def refuse_vanished(x: Any) -> None:
-    """Refuse a matrix in a zarr folder that is no longer there: zarr would go on reading, zeros.
-
-    Raises
-    ------
-    OSError
-        With the folder.
-    """
-    array = getattr(x, "group", x)
-    store = getattr(array, "store", None)
-    attribute = FOLDERS.get(type(store).__name__)  # of a bucket, the question would cost as much as a read
-    if attribute and not (folder := Path(getattr(store, attribute)) / array.path.lstrip("/")).exists():
-        msg = f"{folder} was there when it was opened, and is gone."
-        raise FileNotFoundError(msg)
-
-
-def digest(*parts: np.ndarray | Iterable[object]) -> str:
-    """Short sha256 of arrays of numbers and of names."""
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray) and part.dtype.kind in "iufb":
-            found.update(np.ascontiguousarray(part).tobytes())
-        else:
-            for name in part:
-                found.update(str(name).encode(errors="surrogatepass") + b"\0")
-        found.update(b"\1")
-    return found.hexdigest()[:16]
-
-
-def digest_of_counts(x: Any) -> str:
-    """Fingerprint of a matrix ``(cells, genes)`` that does not read all of it.
-
-    Its shape; how many values each cell has, where it is sparse and on disk or in memory cell by cell; and all values
-    of 64 cells, evenly spaced. A change in other cells that leaves the number of values of each as it was goes
-    unnoticed.
-    """
-    from cellprior.model._data import read_rows
-
-    parts = [np.asarray(x.shape, dtype=np.int64)]
-    if isinstance(x, ad.abc.CSRDataset):
-        parts.append(np.asarray(x.group["indptr"][:], dtype=np.int64))
-    elif sp.issparse(x) and x.format == "csr":
-        parts.append(x.indptr.astype(np.int64))
-    rows = np.unique(np.linspace(0, x.shape[0] - 1, N_SAMPLED).astype(np.int64))
-    cells = read_rows(x, rows)
-    cells.eliminate_zeros()
-    return digest(*parts, *(part.astype(np.int64) for part in (cells.indptr, cells.indices)), cells.data)

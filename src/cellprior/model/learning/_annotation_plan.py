@@ -16,9 +16,10 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cellprior.model._data import CountsDataset, CountsManager, VocabularyLoader
-from cellprior.model._distributed import gather_objects
-from cellprior.model._training import adamw, steps_of
+from cellprior.model.data._fields import CountsManager
+from cellprior.model.data._minibatches import CountsDataset, VocabularyLoader
+from cellprior.model.learning._processes import gather_objects
+from cellprior.model.learning._training import adamw, steps_of
 
 HEAD_DROPOUT = 0.5  # of the original
 LORA_RANK = 8

@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from scvi.model.base import BaseModelClass
 
-from cellprior.model._data import without_view
-from cellprior.model._fitting import DivergedError, not_finite
-from cellprior.model._on_disk import with_frames
-from cellprior.model._strict import check_fits, load_strictly
+from cellprior.model.data._fields import without_view
+from cellprior.model.data._files import with_frames
+from cellprior.model.files._strict import check_fits, load_strictly
+from cellprior.model.learning._fitting import DivergedError, not_finite
 from cellprior.weights import (
     Bundle,
     InertCheckpoint,
@@ -146,7 +146,7 @@ class LoadableModel(BaseModelClass):
     def _layers_on_disk(
         layer: str | Mapping[str, str | None] | None, modalities: Mapping[str, str] | None
     ) -> str | Mapping[str, str | None] | None:
-        """Layer as :func:`cellprior.model._on_disk.open_counts` takes it."""
+        """Layer as :func:`cellprior.model.data._files.open_counts` takes it."""
         return layer
 
     @classmethod

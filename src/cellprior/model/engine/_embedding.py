@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._cluster import Blocks, Worker, parts_on_cluster, refuse_here
-from cellprior.model._data import CountsManager, ToVocabulary, minibatches
+from cellprior.model.data._fields import CountsManager
+from cellprior.model.data._minibatches import ToVocabulary, minibatches
+from cellprior.model.engine._dask import Blocks, Worker, parts_on_cluster, refuse_here
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cellprior.model._base import PretrainedModel
-
-# products of one to three rows go through other kernels, which round differently in the fifth digit
-MIN_CHUNK = 16
-MAX_CHUNK = 8192  # of a GPU; on a CPU, more than the model's default_batch_size is of no use
-MEMORY_SHARE = 0.25  # of what is free, for the cells that are in the network at a time
-
-
-class Part(NamedTuple):
-    """Some of the cells of a unit, embedded."""
-
-    unit: int
-    cells: np.ndarray  # positions among the cells that were asked for
-    latent: np.ndarray  # (cells, width), float32
-    last: bool  # of the unit
-
-
-class Chunks:
-    """Counts of the cells of a sentence by chunk, read when they are asked for.
-
-    Parameters
-    ----------
-    sizes
-        Cells of each chunk.
-    read
-        Gives the chunks from a number on.
-    """
-
-    def __init__(self, sizes: list[int], read: Callable[[int], Iterator[Tensor]]) -> None:
-        self.sizes, self.read = sizes, read
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.read(0)
+from cellprior.model.engine._sizes import BatchSize, Chunks, Part
 
 
 class Embedding:
@@ -228,69 +197,3 @@ def in_memory(embedding: Embedding) -> np.ndarray:
     for part in embedding.parts():
         latent[part.cells] = part.latent
     return latent
-
-
-class BatchSize:
-    """Cells that go through a network at a time.
-
-    Parameters
-    ----------
-    given
-        What was asked for, raised to ``MIN_CHUNK``; ``None`` for what fits.
-    model
-        The model; ``default_batch_size`` is its choice on a CPU.
-    n_features
-        Features of a cell.
-
-    Raises
-    ------
-    ValueError
-        If it is not positive.
-    """
-
-    def __init__(self, given: int | None, model: Any, *, n_features: int) -> None:
-        if given is not None and given < 1:
-            msg = f"batch_size={given}; at least one cell at a time is needed."
-            raise ValueError(msg)
-        device = model.module.device
-        if given is not None:
-            self.n_cells = max(given, MIN_CHUNK)
-        elif device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            width = getattr(model.module, "n_hidden", model.module.n_latent)
-            self.n_cells = fitting(free, n_features=n_features, width=width)
-        else:
-            self.n_cells = model.default_batch_size
-        self._warned = False
-
-    def halve(self, error: RuntimeError) -> None:
-        """Answer to a GPU that ran out of memory, with one warning.
-
-        Raises
-        ------
-        RuntimeError
-            If there is nothing left to halve.
-        """
-        smaller = max(self.n_cells // 2, MIN_CHUNK)
-        if smaller == self.n_cells:
-            msg = (
-                f'The GPU\'s memory does not hold {smaller} cells at a time. Free some of it, use device="cpu", or, if '
-                "a long sentence of CellPLM fills it, cellprior.tl.embed(..., out=..., hidden=<a folder>)."
-            )
-            raise RuntimeError(msg) from error
-        if not self._warned:
-            msg = (
-                f"The GPU ran out of memory with {self.n_cells} cells at a time; going on with {smaller}, and fewer if "
-                f"need be. batch_size={smaller} would have begun there."
-            )
-            warnings.warn(msg, UserWarning, stacklevel=4)
-        self._warned, self.n_cells = True, smaller
-
-
-def fitting(n_bytes: int, *, n_features: int, width: int) -> int:
-    """Cells for a quarter of some memory, a power of two, 8,192 at most.
-
-    A cell is counted with its features, dense and sparse, and sixteen vectors of the network's width, float32.
-    """
-    n_cells = int(MEMORY_SHARE * n_bytes) // (16 * n_features + 64 * width)
-    return min(max(1 << max(n_cells.bit_length() - 1, 0), MIN_CHUNK), MAX_CHUNK)

@@ -8,7 +8,8 @@ from typing import Any
 
 import h5py
 
-from cellprior.model._on_disk import FOLDERS, digest
+from cellprior.model.data._counts import FOLDERS
+from cellprior.model.data._fingerprint import digest
 
 METADATA = (".zarray", ".zgroup", ".zattrs", "zarr.json")
 MATRICES = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from cellprior.model._annotation_training import AnnotationHead
+from cellprior.model.learning._annotation_plan import AnnotationHead
 from cellprior.weights import Bundle, WeightsError
 from cellprior.weights._bundle import is_finite
 

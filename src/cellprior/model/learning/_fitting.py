@@ -12,7 +12,7 @@ import torch
 from scvi.train import TrainRunner
 from torch import Tensor
 
-from cellprior.model._distributed import sum_over_processes
+from cellprior.model.learning._processes import sum_over_processes
 
 History = dict[str, pd.DataFrame]
 # checks of the loss, each of which waits for the device; and at the first step of an epoch

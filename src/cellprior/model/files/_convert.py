@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from cellprior.model._loading import LoadableModel
+    from cellprior.model.files._loading import LoadableModel
 
 SHOWN = 40  # names of a pickle in a message
 

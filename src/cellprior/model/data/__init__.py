@@ -1,0 +1,1 @@
+"""What is read: raw counts and their checks, files, minibatches."""
