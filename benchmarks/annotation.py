@@ -43,6 +43,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.multiclass import OneVsRestClassifier
 
 from cellprior.model import CellPLM
+from cellprior.model.learning._annotation import scores_of
 from cellprior.model.learning._rejection import find_limits
 
 WEIGHTS = "cellplm-starter"
@@ -156,7 +157,7 @@ def promise_of_one_model(files: dict[str, ad.AnnData], args: argparse.Namespace)
         truth = labels_of(adata, args)
         train, rest = train_test_split(np.arange(adata.n_obs), test_size=0.5, random_state=0)
         model = fine_tuned(adata[train].copy(), args, 0, calibration_size=0)
-        logits, novelty = model._scores(adata[rest].copy(), None, None)
+        logits, novelty = scores_of(model, adata[rest].copy(), None, None)
         probability = torch.from_numpy(logits).double().softmax(1).numpy()
         confidence = probability.max(axis=1)
         correct = np.array(model.annotation_["labels"])[probability.argmax(axis=1)] == truth[rest]

@@ -13,6 +13,7 @@ from anndata import AnnData
 import cellprior as cp
 from cellprior.cli import main
 from cellprior.model import CellPLM
+from cellprior.model.learning._annotation import labels_of
 from tests.contract.models import blood_cells
 
 STARTER, KEY = "cellplm-starter", "cellplm_label"
@@ -98,7 +99,9 @@ def test_the_word_for_no_label_can_be_said_and_its_spelling_is_warned_of(
     by, reference, query, tmp_path, monkeypatch
 ):
     learned = []
-    monkeypatch.setattr(CellPLM, "fine_tune", lambda self, key, **options: learned.append(self._labels(key)))
+    monkeypatch.setattr(
+        CellPLM, "fine_tune", lambda self, key, **options: learned.append(labels_of(self, key))
+    )
     reference.obs["label"] = reference.obs["bulk_labels"].astype(str)
     reference.obs.loc[reference.obs_names[:90], "label"] = "Unknown"
 

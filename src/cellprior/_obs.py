@@ -150,7 +150,7 @@ def warn_of_unlabeled(labels: Iterable[str], unlabeled: str, *, where: str) -> N
             f"means that a cell is not labelled, say so: unlabeled_category={alike[0]!r} (now {unlabeled!r}; "
             "--unlabeled on the command line)."
         )
-        warnings.warn(msg, UserWarning, stacklevel=4)
+        warnings.warn(msg, UserWarning, stacklevel=5)
 
 
 def _missing(obs: pd.DataFrame, missing: np.ndarray, column: str) -> str:

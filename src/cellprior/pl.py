@@ -86,7 +86,7 @@ def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None
     """
     import matplotlib.pyplot as plt
 
-    from cellprior.model.learning._training import losses_with_floors
+    from cellprior.model.learning._fit import losses_with_floors
 
     history = model.history or {}
     floors = {stage: losses_with_floors(history, stage) for stage in ("train", "validation")}

@@ -237,6 +237,7 @@ def annotate(
     import pandas as pd
 
     from cellprior.model import model_class
+    from cellprior.model.learning._annotation import name_cells
     from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
@@ -270,7 +271,7 @@ def annotate(
         if save is not None:
             model.save_pretrained(save)
         guess = f"in obs[{key + '_best_guess'!r}]"
-        found = model._name_cells(adata, reject=reject, batch_size=batch_size, guess=guess)
+        found = name_cells(model, adata, reject=reject, batch_size=batch_size, guess=guess)
     adata.obs[key] = pd.Categorical(found.names)
     adata.obs[f"{key}_probability"] = found.probability.max(axis=1).astype(np.float32)
     if reject is not None:

@@ -17,6 +17,7 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.metrics import f1_score
 
 from cellprior.model import CellPLM
+from cellprior.model.learning._annotation import limits_for, name_cells, scores_of
 from cellprior.model.learning._annotation_plan import (
     NO_CLASS,
     SPREAD_PRIOR,
@@ -413,7 +414,7 @@ def test_an_unseen_type_is_mostly_unknown_and_known_cells_are_mostly_named(fine_
 def test_far_more_unknown_cells_than_promised_are_explained(fine_tuned):
     strange = make_cells(200, seed=2, types=("novel",))
     with pytest.warns(UserWarning, match="are called 'unknown'") as said:
-        found = fine_tuned._name_cells(strange, reject=0.1, batch_size=None, guess="here")
+        found = name_cells(fine_tuned, strange, reject=0.1, batch_size=None, guess="here")
     message = str(said[0].message)
     n_unknown = int(np.sum(found.names == "unknown"))
     assert f"{n_unknown} of 200 cells" in message and n_unknown == found.n_far + found.n_uncertain > 160
@@ -473,7 +474,7 @@ def test_novelty_is_the_distance_to_the_nearest_type_in_the_embedding_over_the_t
     query = make_cells(40, seed=3, types=TYPES)
     latent = fine_tuned.get_latent_representation(query)
     expected = np.min([distance(latent, label) / spread[label] for label in centers], axis=0)
-    np.testing.assert_allclose(fine_tuned._scores(query, None, None)[1], expected, rtol=1e-3)
+    np.testing.assert_allclose(scores_of(fine_tuned, query, None, None)[1], expected, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:No share of the calibration cells:UserWarning")  # then no name is wrong
@@ -496,7 +497,7 @@ def test_names_of_whole_runs_are_wrong_as_rarely_as_promised_in_nine_of_ten(weig
 
 
 def test_a_smaller_reject_rejects_fewer_cells_for_novelty(fine_tuned):
-    limits = [fine_tuned._limits(reject).novelty for reject in (0.05, 0.1, 0.3)]
+    limits = [limits_for(fine_tuned, reject).novelty for reject in (0.05, 0.1, 0.3)]
     assert limits == sorted(limits, reverse=True)
 
 

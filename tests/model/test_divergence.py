@@ -15,8 +15,9 @@ import torch
 from scvi.train import SaveCheckpoint
 
 from cellprior.model import CellPLM, DivergedError, MultiomeCLIP
-from cellprior.model.learning._fitting import not_finite
+from cellprior.model.learning._finite import not_finite
 from cellprior.model.learning._holdout import noted, recalled
+from cellprior.model.multiomeclip._training import align
 from tests.model.multiomeclip.data import cells
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
@@ -188,7 +189,7 @@ def test_weights_and_alignment_of_a_training_that_is_broken_off_belong_together(
         model.train(max_epochs=6, batch_size=64, plan_kwargs={"lr": 0.01}, callbacks=[BreakOff()], **QUIET)
     found = {name: x.clone() for name, x in model.module.state_dict().items() if name.startswith("alignment")}
     cells = model._cells(None)
-    model._align(model._counts(None, cells), model.train_indices, model.validation_indices)
+    align(model, model._counts(None, cells), model.train_indices, model.validation_indices)
     for name, x in found.items():
         torch.testing.assert_close(model.module.state_dict()[name], x)
     assert len(model.history["train_loss"]) == 3  # the first epoch of the second run is in it

@@ -11,7 +11,7 @@ import torch
 import cellprior as cp
 from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.data._minibatches import SentenceSampler
-from cellprior.model.learning._training import adamw
+from cellprior.model.learning._plan import adamw
 
 FLOOR = "reconstruction_floor_gene_means"
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
@@ -281,6 +281,44 @@ def test_training_without_validation_cells_works_and_early_stopping_without_them
     scratch(adata).train(max_epochs=1, train_size=1.0, **QUIET)
     with pytest.raises(ValueError, match="validation"):
         scratch(adata).train(max_epochs=1, train_size=1.0, early_stopping=True, **QUIET)
+
+
+def test_a_subclass_can_replace_the_splitter_the_plan_and_the_runner(adata):
+    used = []
+
+    def noting(cls: type) -> type:
+        return type(
+            cls.__name__,
+            (cls,),
+            {
+                "__init__": lambda self, *args, **kwargs: (
+                    used.append(cls.__name__),
+                    cls.__init__(self, *args, **kwargs),
+                )[1]
+            },
+        )
+
+    names = ("_data_splitter_cls", "_training_plan_cls", "_train_runner_cls")
+    own = {name: noting(getattr(cp.model.CellPLM, name)) for name in names}
+    model_class = type("Own", (cp.model.CellPLM,), own)
+    model_class.setup_anndata(adata)
+    model = model_class(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4)
+    model.train(max_epochs=1, **QUIET)
+    assert used == [own[name].__mro__[1].__name__ for name in names]
+
+
+@pytest.mark.parametrize("missing", ["objectives", "_fit_floor", "training_losses"])
+def test_a_model_that_does_not_say_what_it_learns_is_refused_in_words_and_nothing_is_read(
+    adata, missing, monkeypatch
+):
+    model = scratch(adata)
+    if missing == "training_losses":
+        monkeypatch.delattr(type(model.module), missing)
+    else:
+        monkeypatch.setattr(type(model), missing, vars(cp.model.PretrainedModel)[missing])
+    monkeypatch.setattr(type(model), "_attached_cells", None)
+    with pytest.raises(NotImplementedError, match=f"CellPLM cannot be trained: it does not give {missing}"):
+        model.train(max_epochs=1, **QUIET)
 
 
 def test_early_stopping_watches_the_validation_loss(adata):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellprior.model.learning._training import restarts
+from cellprior.model.learning._plan import restarts
 from cellprior.model.scbert._loss import masked_losses
 
 from .scbert_golden import Golden

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cellprior.model.data._counts import NotCountsError
     from cellprior.model.files._loading import LoadableModel
     from cellprior.model.geneformer import Geneformer
-    from cellprior.model.learning._fitting import DivergedError
+    from cellprior.model.learning._finite import DivergedError
     from cellprior.model.multiomeclip import MultiomeCLIP
     from cellprior.model.scbert import ScBERT
     from cellprior.model.scgpt import ScGPT
@@ -48,7 +48,7 @@ _MODELS = {
 }
 _PLACES = {
     **_MODELS,
-    "DivergedError": "learning._fitting",
+    "DivergedError": "learning._finite",
     "LoadableModel": "files._loading",
     "NotCountsError": "data._counts",
     "PretrainedModel": "_base",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal
 from uuid import uuid4
 
 import anndata as ad
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
+import torch
 from scvi import REGISTRY_KEYS
+from scvi.train import TrainRunner
 from torch import Tensor
 
 from cellprior import genes as gene_matching
@@ -19,21 +23,24 @@ from cellprior._matrix import matrix_of, totals
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
 from cellprior.model.data._counts import refuse_by_gene, row_numbers
+from cellprior.model.data._datamodule import StreamedCells
 from cellprior.model.data._fields import BatchField, CountsField, CountsManager, without_view
 from cellprior.model.data._fingerprint import digest, digest_of_counts
-from cellprior.model.data._minibatches import VocabularyLoader
-from cellprior.model.data._panels import distinct
+from cellprior.model.data._minibatches import VocabularyLoader, VocabularySplitter
+from cellprior.model.data._panels import distinct, measured_genes, refuse_unmeasured
 from cellprior.model.engine._dask import Blocks, embed_unit
 from cellprior.model.engine._embedding import Embedding, in_memory
 from cellprior.model.files._loading import LoadableModel
-from cellprior.model.learning._annotation import AnnotatingModel
-from cellprior.model.learning._fitting import NOT_FINITE, DivergedError
-from cellprior.model.learning._training import TrainableModel
+from cellprior.model.learning import _annotation as annotation
+from cellprior.model.learning import _training as training
+from cellprior.model.learning._annotation_plan import AnnotationHead
+from cellprior.model.learning._finite import NOT_FINITE, DivergedError
+from cellprior.model.learning._masked import MaskedScores
 
 Precision = Literal["float32", "bfloat16"]
 
 
-class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
+class PretrainedModel(LoadableModel):
     """Base of the model classes.
 
     A subclass gives ``_module_cls``, ``obsm_key``, an ``__init__`` that ends in :meth:`_finish_init`, and, for
@@ -46,6 +53,15 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
     # buffers of the module: how counts become its input, which no training changes
     _input_buffers: tuple[str, ...] = ()
     default_batch_size = 1024
+    # what training is done with, as of scvi-tools' own training mixin
+    _data_splitter_cls = VocabularySplitter
+    _training_plan_cls = training.TrainingPlan
+    _train_runner_cls = TrainRunner
+    objectives: dict[str, dict[str, Any]] = {}  # by name, options of the training plan
+    _annotation: dict[str, Any] = {}
+    _alike = False  # whether most of a hidden state is the same in all cells: the head then learns from what is left
+    is_trained_: bool
+    history_: dict[str, Any] | None
     _unit_size = (
         1024  # cells after which a stream to disk can be cut short, where cells do not see each other
     )
@@ -182,6 +198,367 @@ class PretrainedModel(LoadableModel, TrainableModel, AnnotatingModel):
             If the data are not raw counts, or too few of their genes are known.
         """
         return self._embed(adata, indices, batch_size, precision)
+
+    # learning, see cellprior.model.learning
+
+    def train(
+        self,
+        max_epochs: int = 100,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 512,
+        early_stopping: bool = False,
+        plan_kwargs: dict[str, Any] | None = None,
+        datasplitter_kwargs: dict[str, Any] | None = None,
+        *,
+        objective: str | None = None,
+        measured: Mapping[str, Sequence[str]] | None = None,
+        datamodule: pl.LightningDataModule | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train on the attached data without labels, from where the weights are.
+
+        ``history`` gets, per epoch, ``train_loss`` and ``validation_loss``, their parts, and beside a part its floor,
+        ``<part>_floor_<predictor>``: what a predictor that knows no biology reaches on the same cells. A warning says
+        if the model ends above one. See :func:`cellprior.pl.training`.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells.
+        accelerator, devices
+            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        train_size, validation_size, shuffle_set_split
+            Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on. It is
+            kept with the weights: of the same cells, the next call holds out the same, unless another split is asked
+            for, and a warning says if cells that were trained on are held out.
+        batch_size
+            Cells of a minibatch, within one category of ``batch_key``; of each process, where several train.
+        early_stopping
+            Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
+        plan_kwargs
+            ``lr``, ``weight_decay``, ``schedule``, ``warmup``, and arguments of the objective, see
+            :class:`~cellprior.model.learning._training.TrainingPlan`.
+        datasplitter_kwargs
+            To :class:`~scvi.dataloaders.DataSplitter`.
+        objective
+            What is learned, one of the model's ``objectives``; by default the first.
+        measured
+            For panels that differ between batches: the genes measured in each category of ``batch_key``, as names of
+            the data, symbols or Ensembl ids. The counts of the others must be 0 there, and do not count in the loss.
+            By default all genes of the data were measured everywhere.
+        datamodule
+            Train on its cells instead of the attached, read from disk as they are needed: an
+            :class:`scvi.dataloaders.AnnbatchDataModule`, see :doc:`/user_guide/scale`. Its minibatches do not keep to
+            one batch, and its order does not follow ``scvi.settings.seed``.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given. ``enable_checkpointing=True``
+            saves the model of the epoch with the lowest ``validation_loss``; to end with it,
+            ``callbacks=[scvi.train.SaveCheckpoint(load_best_on_end=True)]``. ``strategy="ddp"`` trains in several
+            processes, see :doc:`/user_guide/scale`.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data, ``objective`` is not known, or an unmeasured gene has counts.
+        NotImplementedError
+            If the model does not say what it learns.
+        RuntimeError
+            If several processes have no seed to begin alike.
+        KeyError
+            If ``measured`` lacks a batch, or names a gene that neither the data nor the vocabulary have.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss.
+        """
+        split: dict[str, Any] = {"train_size": train_size, "validation_size": validation_size}
+        split |= {"shuffle_set_split": shuffle_set_split, "batch_size": batch_size}
+        training.train(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            split=split,
+            early_stopping=early_stopping,
+            plan_kwargs=plan_kwargs,
+            datasplitter_kwargs=datasplitter_kwargs,
+            objective=objective,
+            measured=measured,
+            datamodule=datamodule,
+            **trainer_kwargs,
+        )
+
+    def fine_tune(
+        self,
+        labels_key: str | None = None,
+        *,
+        trainable: str = "last",
+        max_epochs: int = 100,
+        lr: float = 1e-3,
+        batch_size: int = 512,
+        validation_size: float = 0.15,
+        calibration_size: float = 0.15,
+        class_weights: Literal["auto"] | None = "auto",
+        patience: int = 20,
+        transductive: bool = False,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Learn the labels of the attached data, for :meth:`predict`.
+
+        A new head, as in CellPLM's annotation pipeline: a linear latent on the hidden state in front of the model's
+        own latent, dropout, a linear layer to the classes; cross-entropy. Draws depend on ``scvi.settings.seed``.
+        ``history`` gets ``annotation_train_loss``, ``annotation_validation_loss`` and
+        ``annotation_validation_macro_f1``. The embedding moves with the parts that are trained; with
+        ``trainable="head"`` it stays.
+
+        Parameters
+        ----------
+        labels_key
+            Column of ``obs``; by default the one given to ``setup_anndata``. Cells of ``unlabeled_category`` are not
+            trained on.
+        trainable
+            Besides the head: ``"last"`` trains the last encoder layer and the norm after it, ``"all"`` everything in
+            front of the latent, ``"head"`` nothing, ``"lora"`` low-rank changes of the attention's query and value
+            projections and the norm; a model may have more. What is not trained keeps every bit, and its dropout is
+            off.
+        max_epochs
+            Passes over the training cells.
+        lr
+            Peak learning rate of AdamW, after warm-up and before cosine decay.
+        batch_size
+            Cells of a minibatch, within one category of ``batch_key``.
+        validation_size, calibration_size
+            Shares of the labelled cells held out, by class to choose the best epoch, and at random to calibrate
+            ``reject`` of :meth:`predict`. A class with fewer than 3 cells is trained on only. The next call holds out
+            the same cells, if it can; else a warning says how many of them have been trained on.
+        class_weights
+            ``"auto"`` weighs a class of n cells by ``n ** -0.5``, which changes nothing where labels are even.
+        patience
+            Stop when macro-F1 on the validation cells has not risen for this many epochs. The best epoch is kept.
+        transductive
+            Put all cells of the attached data into the sentences as context, labelled or not, as the original does.
+            By default a training sentence holds training cells only.
+        accelerator, devices
+            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says
+            otherwise.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data, the labels are missing, NaN, or of fewer than two classes, or an argument is not
+            one of those above.
+        KeyError
+            If ``labels_key`` is not in ``obs``.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss, and no labels.
+        """
+        annotation.fine_tune(
+            self,
+            labels_key,
+            trainable=trainable,
+            max_epochs=max_epochs,
+            lr=lr,
+            batch_size=batch_size,
+            validation_size=validation_size,
+            calibration_size=calibration_size,
+            class_weights=class_weights,
+            patience=patience,
+            transductive=transductive,
+            accelerator=accelerator,
+            devices=devices,
+            **trainer_kwargs,
+        )
+
+    def predict(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        *,
+        soft: bool = False,
+        reject: float | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray | pd.DataFrame:
+        """Name cells, or give the probabilities of the names.
+
+        ``reject`` lets a cell be called ``unlabeled_category``, by conformal p-values [Vovk et al., 2005; Bates et
+        al., Ann. Stat. 2023] and a fixed sequence of tests [Angelopoulos et al., Learn then Test, 2021], both on cells
+        held out of training. Of cells that are exchangeable with these (same types in the same shares, same protocol):
+
+        * a cell is called unknown for lying far from all types with probability at most ``reject``, and at nearly that
+          rate, as some cells must be the farthest;
+        * of the cells that get a name, at most a share ``reject`` has a wrong one, with 90 % confidence over the draw
+          of the calibration cells, as long as cells of higher probability are wrong no more often. Where types
+          overlap so much that this needs it, the least certain cells are called unknown as well, however many.
+
+        Both hold on average over types, not for each. Other donors, protocols or shares of types void them, and so do,
+        for models whose cells see each other, sentences unlike those of the calibration cells. A warning says so, and
+        why, if far more cells are unknown than of these. See :doc:`/user_guide/annotation`.
+
+        Parameters
+        ----------
+        adata
+            Data to name, by default the attached. Its genes are matched by name.
+        indices
+            Cells to name, as numbers or a mask.
+        soft
+            Give probabilities.
+        reject
+            Between 0 and 1, see above; ``None`` names every cell.
+        batch_size
+            Cells in memory at a time. Never changes the result.
+
+        Returns
+        -------
+        Names ``(cells,)``; with ``soft`` a frame of probabilities, a row per cell and a column per label.
+
+        Raises
+        ------
+        RuntimeError
+            Before :meth:`fine_tune`.
+        ValueError
+            If ``reject`` is not between 0 and 1, cannot be promised with so few calibration cells, or is given with
+            ``soft``.
+        """
+        if soft and reject is not None:
+            msg = (
+                "soft=True gives the probabilities of all labels, reject= applies to names. Give one of them."
+            )
+            raise ValueError(msg)
+        found = annotation.name_cells(self, adata, indices, reject=reject, batch_size=batch_size)
+        if soft:
+            obs_names = (self.adata if adata is None else adata).obs_names
+            index = obs_names if indices is None else obs_names.to_numpy()[list(indices)]
+            return pd.DataFrame(found.probability, index=index, columns=self.annotation_["labels"])
+        return found.names
+
+    @property
+    def annotation_(self) -> dict[str, Any]:
+        """Label names and calibration of a fine-tuned model; saved with it. Setting it builds the head."""
+        return self._annotation
+
+    @annotation_.setter
+    def annotation_(self, state: dict[str, Any]) -> None:
+        self._annotation = state
+        if hasattr(self.module, "annotation"):
+            del self.module.annotation
+        if state:
+            head = AnnotationHead(self.module.n_hidden, self.module.n_latent, len(state["labels"]))
+            self.module.annotation = head.to(self.module.device)
+
+    @property
+    def training_state_(self) -> dict[str, Any]:
+        """What training needs besides the tensors to go on where it stopped; saved with the model."""
+        return {}
+
+    @training_state_.setter
+    def training_state_(self, state: dict[str, Any]) -> None:
+        pass
+
+    # what a model gives to learn
+
+    def _objective(self, name: str | None) -> dict[str, Any]:
+        """Options of the training plan for one of ``objectives``.
+
+        Raises
+        ------
+        NotImplementedError
+            If the model lacks what training needs.
+        ValueError
+            If there is no such objective.
+        """
+        needed = {
+            "objectives": bool(self.objectives),
+            "_fit_floor": type(self)._fit_floor is not PretrainedModel._fit_floor,
+            "training_losses of its module": hasattr(self.module, "training_losses"),
+        }
+        if lacking := [member for member, is_there in needed.items() if not is_there]:
+            msg = (
+                f"{type(self).__name__} cannot be trained: it does not give {', '.join(lacking)}. What a model gives "
+                "to be trained is listed in the user guide, under 'Add a model'."
+            )
+            raise NotImplementedError(msg)
+        if name not in (None, *self.objectives):
+            msg = f"objective={name!r} is not known; choose one of {', '.join(map(repr, self.objectives))}."
+            raise ValueError(msg)
+        return dict(self.objectives[name or next(iter(self.objectives))])
+
+    def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> torch.nn.Module:
+        """Predictors that know no biology, from the minibatches of the training cells.
+
+        See :class:`~cellprior.model.learning._training.TrainingPlan`.
+        """
+        raise NotImplementedError
+
+    def _fit_predictors(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], measured: Tensor) -> Any:
+        """What :meth:`_masked_scores` needs to know of training cells, from passes over them; the floor, if no more."""
+        return self._fit_floor(batches(), measured).to(self.module.device)
+
+    def _masked_scores(
+        self,
+        counts: Tensor,
+        fitted: Any,
+        *,
+        share: float,
+        rng: np.random.Generator,
+        measured: Tensor,
+        batch: int,
+    ) -> MaskedScores:
+        """How well genes that are hidden from the network are predicted, by it and by predictors without biology.
+
+        Parameters
+        ----------
+        counts
+            Raw counts over the vocabulary ``(cells, n_genes)``, of one sentence.
+        fitted
+            From :meth:`_fit_predictors`.
+        share
+            Of the genes that is hidden.
+        rng
+            Draws them.
+        measured
+            Which genes were measured ``(n_genes,)``.
+        batch
+            Code of the cells' batch.
+
+        Raises
+        ------
+        NotImplementedError
+            If a model does not have it: ``evaluate.masked_prediction`` is then not for this model.
+        """
+        msg = f"{type(self).__name__} does not say how it predicts hidden genes: it gives no _masked_scores."
+        raise NotImplementedError(msg)
+
+    # what is trained on
+
+    def _attached_cells(
+        self, measured: Mapping[str, Sequence[str]] | None, **options: Any
+    ) -> tuple[VocabularySplitter, np.ndarray]:
+        """The attached cells, split, and which genes were measured; refuses counts of genes that were not."""
+        match = self._match_of(self.adata_manager)
+        seen = measured_genes(measured, self.adata_manager, self.genes, match)
+        options |= {"column": match.index, "n_columns": len(self.genes)}
+        cells = self._data_splitter_cls(self.adata_manager, by_batch=True, dense=True, **options)
+        cells.setup()
+        if measured is not None:
+            for batch in chain(cells.train_dataloader(), cells.val_dataloader()):
+                known = seen[int(batch[REGISTRY_KEYS.BATCH_KEY][0])]
+                refuse_unmeasured(batch[REGISTRY_KEYS.X_KEY].numpy(), known, self.genes)
+        return cells, seen
+
+    def _streamed_cells(
+        self, datamodule: pl.LightningDataModule, **split: Any
+    ) -> tuple[StreamedCells, np.ndarray]:
+        """The cells of a datamodule, and which genes were measured."""
+        cells = StreamedCells(datamodule, self.genes, self.min_coverage, **split)
+        return cells, measured_genes(None, None, self.genes, cells.match)
+
+    # reading
 
     def _embed(
         self,

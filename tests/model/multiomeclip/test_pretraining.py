@@ -15,7 +15,7 @@ from cellprior.genes import PeakMatchError
 from cellprior.model.data._counts import csr_tensor
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._module import MLPEncoder
-from cellprior.model.multiomeclip._pretraining import MaskedPeaks, Popularity, draw_closed, hide
+from cellprior.model.multiomeclip._peaks import MaskedPeaks, Popularity, draw_closed, hide
 from cellprior.model.multiomeclip._training import ContrastivePlan
 
 from .data import N_CELLS, N_PEAKS, QUIET, cells, multiome, part

@@ -7,9 +7,9 @@ import torch
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip._loss import infonce_chance, same_label, sigmoid_chance, sigmoid_loss
 from cellprior.model.multiomeclip._metrics import depth_scores, latent_metrics, matching_metrics
-from cellprior.model.multiomeclip._training import split_complete
+from cellprior.model.multiomeclip._training import PairedSplitter
 
-from .data import N_CELLS, QUIET, cells
+from .data import N_CELLS, QUIET, cells, multiome
 
 # a few epochs are not meant to learn anything
 pytestmark = pytest.mark.filterwarnings("ignore:After training:UserWarning")
@@ -184,15 +184,46 @@ def test_chance_is_the_loss_of_one_score_for_all_pairs():
 def test_complete_cells_are_split_by_share():
     complete = np.ones(100, dtype=bool)
     complete[::4] = False
-    rng = np.random.default_rng(0)
-    options = {"train_size": 0.8, "validation_size": None, "shuffle": True, "rng": rng}
-    first, second = split_complete(complete, **options)
-    assert len(first) == 60 and len(second) == 15 and not set(first) & set(second)
+
+    def split(**options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(0)
+        found = PairedSplitter(complete, batch_size=8, rng=rng, train_size=0.8, **options)
+        return found.train_idx, found.val_idx, found.test_idx
+
+    first, second, test = split()
+    assert len(first) == 60 and len(second) == 15 and not set(first) & set(second) and not len(test)
     assert complete[first].all() and complete[second].all()
-    first, second = split_complete(complete, **{**options, "validation_size": 0.1, "shuffle": False})
+    first, second, test = split(validation_size=0.1, shuffle_set_split=False)
     assert first.max() < second.min() and len(second) in (7, 8)
+    assert second.max() < test.min() and complete[test].all() and len(test) == 15 - len(second)
     with pytest.raises(ValueError, match="add up to 1"):
-        split_complete(complete, **{**options, "validation_size": 0.5})
+        split(validation_size=0.5)
+
+
+def test_cells_that_are_named_are_trained_on_and_held_out():
+    whole = cells()
+    mdata = multiome({"rna": whole.mod["rna"], "atac": whole.mod["atac"][:-5].copy()})
+    MultiomeCLIP.setup_mudata(mdata)
+    model = MultiomeCLIP(mdata, **SMALL)
+    complete = np.flatnonzero(model._cells(None).complete)
+    assert len(complete) == N_CELLS - 5
+    parts = [complete[40:], complete[:30], complete[30:40]]
+    model.train(max_epochs=1, datasplitter_kwargs={"external_indexing": parts}, **QUIET)
+    for rows, asked in zip(
+        (model.train_indices, model.validation_indices, model.test_indices), parts, strict=True
+    ):
+        np.testing.assert_array_equal(rows, asked)
+    seen = [complete[:40], complete[40:]]
+    with pytest.warns(UserWarning, match="have been seen in training"):
+        model.train(max_epochs=1, datasplitter_kwargs={"external_indexing": seen}, **QUIET)
+    lacking = np.flatnonzero(~model._cells(None).complete)
+    for wrong, message in (
+        ([complete, lacking[:2]], f"2 cells without both modalities, the first is number {lacking[0]}"),
+        ([complete, complete[:1]], "1 cells twice"),
+        ([complete[:1]], "two at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.train(max_epochs=1, datasplitter_kwargs={"external_indexing": wrong}, **QUIET)
 
 
 def test_patches_follow_the_genome_unless_told_otherwise():

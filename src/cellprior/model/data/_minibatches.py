@@ -219,7 +219,3 @@ class VocabularySplitter(DataSplitter):
     def floor_minibatches(self) -> VocabularyLoader:
         """Training cells that predictors without biology are fitted to: all."""
         return self.train_dataloader()
-
-
-# scvi-tools asks for this name before it refuses early stopping without validation cells
-VocabularySplitter.__name__ = "DataSplitter"

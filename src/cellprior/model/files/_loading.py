@@ -19,7 +19,7 @@ from scvi.model.base import BaseModelClass
 from cellprior.model.data._fields import without_view
 from cellprior.model.data._files import with_frames
 from cellprior.model.files._strict import check_fits, load_strictly
-from cellprior.model.learning._fitting import DivergedError, not_finite
+from cellprior.model.learning._finite import DivergedError, not_finite
 from cellprior.weights import (
     Bundle,
     InertCheckpoint,

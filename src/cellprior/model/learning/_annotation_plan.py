@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from torch.nn.utils import parametrize
 
 from cellprior.model.data._fields import CountsManager
 from cellprior.model.data._minibatches import CountsDataset, VocabularyLoader
+from cellprior.model.learning._plan import Plan
 from cellprior.model.learning._processes import gather_objects
-from cellprior.model.learning._training import adamw, steps_of
 
 HEAD_DROPOUT = 0.5  # of the original
 LORA_RANK = 8
@@ -231,8 +230,8 @@ class AnnotationCells(pl.LightningDataModule):
         return loader
 
 
-class AnnotationPlan(pl.LightningModule):
-    """Cross-entropy with class weights; keeps the tensors of the epoch with the best macro-F1 on validation cells."""
+class AnnotationPlan(Plan):
+    """Cross-entropy with class weights; macro-F1 on validation cells."""
 
     class_weights: Tensor
     lr_argument = "lr={lr}"
@@ -247,22 +246,12 @@ class AnnotationPlan(pl.LightningModule):
         n_steps: int,
         lr: float,
         weight_decay: float = 1e-7,
-        warmup: float = 0.05,
     ) -> None:
-        super().__init__()
-        self.module = module
+        super().__init__(module, n_steps=n_steps, lr=lr, weight_decay=weight_decay)
         self.parts = tuple(parts)  # a tuple, lest they be registered twice
         self.register_buffer("gene_index", gene_index, persistent=False)
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.n_steps, self.lr, self.weight_decay, self.warmup = n_steps, lr, weight_decay, warmup
         self.validated: list[tuple[np.ndarray, np.ndarray]] = []
-        self.best: tuple[float, float] = (-1.0, 0.0)  # macro-F1 and minus the loss
-        self.best_tensors: dict[str, Tensor] = {}
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and cosine, as in self-supervised training."""
-        n_steps = steps_of(self, self.n_steps)
-        return adamw(self.module, n_steps, lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup)
 
     def on_train_epoch_start(self) -> None:
         """Dropout in the parts that train, and nowhere else."""
@@ -287,28 +276,15 @@ class AnnotationPlan(pl.LightningModule):
         loss = annotation_loss(logits, batch[TARGET], self.class_weights)
         n_cells = max(int((batch[TARGET] != NO_CLASS).sum()), 1)
         name = f"annotation_{stage}_loss"
-        how: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}
-        self.log(name, loss.detach(), batch_size=n_cells, **how)
+        self.log_epoch({name: loss.detach()}, n_cells, shown=name)
         return loss, logits
 
     def on_validation_epoch_end(self) -> None:
-        """Macro-F1, and the tensors if it is the best so far; of equals the one with the lower loss."""
+        """Macro-F1 of the cells of all processes."""
         everyones = [cells for of_process in gather_objects(self.validated) for cells in of_process]
         truth, named = (np.concatenate(parts) for parts in zip(*everyones, strict=True))
         self.validated.clear()
-        score = macro_f1(truth, named)
-        self.log("annotation_validation_macro_f1", score, prog_bar=True, sync_dist=True)
-        reached = (score, -float(self.trainer.callback_metrics["annotation_validation_loss"]))
-        if math.isfinite(reached[1]) and reached > self.best:
-            self.best = reached
-            trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
-            self.best_tensors = {name: p.detach().clone() for name, p in trained}
-
-    def on_train_end(self) -> None:
-        """Back to the best epoch."""
-        with torch.no_grad():
-            for name, tensor in self.best_tensors.items():
-                self.module.get_parameter(name).copy_(tensor)
+        self.log("annotation_validation_macro_f1", macro_f1(truth, named), prog_bar=True, sync_dist=True)
 
 
 def annotation_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def keep_split(
         return drawn
     before = recalled(state, names)
     if before is None:
-        warn_of_other_cells(state, len(names), stacklevel=3)
+        warn_of_other_cells(state, len(names), stacklevel=5)
         return drawn
     same_sizes = before.keys() == drawn.keys() and all(len(before[p]) == len(drawn[p]) for p in drawn)
     if not rows_given and (same_sizes or not sizes_given):
@@ -75,8 +75,42 @@ def keep_split(
             f"{n_seen:,} of {len(held_out):,} have been seen in training, and their scores are too good. Leave out "
             "what sets the split to keep it."
         )
-        warnings.warn(msg, UserWarning, stacklevel=3)
+        warnings.warn(msg, UserWarning, stacklevel=5)
     return drawn
+
+
+def hold_out(
+    model: Any,
+    stage: str,
+    names: pd.Index,
+    cells: Any,
+    asked: Mapping[str, Any],
+    splitter_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Give a splitter the split to train on, see :func:`keep_split`, and note it.
+
+    Parameters
+    ----------
+    model
+        Whose ``split_`` says what was held out before.
+    stage
+        Of its trainings.
+    names
+        Of the cells.
+    cells
+        With ``parts``, as drawn, and ``keep(parts)``.
+    asked, splitter_kwargs
+        What the user said about the split.
+    """
+    parts = keep_split(
+        model.split_.get(stage, {}),
+        names,
+        cells.parts,
+        sizes_given=asked["train_size"] is not None or asked["validation_size"] is not None,
+        rows_given=not asked["shuffle_set_split"] or "external_indexing" in (splitter_kwargs or {}),
+    )
+    cells.keep(parts)
+    return noted(names, parts)
 
 
 def warn_of_other_cells(state: Mapping[str, Any], n_cells: int, *, stacklevel: int) -> None:

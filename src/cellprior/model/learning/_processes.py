@@ -75,13 +75,13 @@ class _Gather(torch.autograd.Function):
         return total[ctx.own]
 
 
-def trainer_defaults(strategy: Any) -> dict[str, Any]:
-    """Arguments of the trainer that differ from scvi-tools' own; our samplers know whose cells are whose.
+def refuse_unseeded(strategy: Any) -> None:
+    """Refuse processes that each begin anew and have no seed to begin alike.
 
     Raises
     ------
     RuntimeError
-        If processes that each begin anew have no seed to begin alike.
+        With the way to set one.
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__.lower()
     begin_anew = "ddp" in name and not any(how in name for how in ("spawn", "fork", "notebook"))
@@ -91,5 +91,3 @@ def trainer_defaults(strategy: Any) -> dict[str, Any]:
             "other cells: set scvi.settings.seed = 0, or another number, before the model is built."
         )
         raise RuntimeError(msg)
-    # of an epoch with fewer than 10 steps, Lightning warns that none would be logged
-    return {"use_distributed_sampler": False, "log_every_n_steps": 1}

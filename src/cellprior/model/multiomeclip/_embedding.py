@@ -14,7 +14,7 @@ from torch import Tensor
 from cellprior.model.data._counts import csr_tensor
 from cellprior.model.engine._dask import block_of, on_device_here, parts_on_cluster, refuse_here
 from cellprior.model.engine._sizes import BatchSize, Part
-from cellprior.model.learning._fitting import NOT_FINITE, DivergedError
+from cellprior.model.learning._finite import NOT_FINITE, DivergedError
 from cellprior.model.multiomeclip._cells import CountsOf
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
 from mudata import MuData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManagerValidationCheck
+from scvi.train import TrainRunner
 
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
@@ -20,6 +21,8 @@ from cellprior.model.data._counts import refuse_by_gene, row_numbers
 from cellprior.model.data._fields import CountsManager
 from cellprior.model.data._fingerprint import digest, digest_of_counts
 from cellprior.model.data._panels import distinct
+from cellprior.model.multiomeclip import _peaks as peaks_alone
+from cellprior.model.multiomeclip import _training as training
 from cellprior.model.multiomeclip._barcodes import differ_by_suffix
 from cellprior.model.multiomeclip._cells import (
     Cells,
@@ -39,6 +42,8 @@ from cellprior.model.multiomeclip._module import (
     MultiomeCLIPModule,
 )
 from cellprior.model.multiomeclip._opening import OpenedModel
+from cellprior.model.multiomeclip._peaks import MASK_SHARE
+from cellprior.model.multiomeclip._reading import Data
 from cellprior.model.multiomeclip._retrieval import RetrievalModel
 
 
@@ -82,6 +87,9 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
     _setup_method = "setup_mudata"
     obsm_key = "X_multiomeclip"
     _sentences = False
+    _data_splitter_cls = training.PairedSplitter
+    _training_plan_cls = training.ContrastivePlan
+    _train_runner_cls = TrainRunner
     annotation_: dict[str, Any] = {}
     training_state_: dict[str, Any] = {}
 
@@ -326,6 +334,193 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
             msg = f"modality={modality!r} is asked for, and the data have {' and '.join(cells.data)} only."
             raise ValueError(msg)
         return [name for name in MODALITIES if name == modality]
+
+    # learning
+
+    def train(
+        self,
+        max_epochs: int = 100,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 512,
+        early_stopping: bool = False,
+        plan_kwargs: dict[str, Any] | None = None,
+        datasplitter_kwargs: dict[str, Any] | None = None,
+        *,
+        micro_batch_size: int | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train on the cells that have both modalities, from where the weights are.
+
+        ``history`` gets, per epoch, ``train_loss``, ``validation_loss`` and beside them the loss of chance; of held-out
+        cells ``validation_foscttm`` (mean of ``_atac_to_rna`` and ``_rna_to_atac``), ``validation_recall_at_1`` and
+        ``_10`` among ``validation_n_cells`` (5,000 at most), ``validation_modality_gap``; and the same of a control
+        that knows nothing but sequencing depth, ``validation_foscttm_floor_depth_only``,
+        ``validation_recall_at_1_depth_only`` and ``_10_``. A warning says if the model is no better than that.
+
+        Parameters
+        ----------
+        max_epochs, accelerator, devices, train_size, validation_size, shuffle_set_split
+            As of :meth:`cellprior.model.CellPLM.train`; the split is of the complete cells.
+        batch_size
+            Cells of a minibatch, each the negative of the others, within one category of ``batch_key``; of each
+            process, where several train, and then those of all are negatives.
+        early_stopping
+            Stop when ``validation_foscttm`` has not fallen for 45 epochs, and go back to the best.
+        plan_kwargs
+            ``lr``, ``weight_decay``, ``warmup``, see
+            :class:`~cellprior.model.multiomeclip._training.ContrastivePlan`.
+        datasplitter_kwargs
+            ``external_indexing``: numbers of the cells to train on, to hold out and to test, three arrays. See
+            :class:`~cellprior.model.multiomeclip._training.PairedSplitter`.
+        micro_batch_size
+            Cells whose gradient is computed at a time. Saves memory, and changes neither the loss nor the negatives.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data, too few cells have both modalities, cells that are given lack one,
+            ``micro_batch_size`` is no whole number, or early stopping has no cells held out.
+        RuntimeError
+            If several processes have no seed to begin alike.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss.
+        """
+        split: dict[str, Any] = {"train_size": train_size, "validation_size": validation_size}
+        split |= {"shuffle_set_split": shuffle_set_split, "batch_size": batch_size}
+        training.train(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            split=split,
+            early_stopping=early_stopping,
+            plan_kwargs=plan_kwargs,
+            datasplitter_kwargs=datasplitter_kwargs,
+            micro_batch_size=micro_batch_size,
+            **trainer_kwargs,
+        )
+
+    def pretrain_atac(
+        self,
+        adata: Data | None = None,
+        *,
+        max_epochs: int = 40,
+        mask_share: float = MASK_SHARE,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 256,
+        plan_kwargs: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the encoder of ATAC by itself, on cells that need no RNA; :meth:`train` goes on from there.
+
+        A share of a cell's open peaks is hidden, and told from as many closed ones by what the encoder makes of the
+        others, see :class:`~cellprior.model.multiomeclip._peaks.MaskedPeaks`. It starts from the components that
+        :meth:`train` would find, fitted on these cells, and moves them and the layers behind. RNA is not read.
+
+        ``history`` gets ``train_pretrain_loss`` and ``validation_pretrain_loss``, and beside each its
+        ``_floor_popularity``, of a predictor that knows how often each peak is open, and ``_floor_chance``. A warning
+        says if the model is no better. ``train_indices`` and ``validation_indices`` are rows of these cells until
+        :meth:`train` is called.
+
+        Of the attached data, cells that :meth:`train` draws as held out have been seen here, without their RNA. For
+        numbers that are clean of that, keep test cells out of the data altogether.
+
+        Parameters
+        ----------
+        adata
+            Data with ATAC, by default the attached: an AnnData of peaks, which are matched to the model's, or a MuData,
+            whose cells with ATAC are used, whether they have RNA or not.
+        max_epochs
+            Passes over the training cells.
+        mask_share
+            Share of the open peaks that is hidden.
+        accelerator, devices
+            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        train_size, validation_size, shuffle_set_split
+            Split of the cells with ATAC; by default 90 % are trained on. The next call holds out the same.
+        batch_size
+            Cells of a minibatch.
+        plan_kwargs
+            ``lr`` (0.0003 unless given), ``weight_decay``, ``schedule``, ``warmup``, see
+            :class:`~cellprior.model.learning._training.TrainingPlan`.
+        **trainer_kwargs
+            To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
+
+        Raises
+        ------
+        ValueError
+            If the model has been trained, or reads no components (``encoder="vit"``), ``mask_share`` is no share, or
+            too few cells have ATAC.
+        DivergedError
+            If a loss is not finite. The model has the last weights with a finite loss.
+        NotCountsError, PeakMatchError
+            If the data are not raw counts, or too few peaks are known.
+        """
+        split: dict[str, Any] = {"train_size": train_size, "validation_size": validation_size}
+        split |= {"shuffle_set_split": shuffle_set_split, "batch_size": batch_size}
+        peaks_alone.pretrain(
+            self,
+            adata,
+            max_epochs=max_epochs,
+            mask_share=mask_share,
+            accelerator=accelerator,
+            devices=devices,
+            split=split,
+            plan_kwargs=plan_kwargs,
+            **trainer_kwargs,
+        )
+
+    def get_atac_representation(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Place of cells on the components of ATAC: what its encoder reads, and all that is known without RNA.
+
+        Components of TF-IDF (latent semantic indexing), as :meth:`pretrain_atac` has moved them, if it was called.
+
+        Parameters
+        ----------
+        adata
+            Data with ATAC, by default the attached.
+        indices
+            Cells, as numbers or a mask; the result is in this order.
+        batch_size
+            Cells in memory at a time. Never changes the result.
+
+        Returns
+        -------
+        Float32 array ``(n_cells, n_components)``.
+
+        Raises
+        ------
+        RuntimeError
+            If the model has been neither pretrained, nor trained, nor loaded from weights.
+        ValueError
+            If a cell lacks ATAC, or the model reads no components (``encoder="vit"``).
+        """
+        return peaks_alone.atac_representation(self, adata, indices, batch_size)
+
+    def _check_if_trained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to embed without training, and with an encoder of RNA that has learned nothing."""
+        super()._check_if_trained(*args, **kwargs)
+        if self.training_state_:
+            msg = (
+                "ATAC has been pretrained, and the model not trained yet: train() on cells with both modalities comes "
+                "first. get_atac_representation gives what is known of ATAC."
+            )
+            raise RuntimeError(msg)
 
 
 _genomic_order = genomic_order  # the name is an argument of the model

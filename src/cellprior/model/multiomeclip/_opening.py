@@ -21,15 +21,15 @@ from cellprior.model.files._strict import load_strictly
 from cellprior.model.multiomeclip._cells import codes_of, modality_keys
 from cellprior.model.multiomeclip._checkpoint import read_scclip
 from cellprior.model.multiomeclip._module import MODALITIES
-from cellprior.model.multiomeclip._reading import Data
-from cellprior.model.multiomeclip._train import MAX_FITTED, ContrastiveModel
+from cellprior.model.multiomeclip._reading import Data, ReadingModel
+from cellprior.model.multiomeclip._training import MAX_FITTED, align
 from cellprior.weights import Bundle, InertCheckpoint, WeightsError
 
 # fitted here, or the order of the file
 NOT_IN_SCCLIP = re.compile(r"(rna|atac)\.(maximum|order)|alignment\..*")
 
 
-class OpenedModel(ContrastiveModel, LoadableModel):
+class OpenedModel(ReadingModel, LoadableModel):
     """The part of :class:`~cellprior.model.multiomeclip._model.MultiomeCLIP` that reads weights."""
 
     @classmethod
@@ -166,7 +166,7 @@ class OpenedModel(ContrastiveModel, LoadableModel):
             )
         complete = np.flatnonzero(cells.complete)
         if len(complete) > self.module.n_latent:
-            self._align(counts, complete)
+            align(self, counts, complete)
             notes.append(f"The modalities are turned together by {len(complete):,} cells that have both.")
         return notes
 

@@ -7,16 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cellprior.model.data._counts import csr_tensor
+from cellprior.model.data._counts import csr_tensor, row_numbers
+from cellprior.model.data._ranks import from_first
+from cellprior.model.learning._fit import History, continued, fit
+from cellprior.model.learning._holdout import hold_out
+from cellprior.model.learning._processes import refuse_unseeded
+from cellprior.model.learning._training import TrainingPlan
 from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._module import MLPEncoder
+from cellprior.model.multiomeclip._training import PRETRAINED, PairedSplitter, fit_encoder, in_parts
 
 MASK_SHARE = 0.3
 TRUST = 100.0  # cells in which a peak is open, from which on it is trusted more than not
@@ -183,9 +188,102 @@ class CellsOfOneModality(Dataset):
         return {REGISTRY_KEYS.X_KEY: csr_tensor(self.counts.read(np.asarray(rows)))}
 
 
-def as_pretraining(history: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def pretrain(
+    model: Any,
+    adata: Any,
+    *,
+    max_epochs: int,
+    mask_share: float,
+    split: dict[str, Any],
+    plan_kwargs: dict[str, Any] | None,
+    **trainer_kwargs: Any,
+) -> None:
+    """See :meth:`cellprior.model.MultiomeCLIP.pretrain_atac`; ``split`` is ``train_size`` to ``batch_size``."""
+    was_trained, encoder = model.is_trained_, components_of(model)
+    if was_trained and not model.training_state_:
+        msg = "The model has been trained: pretrain_atac comes before train()."
+        raise ValueError(msg)
+    if not 0 < mask_share < 1:
+        msg = f"mask_share={mask_share}; a share of the open peaks between 0 and 1 is needed."
+        raise ValueError(msg)
+    refuse_unseeded(trainer_kwargs.get("strategy"))
+    cells = model._cells(adata)
+    seed = from_first(int(torch.randint(2**31, ()).item()))  # seeded as all of torch is
+    having_atac = PairedSplitter(cells.has("atac"), rng=np.random.default_rng(seed), having="ATAC", **split)
+    held = hold_out(model, "pretrain_atac", cells.obs.index, having_atac, split)
+    train = having_atac.train_idx
+    counts = model._counts(adata, cells)["atac"]
+    having_atac.dataset = CellsOfOneModality(counts)
+    if not model.training_state_:
+        fit_encoder(encoder, counts, train, np.random.default_rng(seed), seed)
+    measured = np.isin(np.arange(counts.n_features), counts.column)
+    open_cells = _open_cells(counts, train)
+    masked = MaskedPeaks(encoder, model.module.n_latent, open_cells, mask_share=mask_share)
+    plan = TrainingPlan(
+        masked,
+        Popularity(open_cells, len(train), measured),
+        measured=torch.from_numpy(measured)[None],
+        n_steps=max_epochs * len(having_atac.train_dataloader()),
+        **{"lr": 3e-4, "weight_decay": 1e-2, **(plan_kwargs or {})},
+    )
+    try:
+        fit(
+            model,
+            plan,
+            having_atac,
+            max_epochs=max_epochs,
+            split={"pretrain_atac": held},
+            join=lambda before, after: continued(before, _as_pretraining(after)),
+            **trainer_kwargs,
+        )
+    finally:
+        masked.fold()  # the layers have learned to read these components
+        if model.is_trained_:
+            model.training_state_ = {PRETRAINED: "atac"}
+        model.is_trained_ = was_trained
+
+
+def atac_representation(model: Any, adata: Any, indices: Any, batch_size: int | None) -> np.ndarray:
+    """See :meth:`cellprior.model.MultiomeCLIP.get_atac_representation`."""
+    encoder = components_of(model)
+    if not model.training_state_:
+        model._check_if_trained(warn=False)
+    cells = model._cells(adata)
+    rows = row_numbers(indices, cells.n_obs)
+    if not (has := cells.has("atac")[rows]).all():
+        msg = f"{int((~has).sum())} of {len(rows)} cells lack ATAC, the first {cells.obs.index[rows[~has][0]]!r}."
+        raise ValueError(msg)
+    counts = model._counts(adata, cells)["atac"]
+    return model._in_parts(counts, rows, batch_size, encoder.inputs, encoder.components.shape[1])
+
+
+def components_of(model: Any) -> MLPEncoder:
+    """Encoder of ATAC, if it has components.
+
+    Raises
+    ------
+    ValueError
+        If it has not.
+    """
+    encoder = model.module.encoder_of("atac")
+    if not isinstance(encoder, MLPEncoder):
+        msg = 'Components of ATAC are needed, which encoder="vit" has not; make the model with encoder="mlp".'
+        raise ValueError(msg)
+    return encoder
+
+
+def _open_cells(counts: CountsOf, rows: np.ndarray) -> np.ndarray:
+    """Number of some cells in which each peak is open ``(n_peaks,)``."""
+    total = np.zeros(counts.n_features, dtype=np.int64)
+    for part in in_parts(rows):
+        block = counts.read(part)
+        total += np.bincount(block.indices[block.data > 0], minlength=counts.n_features)
+    return total
+
+
+def _as_pretraining(history: History) -> History:
     """Columns of a history, called as those of pretraining: ``train_loss`` becomes ``train_pretrain_loss``."""
-    named = {}
+    named: History = {}
     for column, values in history.items():
         stage, found, rest = column.partition("_loss")
         if found and stage in ("train", "validation"):

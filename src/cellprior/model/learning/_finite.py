@@ -1,20 +1,17 @@
-"""One run of any training: it ends where a loss is not finite, and leaves weights and history that can be used."""
+"""A training ends where its loss is not finite, with the last weights that had a finite one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import pandas as pd
 import torch
-from scvi.train import TrainRunner
 from torch import Tensor
 
 from cellprior.model.learning._processes import sum_over_processes
 
-History = dict[str, pd.DataFrame]
 # checks of the loss, each of which waits for the device; and at the first step of an epoch
 STEPS_BETWEEN = 50
 
@@ -36,9 +33,15 @@ class FiniteLoss(pl.Callback):
     Each step adds its loss to a sum on the device, in which NaN and infinity stay. It is looked at every
     ``STEPS_BETWEEN`` steps and at the first of an epoch, before the weights move; if it is finite, the weights are
     copied.
+
+    Parameters
+    ----------
+    best
+        The tensors of the best epoch so far, of whoever keeps them: rather these, if there are any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, best: Mapping[str, Tensor]) -> None:
+        self.best = best
         self.kept: dict[str, Tensor] = {}
         self.kept_step = self.n_epochs = self.step = 0
         self._sum: Tensor | None = None
@@ -88,7 +91,7 @@ class FiniteLoss(pl.Callback):
     @torch.no_grad()
     def _keep(self, plan: pl.LightningModule) -> None:
         if not self.kept:
-            self.kept = {name: p.detach().clone() for name, p in _trained(plan.module)}
+            self.kept = copies(plan.module)
         else:
             for name, parameter in _trained(plan.module):
                 self.kept[name].copy_(parameter)
@@ -97,19 +100,28 @@ class FiniteLoss(pl.Callback):
     def error(self, trainer: pl.Trainer, plan: pl.LightningModule, what: str) -> DivergedError:
         """What to raise, in words."""
         lr, argument = getattr(plan, "lr", math.nan), getattr(plan, "lr_argument", LR_ARGUMENT)
-        kept = "the best epoch" if getattr(plan, "best_tensors", None) else f"step {self.kept_step}"
+        kept = "the best epoch" if self.best else f"step {self.kept_step}"
         return DivergedError(
             f"{what} in epoch {trainer.current_epoch + 1}, with the learning rate {lr:g}: the training diverged, and "
             f"has ended. The model has the weights of {kept}, the last whose loss was finite, and history goes up to "
             f"there. Train again with a smaller learning rate: {argument.format(lr=f'{lr / 10:.2g}')}."
         )
 
-    @torch.no_grad()
     def restore(self, plan: pl.LightningModule) -> None:
         """Put back the weights of the best epoch, if there is one, or the last that had a finite loss."""
-        tensors = getattr(plan, "best_tensors", None) or self.kept
-        for name, tensor in tensors.items():
-            plan.module.get_parameter(name).copy_(tensor)  # type: ignore[union-attr]
+        put_back(plan.module, self.best or self.kept)
+
+
+def copies(module: Any) -> dict[str, Tensor]:
+    """The tensors that are trained, as they are now."""
+    return {name: p.detach().clone() for name, p in _trained(module)}
+
+
+@torch.no_grad()
+def put_back(module: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module tensors that it had."""
+    for name, tensor in tensors.items():
+        module.get_parameter(name).copy_(tensor)
 
 
 def _trained(module: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -125,45 +137,3 @@ def not_finite(module: torch.nn.Module) -> str | None:
         if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
             return None
         return next((name for name, x in tensors.items() if not torch.isfinite(x.detach()).all()), None)
-
-
-def continued(before: History, after: History) -> History:
-    """History of two runs: columns of both are joined, epochs counted on."""
-    joined = dict(before)
-    for name, values in after.items():
-        if name in before:
-            values = pd.concat([before[name], values], ignore_index=True).rename_axis(values.index.name)
-        joined[name] = values
-    return joined
-
-
-def run(model: Any, runner: TrainRunner, join: Callable[[History, History], History] = continued) -> History:
-    """Train, and give the history of this run alone; ``history`` of the model has both, however the run ends.
-
-    Where it ends early, after an epoch at least, the weights are trained ones.
-
-    Raises
-    ------
-    DivergedError
-        If a loss is not finite.
-    """
-    guard, plan = FiniteLoss(), runner.training_plan
-    # in front of those that save, or end the training on NaN themselves
-    runner.trainer.callbacks.insert(0, guard)
-    found, was_trained = model.history_, model.is_trained_
-    model.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
-    try:
-        runner()
-        if (name := not_finite(plan.module)) is not None:
-            raise guard.error(runner.trainer, plan, f"The weights {name} are not finite")
-    except BaseException as error:
-        if isinstance(error, DivergedError) or not_finite(plan.module) is not None:
-            guard.restore(plan)
-        model.is_trained_ = guard.n_epochs > 0
-        raise
-    finally:
-        model.module.eval()
-        model.is_trained_ = model.is_trained_ or was_trained
-        after = (model.history_ or {}) if model.history_ is not found else {}
-        model.history_ = join(found or {}, after)
-    return after
