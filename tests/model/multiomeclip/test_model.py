@@ -523,3 +523,9 @@ def test_peaks_named_by_columns_are_found_in_queries_named_by_place(mdata):
     model = MultiomeCLIP(named)
     assert model.peaks == list(mdata.mod["atac"].var_names)
     assert model.feature_match(mdata.mod["atac"])["atac"].routes == {"interval": 240}
+
+
+@pytest.mark.parametrize("method", ["fine_tune", "predict"])
+def test_labels_are_transferred_and_not_learned(trained, method):
+    with pytest.raises(NotImplementedError, match="MultiomeCLIP does not learn labels: .* transfer_labels"):
+        getattr(trained, method)()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -17,9 +18,6 @@ from cellprior.model.cellplm._masked import MAX_CELLS, decoded, fit_covariates
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._fields import CountsManager
 from cellprior.model.data._panels import gene_rows, measured_genes, refuse_unmeasured
-
-if TYPE_CHECKING:
-    import anndata as ad
 
 Covariates: TypeAlias = Literal["fitted", "mean"]
 Indices = Sequence[int] | Sequence[bool] | np.ndarray | None

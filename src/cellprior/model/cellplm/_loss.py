@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,6 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 
 from cellprior.model.cellplm._inputs import sample_mask
-
-if TYPE_CHECKING:
-    from cellprior.model.cellplm._module import CellPLMModule
 
 NB_EPS = 1e-10
 MIN_DISPERSION, MAX_DISPERSION = 1e-4, 1e4
@@ -113,7 +110,7 @@ class GeneMeans(nn.Module):
 
 
 def sentence_losses(
-    module: CellPLMModule,
+    module: Any,
     batch: Mapping[str, Tensor],
     *,
     floor: GeneMeans,

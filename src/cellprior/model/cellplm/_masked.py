@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from torch.distributions import Poisson
 
 from cellprior.model.cellplm._inputs import sample_mask
 from cellprior.model.cellplm._loss import GeneMeans
+from cellprior.model.cellplm._module import CellPLMModule
 from cellprior.model.learning._masked import MODEL, MaskedScores
-
-if TYPE_CHECKING:
-    from cellprior.model.cellplm._module import CellPLMModule
 
 MIN_MEAN = 1e-4  # of all predictors, lest a count of a gene that no training cell has cost without bound
 GENE_RATE, MAX_CELLS = 0.25, 128  # hidden, and of so many cells, to choose the covariates on

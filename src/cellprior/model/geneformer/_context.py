@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -14,9 +14,6 @@ from cellprior.model._base import Precision, PretrainedModel
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._panels import gene_rows
 from cellprior.model.engine._embedding import Embedding
-
-if TYPE_CHECKING:
-    import anndata as ad
 
 Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
 

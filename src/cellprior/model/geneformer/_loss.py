@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +14,11 @@ from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import mask_tokens, token_counts
 from cellprior.model.learning._contrast import in_micro_batches
 
-if TYPE_CHECKING:
-    from cellprior.model.geneformer._module import GeneformerModule
-
 TRAINED_TOKENS = 4096  # of the cells whose gradient is computed at a time
 
 
 def masked_losses(
-    module: GeneformerModule,
+    module: Any,
     batch: Mapping[str, Tensor],
     *,
     floor: RankFloors,
@@ -93,7 +90,7 @@ def masked_losses(
 
 
 def gene_scores(
-    module: GeneformerModule,
+    module: Any,
     tokens: Tensor,
     shown: Tensor,
     selected: Tensor,

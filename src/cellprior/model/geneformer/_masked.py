@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +9,8 @@ from torch import Tensor
 from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import mask_tokens
 from cellprior.model.geneformer._loss import gene_scores
+from cellprior.model.geneformer._module import GeneformerModule
 from cellprior.model.learning._masked import MODEL, MaskedScores
-
-if TYPE_CHECKING:
-    from cellprior.model.geneformer._module import GeneformerModule
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -22,11 +23,7 @@ from cellprior.model._base import PretrainedModel
 from cellprior.model.data._panels import gene_rows
 from cellprior.model.geneformer._context import Indices, token_chunks
 from cellprior.model.geneformer._inputs import CLS, EOS
-
-if TYPE_CHECKING:
-    import anndata as ad
-
-    from cellprior.model.geneformer._module import GeneformerModule, Pooling
+from cellprior.model.geneformer._module import GeneformerModule, Pooling
 
 How = Literal["delete", "overexpress", "inhibit"]
 HOWS = ("delete", "overexpress", "inhibit")

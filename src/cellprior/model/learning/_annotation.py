@@ -50,6 +50,25 @@ class Names(NamedTuple):
     n_uncertain: int
 
 
+def annotates(model: Any) -> bool:
+    """Whether a model, or a class of models, can learn labels."""
+    return hasattr(model._module_cls, "trainable_parts")
+
+
+def refuse_unless_annotates(model: Any) -> None:
+    """Refuse a model that cannot learn labels.
+
+    Raises
+    ------
+    NotImplementedError
+        With what names cells instead.
+    """
+    if not annotates(model):
+        instead = " It names cells by transfer_labels." if hasattr(model, "transfer_labels") else ""
+        msg = f"{type(model).__name__} does not learn labels: its module has no trainable_parts.{instead}"
+        raise NotImplementedError(msg)
+
+
 def fine_tune(
     model: Any,
     labels_key: str | None,
@@ -70,6 +89,7 @@ def fine_tune(
     The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and ``latent``
     unless its hidden state is the embedding.
     """
+    refuse_unless_annotates(model)
     refuse_unseeded(trainer_kwargs.get("strategy"))
     sizes = [validation_size, calibration_size]
     _refuse_impossible(model, trainable, sizes)
@@ -249,6 +269,7 @@ def name_cells(
 
     ``guess`` says in a warning where the best guesses are.
     """
+    refuse_unless_annotates(model)
     if not model.annotation_:
         msg = "The model has no labels to give: call fine_tune first, or load a fine-tuned model."
         raise RuntimeError(msg)

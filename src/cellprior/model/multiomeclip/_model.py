@@ -21,6 +21,7 @@ from cellprior.model.data._counts import refuse_by_gene, row_numbers
 from cellprior.model.data._fields import CountsManager
 from cellprior.model.data._fingerprint import digest, digest_of_counts
 from cellprior.model.data._panels import distinct
+from cellprior.model.learning._annotation import refuse_unless_annotates
 from cellprior.model.multiomeclip import _peaks as peaks_alone
 from cellprior.model.multiomeclip import _training as training
 from cellprior.model.multiomeclip._barcodes import differ_by_suffix
@@ -405,6 +406,14 @@ class MultiomeCLIP(RetrievalModel, OpenedModel):
             micro_batch_size=micro_batch_size,
             **trainer_kwargs,
         )
+
+    def fine_tune(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: labels are transferred, see :meth:`transfer_labels`."""
+        refuse_unless_annotates(self)
+
+    def predict(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: labels are transferred, see :meth:`transfer_labels`."""
+        refuse_unless_annotates(self)
 
     def pretrain_atac(
         self,

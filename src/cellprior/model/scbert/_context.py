@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from cellprior.model._base import Precision, PretrainedModel
 from cellprior.model.data._panels import gene_rows
-
-if TYPE_CHECKING:
-    import anndata as ad
 
 Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from cellprior.model.learning._contrast import in_micro_batches, info_nce, retri
 from cellprior.model.learning._processes import gather_cells, shared_generator
 from cellprior.model.scbert._floors import BinFloors
 from cellprior.model.scbert._inputs import sample_mask
-
-if TYPE_CHECKING:
-    from cellprior.model.scbert._module import ScBERTModule
 
 BinLoss = Literal["cross_entropy", "ordinal"]
 
@@ -61,7 +58,7 @@ BIN_LOSSES: dict[BinLoss, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def cell_losses(
-    module: ScBERTModule,
+    module: Any,
     batch: Mapping[str, Tensor],
     *,
     floor: BinFloors,
@@ -157,7 +154,7 @@ def refuse_impossible(bin_loss: BinLoss | None, contrast_weight: float, micro_ba
 
 
 def masked_losses(
-    module: ScBERTModule,
+    module: Any,
     tokens: Tensor,
     selected: Tensor,
     replaced: Tensor,
@@ -252,7 +249,7 @@ def gene_subsets(measured: Tensor, rng: np.random.Generator) -> tuple[Tensor, Te
 
 
 def contrastive_losses(
-    module: ScBERTModule,
+    module: Any,
     views: tuple[Tensor, Tensor],
     *,
     temperature: float = 0.2,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,9 +10,7 @@ from cellprior.model.learning._masked import MODEL, MaskedScores
 from cellprior.model.scbert._floors import PRIOR, BinFloors
 from cellprior.model.scbert._inputs import sample_mask
 from cellprior.model.scbert._loss import hits
-
-if TYPE_CHECKING:
-    from cellprior.model.scbert._module import ScBERTModule
+from cellprior.model.scbert._module import ScBERTModule
 
 
 @torch.no_grad()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from cellprior.model._base import PretrainedModel
 from cellprior.model.data._panels import gene_rows
-
-if TYPE_CHECKING:
-    import anndata as ad
-
-    from cellprior.model._base import PretrainedModel
-    from cellprior.model.scgpt._module import Tokens
+from cellprior.model.scgpt._inputs import Tokens
 
 Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
 

@@ -41,6 +41,14 @@ class TokenArrays(NamedTuple):
     length: np.ndarray  # tokens of each cell, int64                                       (cells,)
 
 
+class Tokens(NamedTuple):
+    """Cells as sets of tokens, see :class:`TokenArrays`."""
+
+    gene: Tensor  # (cells, width)
+    value: Tensor  # (cells, width)
+    length: Tensor  # (cells,), on the CPU
+
+
 def entries_of(counts: Tensor, gene_index: Tensor | None) -> Counts:
     """Counts above 0 of a matrix ``(cells, genes)``, dense or CSR, by vocabulary row."""
     if counts.layout is torch.strided:

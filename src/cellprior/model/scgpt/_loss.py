@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from cellprior.model.scgpt._heads import reverse_gradient, zero_loss
 from cellprior.model.scgpt._inputs import (
     MASK,
     TokenArrays,
+    Tokens,
     sample_mask,
     sample_tokens,
     with_silent_genes,
 )
-
-if TYPE_CHECKING:
-    from cellprior.model.scgpt._module import ScGPTModule, Tokens
 
 
 class Read(NamedTuple):
@@ -42,7 +40,7 @@ class Read(NamedTuple):
 
 
 def cell_losses(
-    module: ScGPTModule,
+    module: Any,
     batch: Mapping[str, Tensor],
     *,
     floor: BinFloors,
@@ -134,7 +132,7 @@ def cell_losses(
 
 
 def drawn(
-    module: ScGPTModule,
+    module: Any,
     tokens: Tokens,
     rng: np.random.Generator,
     *,
@@ -166,7 +164,7 @@ def drawn(
     return type(tokens)(gene.to(device), value.to(device), length), hidden.to(device)
 
 
-def refuse_without_batches(module: ScGPTModule, code: Tensor | None, dab_weight: float) -> None:
+def refuse_without_batches(module: Any, code: Tensor | None, dab_weight: float) -> None:
     """Refuse what needs to know the batch where it is not known."""
     needs = [
         name
@@ -193,7 +191,7 @@ def refuse_without_batches(module: ScGPTModule, code: Tensor | None, dab_weight:
         raise ValueError(msg)
 
 
-def read_cells(module: ScGPTModule, tokens: Tokens, hidden: Tensor, code: Tensor | None) -> Read:
+def read_cells(module: Any, tokens: Tokens, hidden: Tensor, code: Tensor | None) -> Read:
     """What the network says of cells some of whose bins are hidden; a few go through at a time.
 
     Parameters

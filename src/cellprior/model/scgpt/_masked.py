@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +9,7 @@ from torch import Tensor
 from cellprior.model.learning._masked import MODEL, MaskedScores
 from cellprior.model.scgpt._floors import BinFloors, depth_of
 from cellprior.model.scgpt._inputs import MASK, sample_mask
-
-if TYPE_CHECKING:
-    from cellprior.model.scgpt._module import ScGPTModule
+from cellprior.model.scgpt._module import ScGPTModule
 
 
 @torch.no_grad()

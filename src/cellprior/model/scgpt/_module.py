@@ -11,7 +11,7 @@ Cui et al., scGPT: toward building a foundation model for single-cell multi-omic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cellprior._arguments import flag, one_of, positive, share, whole
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
-from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, entries_of, tokenize
+from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, Tokens, entries_of, tokenize
 from cellprior.model.scgpt._loss import cell_losses
 
 # tokens that go through together: what keeps the processor busy, and little more
@@ -33,14 +33,6 @@ CLS = slice(0, 1)
 Pooling = Literal["cls", "mean", "weighted"]
 ValueStyle = Literal["continuous", "category", "scaling"]
 BatchNorm = Literal["single", "domain"]
-
-
-class Tokens(NamedTuple):
-    """Cells as sets of tokens, see :class:`~cellprior.model.scgpt._inputs.TokenArrays`."""
-
-    gene: Tensor  # (cells, width)
-    value: Tensor  # (cells, width)
-    length: Tensor  # (cells,), on the CPU
 
 
 class ScGPTModule(BaseModuleClass):
