@@ -168,12 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "convert", help="make a bundle of an official checkpoint, without running it"
     )
-    command.add_argument("input", type=Path, help="checkpoint of CellPLM, scBERT or scCLIP")
+    command.add_argument("input", type=Path, help="checkpoint of CellPLM, scBERT, scCLIP or Nicheformer")
     command.add_argument("output", type=Path, help="folder to write")
     command.add_argument(
         "--i-trust-this-file",
         action="store_true",
-        help="you know who made it: needed for a pickle of objects, as scCLIP's are, which is a program",
+        help="you know who made it: needed for a pickle of objects, as scCLIP's and Nicheformer's are: a program",
     )
     command.add_argument(
         "--reference",

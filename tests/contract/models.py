@@ -16,9 +16,10 @@ import torch
 from anndata import AnnData
 
 from cellprior import pp
-from cellprior.model import CellPLM, Geneformer, ScBERT, ScGPT
+from cellprior.model import CellPLM, Geneformer, Nicheformer, ScBERT, ScGPT
 from cellprior.model._base import PretrainedModel
 from cellprior.model.geneformer._module import GeneformerModule
+from cellprior.model.nicheformer._module import NicheformerModule
 from cellprior.model.scbert._module import ScBERTModule
 from cellprior.model.scgpt._module import ScGPTModule
 from cellprior.weights import fetch, read_bundle, write_bundle
@@ -112,6 +113,13 @@ def tiny_scgpt() -> str:
     return _tiny("ScGPT", ScGPTModule, {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_ff": 16})
 
 
+@cache
+def tiny_nicheformer() -> str:
+    """A Nicheformer of the same genes; random weights, without means, so that genes are ranked by their counts."""
+    network = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_feedforward": 32, "n_positions": 128}
+    return _tiny("Nicheformer", NicheformerModule, network)
+
+
 def _tiny(
     name: str, module_cls: Callable[..., torch.nn.Module], network: dict[str, Any], *, scale: float = 1.0
 ) -> str:
@@ -156,6 +164,7 @@ PRETRAINED = [
     Entry(ScBERT, tiny_scbert, blood_cells),
     Entry(Geneformer, tiny_geneformer, blood_cells),
     Entry(ScGPT, tiny_scgpt, blood_cells),
+    Entry(Nicheformer, tiny_nicheformer, blood_cells),
 ]
 # Only for what training can change. What it leaves behind is the same code in all models: further ones are put to it in
 # their own folders of tests.

@@ -27,6 +27,9 @@ from cellprior.model._base import PretrainedModel
 from .models import PRETRAINED, TAUGHT, Entry
 from .shared import FORMATS, NOT_COUNTS, Bomb, fingerprint, no_network  # noqa: F401  a fixture for every test
 
+# what Nicheformer says of data that are set up without a word
+pytestmark = pytest.mark.filterwarnings("ignore:No assay is named:UserWarning")
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SOME = np.array([5, 3, 3, 699, 0, 100, 101, 102, 5])  # unsorted and repeated
 

@@ -6,6 +6,8 @@ from cellprior.evaluate._twin import has_random_weights, random_twin, same_weigh
 from cellprior.model import CellPLM
 from tests.contract.models import PRETRAINED, blood_cells
 
+pytestmark = pytest.mark.filterwarnings("ignore:No assay is named:UserWarning")  # of Nicheformer
+
 ENTRIES = pytest.mark.parametrize("entry", PRETRAINED, ids=lambda entry: entry.name)
 
 

@@ -15,6 +15,7 @@ from tests.model.multiomeclip.data import cells as multiome_cells
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA"),
     pytest.mark.filterwarnings("ignore:After training:UserWarning"),  # two epochs are too few to be good
+    pytest.mark.filterwarnings("ignore:No assay is named:UserWarning"),  # of Nicheformer
 ]
 DEVICE, ACCELERATOR = "cuda", "gpu"
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}

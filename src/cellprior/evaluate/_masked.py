@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -182,8 +182,15 @@ class _Predictors:
                 counts = batch[REGISTRY_KEYS.X_KEY].to(self.model.device)
                 rows = of_batch[start : start + len(counts)]
                 start += len(counts)
+                covariates: dict[str, Any] = {key: batch[key] for key in self.model._covariates}
                 found = self.model._masked_scores(
-                    counts, self.fitted, share=share, rng=rng, measured=self.measured, batch=int(code)
+                    counts,
+                    self.fitted,
+                    share=share,
+                    rng=rng,
+                    measured=self.measured,
+                    batch=int(code),
+                    **covariates,
                 )
                 n_hidden[rows] = found.n_hidden.cpu().numpy()
                 for measure, by_predictor in found.sums.items():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cellprior.model.geneformer import Geneformer
     from cellprior.model.learning._finite import DivergedError
     from cellprior.model.multiomeclip import MultiomeCLIP
+    from cellprior.model.nicheformer import Nicheformer
     from cellprior.model.scbert import ScBERT
     from cellprior.model.scgpt import ScGPT
 
@@ -30,6 +31,7 @@ __all__ = [
     "DivergedError",
     "Geneformer",
     "MultiomeCLIP",
+    "Nicheformer",
     "NotCountsError",
     "PretrainedModel",
     "ScBERT",
@@ -45,6 +47,7 @@ _MODELS = {
     "MultiomeCLIP": "multiomeclip",
     "Geneformer": "geneformer",
     "ScGPT": "scgpt",
+    "Nicheformer": "nicheformer",
 }
 _PLACES = {
     **_MODELS,
@@ -121,5 +124,5 @@ def model_class(weights: str | os.PathLike[str], *, known_hash: str | None = Non
     held = ascii(name)[1:-1] if name else "weights"
     msg = f"{weights} holds {held} of no model that is known here: {', '.join(known)}."
     if path.suffix == ".ckpt":
-        msg += " A checkpoint of scCLIP can be made into a bundle: see `cellprior convert`."
+        msg += " A checkpoint of scCLIP or Nicheformer can be made into a bundle: see `cellprior convert`."
     raise WeightsError(msg)

@@ -52,6 +52,8 @@ class PretrainedModel(LoadableModel):
     _sentences = False  # whether cells see each other
     # buffers of the module: how counts become its input, which no training changes
     _input_buffers: tuple[str, ...] = ()
+    # fields of the data that the network reads of a cell besides its counts
+    _covariates: tuple[str, ...] = ()
     default_batch_size = 1024
     # what training is done with, as of scvi-tools' own training mixin
     _data_splitter_cls = VocabularySplitter

@@ -175,7 +175,9 @@ class Embedding:
     @cached_property
     def dataset(self) -> Any:
         """Counts by row, made once, as the rows of a CSC matrix in memory cost a pass over it."""
-        return self.manager.create_torch_dataset(data_and_attributes=[REGISTRY_KEYS.X_KEY])
+        return self.manager.create_torch_dataset(
+            data_and_attributes=[REGISTRY_KEYS.X_KEY, *self.model._covariates]
+        )
 
     def _pieces(self, cells: np.ndarray) -> list[np.ndarray]:
         """Cells in pieces of nearly equal size: none of a handful of cells."""

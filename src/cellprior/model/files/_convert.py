@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellprior.weights import InertCheckpoint, WeightsError, sha256, write_bundle
+from cellprior.weights import Bundle, InertCheckpoint, WeightsError, sha256, write_bundle
 from cellprior.weights._bundle import is_zipped, refuse_packed
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ def convert(
 ) -> Path:
     """Write the official checkpoint of a model as a bundle, which ``from_pretrained`` loads without its authors' code.
 
-    Checkpoints of CellPLM and scBERT hold tensors and plain values. Those of scCLIP, for
-    :class:`~cellprior.model.MultiomeCLIP`, are pickles of objects from pandas, transformers and argparse: read in the
-    usual way (``torch.load`` with ``weights_only=False``), such a file may run whatever its author put in. That is not
-    done here: every name in it becomes a placeholder, none is imported or called, and tensors, gene and peak names are
-    dug out of these. What remains are flaws of Python's own unpickler, and numbers that are not what they claim to be;
-    so a file is opened only with ``trust=True``, and ``from_pretrained`` never does.
+    Checkpoints of CellPLM and scBERT hold tensors and plain values. That of :class:`~cellprior.model.Nicheformer` has
+    numbers of NumPy among them; those of scCLIP, for :class:`~cellprior.model.MultiomeCLIP`, are pickles of objects
+    from pandas, transformers and argparse. Read in the usual way (``torch.load`` with ``weights_only=False``), such a
+    file may run whatever its author put in. That is not done here: every name in it becomes a placeholder, none is
+    imported or called, and tensors, gene and peak names are dug out of these. What remains are flaws of Python's own
+    unpickler, and numbers that are not what they claim to be; so a file is opened only with ``trust=True``, and
+    ``from_pretrained`` never does.
 
     Parameters
     ----------
@@ -77,7 +78,8 @@ def convert(
 
     for cls in MODELS:
         if path.exists() and cls.recognises(path):
-            return _rewrite(cls, path, folder, overwrite)
+            bundle, file = cls._read_weights(path)
+            return _write(cls, bundle, file, [bundle.card] if bundle.card else [], folder, overwrite)
     checkpoint = InertCheckpoint(path)
     if not trust:
         raise WeightsError(_refusal(checkpoint))
@@ -85,21 +87,32 @@ def convert(
     for cls in MODELS:
         if found := cls.from_pickle(checkpoint, content, reference=reference, layer=layer):
             model, notes = found
+            if isinstance(model, Bundle):
+                from cellprior.model.files._strict import check_fits
+
+                check_fits(cls, model, str(path))
+                return _write(cls, model, path, notes, folder, overwrite)
             model.save_pretrained(folder, card=_card(cls, path, notes), overwrite=overwrite)
             return Path(folder)
     msg = f"{path} holds weights of no model that this version knows: {[cls.__name__ for cls in MODELS]}."
     raise WeightsError(msg)
 
 
-def _rewrite(cls: type[LoadableModel], path: Path, folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """A bundle of an official checkpoint that holds tensors only."""
-    bundle, file = cls._read_weights(path)
+def _write(
+    cls: type[LoadableModel],
+    bundle: Bundle,
+    file: Path,
+    notes: Iterable[str],
+    folder: str | os.PathLike[str],
+    overwrite: bool,
+) -> Path:
+    """What was read of an official checkpoint, as a bundle."""
     return write_bundle(
         folder,
         state_dict=bundle.state_dict,
         config=bundle.config,
         genes=bundle.genes,
-        card=_card(cls, file, [bundle.card] if bundle.card else ()),
+        card=_card(cls, file, notes),
         overwrite=overwrite,
     )
 

@@ -255,8 +255,8 @@ class LoadableModel(BaseModelClass):
         *,
         reference: Any,
         layer: str | Mapping[str, str | None] | None,
-    ) -> tuple[Self, list[str]] | None:
-        """Model of an official checkpoint that is a pickle of objects, and notes for its card; None if not this one's.
+    ) -> tuple[Self | Bundle, list[str]] | None:
+        """Model or bundle of an official checkpoint that is a pickle, and notes for its card; None if not this one's.
 
         See :func:`cellprior.model.convert`, which alone may call this.
         """

@@ -118,6 +118,7 @@ def fine_tune(
         batch_size=batch_size,
         column=column,
         n_columns=len(used),
+        covariates=model._covariates,
     )
     weights = np.bincount(code[split.train]) ** -0.5 if class_weights == "auto" else np.ones(len(labels))
     watched = {"early_stopping": True, "early_stopping_patience": patience} if cells.n_val else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -198,8 +198,10 @@ class AnnotationCells(pl.LightningDataModule):
         batch_size: int,
         column: np.ndarray,
         n_columns: int,
+        covariates: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.covariates = covariates
         self.train_idx, self.val_idx, self.test_idx = split  # names that scvi-tools reads
         self.n_train, self.n_val = len(split.train), len(split.validation)
         self.manager, self.code, self.context = manager, code, context
@@ -220,7 +222,7 @@ class AnnotationCells(pl.LightningDataModule):
             shuffle=shuffle,
             by_batch=True,
             dense=True,
-            data_and_attributes=[REGISTRY_KEYS.X_KEY],
+            data_and_attributes=[REGISTRY_KEYS.X_KEY, *self.covariates],
             **self.options,
         )
         target = np.full(len(self.code), NO_CLASS)
@@ -271,7 +273,8 @@ class AnnotationPlan(Plan):
         self.validated.append((target[known].cpu().numpy(), logits[known].argmax(1).cpu().numpy()))
 
     def _step(self, batch: dict[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:
-        hidden = self.module.hidden(batch[REGISTRY_KEYS.X_KEY], gene_index=self.gene_index)
+        covariates = {key: x for key, x in batch.items() if key not in (REGISTRY_KEYS.X_KEY, TARGET)}
+        hidden = self.module.hidden(batch[REGISTRY_KEYS.X_KEY], gene_index=self.gene_index, **covariates)
         logits = self.module.annotation(hidden)
         loss = annotation_loss(logits, batch[TARGET], self.class_weights)
         n_cells = max(int((batch[TARGET] != NO_CLASS).sum()), 1)

@@ -1,0 +1,136 @@
+"""What Nicheformer is trained on: which gene stands at a hidden place of a cell; beside what is known without cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+
+from cellprior.model.learning._contrast import in_micro_batches
+from cellprior.model.nicheformer._floors import TechnologyFloors
+from cellprior.model.nicheformer._inputs import CONTEXT_KEY, mask_tokens, token_counts
+
+TRAINED_TOKENS = 4096  # of the cells whose gradient is computed at a time
+
+
+def masked_losses(
+    module: Any,
+    batch: Mapping[str, Tensor],
+    *,
+    floor: TechnologyFloors,
+    measured: Tensor,
+    rng_seed: int,
+    mask_rate: float = 0.15,
+    micro_batch_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Cross-entropy of the genes at selected places, as the original pretrains; mean over these places.
+
+    Of held-out cells, all selected genes are hidden: what is shown in plain sight can be copied, which the floors
+    cannot.
+
+    Parameters
+    ----------
+    module
+        The network, a :class:`~cellprior.model.nicheformer._module.NicheformerModule`.
+    batch
+        ``X``, raw counts over the vocabulary ``(cells, n_genes)``; ``context``, the code of each cell, where it is
+        known.
+    floor
+        Predictors whose loss on the same places is given too.
+    measured
+        Not read: a gene that was not measured has no counts, and so no place.
+    rng_seed
+        Of the mask.
+    mask_rate
+        See :func:`~cellprior.model.nicheformer._inputs.mask_tokens`.
+    micro_batch_size
+        Cells in memory at a time; by default about 4,096 tokens. Never changes the gradient.
+
+    Returns
+    -------
+    ``loss`` and ``masked``, which are equal; ``masked_accuracy``, how often the most likely gene is right; and the
+    floors of both.
+
+    Raises
+    ------
+    ValueError
+        If ``micro_batch_size`` is below 1.
+    """
+    if micro_batch_size is not None and micro_batch_size < 1:
+        msg = f"micro_batch_size={micro_batch_size}; at least one cell at a time is needed."
+        raise ValueError(msg)
+    context = context_of(batch)
+    tokens = module.tokens(batch[REGISTRY_KEYS.X_KEY], context=context)
+    order = token_counts(tokens).argsort(descending=True, stable=True)
+    tokens, context = tokens[order], context[order.cpu()]
+    plain: dict[str, float] = {} if module.training else {"hide": 1.0, "swap": 0.0}
+    rng = np.random.default_rng(rng_seed)
+    masked = mask_tokens(tokens.cpu().numpy(), rng, n_tokens=module.n_tokens, rate=mask_rate, **plain)
+    shown, selected = (torch.from_numpy(part).to(tokens.device) for part in masked)
+    found = gene_scores(module, tokens, shown, selected, micro_batch_size=micro_batch_size)
+    if not len(found):  # of cells with a handful of genes
+        found = found.new_zeros(1, 2) + 0.0 * module.gene_logits.bias.sum()
+    loss, hit = -found[:, 0].mean(), found[:, 1].detach().mean()
+    with torch.no_grad():
+        logs, hits = floor.predict(tokens, selected, context)
+    return {
+        "loss": loss,
+        "masked": loss,
+        "masked_accuracy": hit,
+        **{f"masked_floor_{name}": -_mean(value) for name, value in logs.items()},
+        **{f"masked_accuracy_floor_{name}": _mean(value) for name, value in hits.items()},
+    }
+
+
+def gene_scores(
+    module: Any,
+    tokens: Tensor,
+    shown: Tensor,
+    selected: Tensor,
+    *,
+    micro_batch_size: int | None = None,
+) -> Tensor:
+    """Log-probability of the right gene at each selected place, and whether it is the most likely ``(places, 2)``.
+
+    The logits of all genes are there for the places of a few cells at a time only.
+
+    Parameters
+    ----------
+    module
+        The network, a :class:`~cellprior.model.nicheformer._module.NicheformerModule`.
+    tokens
+        Of cells ``(cells, positions)``.
+    shown
+        What the network sees.
+    selected
+        Which places are asked for.
+    micro_batch_size
+        See :func:`masked_losses`.
+    """
+
+    def score(tokens: Tensor, shown: Tensor, selected: Tensor) -> Tensor:
+        longest = int(token_counts(tokens).max())
+        tokens, shown, selected = (part[:, :longest] for part in (tokens, shown, selected))
+        log_probability = module.predict_genes(module.states(shown)[selected]).float().log_softmax(1)
+        right = tokens[selected][:, None]
+        hit = log_probability.argmax(1, keepdim=True) == right
+        return torch.cat([log_probability.gather(1, right), hit.float()], dim=1)
+
+    if micro_batch_size is None:
+        micro_batch_size = max(TRAINED_TOKENS // max(tokens.shape[1], 1), 1)
+    return in_micro_batches(score, tokens, shown, selected, size=micro_batch_size)
+
+
+def context_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Code of each cell's context in a minibatch ``(cells,)``, on the CPU; 0, the default, where it is not known."""
+    if CONTEXT_KEY not in batch:
+        return torch.zeros(len(batch[REGISTRY_KEYS.X_KEY]), dtype=torch.long)
+    return batch[CONTEXT_KEY].reshape(-1).long().cpu()
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if len(values) else values.sum()
