@@ -115,9 +115,9 @@ def tiny_scgpt() -> str:
 
 @cache
 def tiny_nicheformer() -> str:
-    """A Nicheformer of the same genes; random weights, without means, so that genes are ranked by their counts."""
+    """A Nicheformer of the same genes, without means; random weights, ten times those of a start."""
     network = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_feedforward": 32, "n_positions": 128}
-    return _tiny("Nicheformer", NicheformerModule, network)
+    return _tiny("Nicheformer", NicheformerModule, network, scale=10.0)
 
 
 def _tiny(

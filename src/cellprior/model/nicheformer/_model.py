@@ -334,6 +334,12 @@ class Nicheformer(PretrainedModel):
         with self._attached(None) as manager:
             return super()._fingerprint() | {"context": digest(manager.get_from_registry(CONTEXT_KEY))}
 
+    def _submit(
+        self, client: Any, worker: Any, blocks: Any, cells: np.ndarray
+    ) -> list[tuple[Any, np.ndarray]]:
+        msg = "Nicheformer does not embed on a cluster: leave out client=."
+        raise NotImplementedError(msg)
+
     def _encode(self, chunks: Iterable[Any], gene_index: Tensor | None, **options: Any) -> Iterator[Tensor]:
         for counts, context in chunks:
             yield self.module.encode(counts, gene_index=gene_index, context=context, **options)

@@ -100,6 +100,7 @@ class NicheformerModule(BaseModuleClass):
             TransformerLayer(n_hidden, n_heads, n_feedforward, dropout_rate) for _ in range(n_layers)
         )
         self.gene_logits = nn.Linear(n_hidden, self.n_tokens)
+        self.apply(_initialise)
 
     def tokens(
         self,
@@ -362,3 +363,13 @@ class TransformerLayer(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (cells, heads, positions, head_dim)
+
+
+def _initialise(part: nn.Module) -> None:
+    """Weights as BERT has them at the beginning: the original's are larger, and learn more slowly."""
+    if isinstance(part, nn.Linear | nn.Embedding):
+        nn.init.normal_(part.weight, std=0.02)
+    if isinstance(part, nn.Linear):
+        nn.init.zeros_(part.bias)
+    if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+        nn.init.zeros_(part.weight[part.padding_idx])
