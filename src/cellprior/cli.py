@@ -117,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--modalities", help="names of the modalities in an h5mu file: rna=NAME,atac=NAME")
     command.add_argument("--gene-key", help="column of var with gene names (default: found by itself)")
     command.add_argument("--batch-key", help="column of obs with the batch of each cell")
+    command.add_argument(
+        "--setup",
+        metavar="NAME=VALUE",
+        action="append",
+        type=_pair,
+        default=[],
+        help="what the model's setup takes besides, such as assay_key=assay for Nicheformer; may be repeated",
+    )
     command.add_argument("--key-added", help="key in obsm (default: the model's, such as X_cellplm)")
     command.add_argument("--batch-size", type=int, help="cells in memory at a time; never changes the result")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -146,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         "--gene-key", help="column of var with gene names, in both (default: found by itself)"
     )
     command.add_argument("--batch-key", help="column of obs with the batch of each cell, in both")
+    command.add_argument(
+        "--setup", metavar="NAME=VALUE", action="append", type=_pair, default=[], help="as of embed"
+    )
     command.add_argument(
         "--unlabeled",
         help="label of the reference that stands for none, and name of rejected cells (unknown)",
@@ -249,6 +260,7 @@ def _embed(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names}
     options["layer"] = _by_modality(args.layer) if is_mudata else args.layer
     options["modalities"] = None if args.modalities is None else _by_modality(args.modalities)
+    options["setup"] = dict(args.setup)
     if streams:
         options |= {"overwrite": args.overwrite, "hidden": args.hidden}
         tl.embed(args.input, args.weights, out=args.output, **options)
@@ -283,6 +295,7 @@ def _annotate(args: argparse.Namespace) -> None:
     for name in ("trainable", "max_epochs"):  # the defaults are those of fine_tune
         if (value := getattr(args, name)) is not None:
             options[name] = value
+    options["setup"] = dict(args.setup)
     if args.unlabeled is not None:
         options["unlabeled_category"] = args.unlabeled
     tl.annotate(adata, args.weights, reference, args.labels, **options)
@@ -428,6 +441,15 @@ def _convert(args: argparse.Namespace) -> None:
 def _by_modality(text: str | None) -> Any:
     """A name for all modalities as it is; ``rna=NAME,atac=NAME`` as a mapping."""
     return dict(part.split("=", 1) for part in text.split(",")) if text and "=" in text else text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        msg = f"{text!r} is no NAME=VALUE, such as assay_key=assay"
+        raise argparse.ArgumentTypeError(msg)
+    return name, value
 
 
 def _evaluate(args: argparse.Namespace) -> None:

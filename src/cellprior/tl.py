@@ -33,6 +33,7 @@ def embed(
     progress: bool = True,
     client: Any = None,
     known_hash: str | None = None,
+    setup: Mapping[str, Any] | None = None,
 ) -> AnnData | MuData | None:
     """Embed cells with pretrained weights.
 
@@ -80,6 +81,9 @@ def embed(
         workers can read.
     known_hash
         sha256 that the checkpoint file, or the whole folder, must have, see :func:`cellprior.weights.sha256`.
+    setup
+        What the setup of a model takes besides, by name: for Nicheformer ``{"assay_key": "assay"}`` or ``{"assay":
+        "Xenium", "species": "mouse"}``, see :meth:`cellprior.model.Nicheformer.setup_anndata`.
 
     Returns
     -------
@@ -120,6 +124,7 @@ def embed(
     from cellprior.model.engine._stream import stream
 
     cls = model_class(weights, known_hash=known_hash)
+    cls.refuse_setup(setup or {})
     if client is not None:
         await_workers(client)
     source = None
@@ -137,15 +142,17 @@ def embed(
     elif out is None:
         _refuse_view_of_file(adata)
     key = key_added or cls.obsm_key
-    setup: dict[str, Any] = {
+    where: dict[str, Any] = {
         "layer": layer,
         "gene_key": gene_key,
         "batch_key": batch_key,
         "modalities": modalities,
     }
-    params = _stated(**setup, min_coverage=min_coverage)
+    params = _stated(**where, **(setup or {}), min_coverage=min_coverage)
     options: dict[str, Any] = {"min_coverage": min_coverage, "device": device, "known_hash": known_hash}
-    with cls.opened(weights, adata, **setup, **options) as model:
+    if setup:
+        options["setup"] = setup
+    with cls.opened(weights, adata, **where, **options) as model:
         if out is not None:
             options = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
             options |= {"batch_size": batch_size, "client": client, "source": source}
@@ -179,6 +186,7 @@ def annotate(
     save: str | os.PathLike[str] | None = None,
     copy: bool = False,
     known_hash: str | None = None,
+    setup: Mapping[str, Any] | None = None,
     **fine_tune: Any,
 ) -> AnnData | None:
     """Name cells after the labels of a reference, or with weights that have learned theirs.
@@ -195,7 +203,7 @@ def annotate(
         ``layer``, ``gene_key`` and ``batch_key`` are those of both.
     labels_key
         Column of ``reference.obs``; cells of ``unlabeled_category`` are not learned from.
-    layer, gene_key, batch_key, batch_size, min_coverage, device, copy, known_hash
+    layer, gene_key, batch_key, batch_size, min_coverage, device, copy, known_hash, setup
         As of :func:`embed`.
     unlabeled_category
         Label of the reference that stands for "not labelled", and the name of cells that are rejected.
@@ -241,6 +249,7 @@ def annotate(
     from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
+    cls.refuse_setup(setup or {})
     if not annotates(cls):
         msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
         raise ValueError(msg)
@@ -261,8 +270,14 @@ def annotate(
     else:
         _refuse_view_of_file(adata)
     key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
-    setup: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
-    options = {**setup, "min_coverage": min_coverage, "device": device, "known_hash": known_hash}
+    where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
+    options = {
+        **where,
+        "setup": setup,
+        "min_coverage": min_coverage,
+        "device": device,
+        "known_hash": known_hash,
+    }
     options["unlabeled_category"] = unlabeled_category
     with cls.opened(weights, adata if reference is None else reference, **options) as model:
         record = model.provenance(adata)  # first: genes that do not match are told before anything is learned
@@ -278,7 +293,14 @@ def annotate(
         adata.obs[f"{key}_best_guess"] = pd.Categorical(found.best_guess)
         record["unknown"] = {"too_far": found.n_far, "too_uncertain": found.n_uncertain}
     learned = {name: value for name, value in fine_tune.items() if isinstance(value, str | int | float)}
-    params = {**setup, "min_coverage": min_coverage, "labels_key": labels_key, "reject": reject, **learned}
+    params = {
+        **where,
+        **(setup or {}),
+        "min_coverage": min_coverage,
+        "labels_key": labels_key,
+        "reject": reject,
+        **learned,
+    }
     if unlabeled_category != "unknown":
         params["unlabeled_category"] = unlabeled_category
     _note(adata, key, {**record, "params": params})

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
 
+from cellprior import tl
+from cellprior.cli import main
 from cellprior.evaluate import masked_prediction, stability
 from cellprior.evaluate._twin import random_twin
 from cellprior.genes import GeneMatchError
@@ -186,6 +189,31 @@ def test_a_cell_without_counts_is_finite_in_every_way(mixed):
 def test_arguments_that_are_not_known_are_refused_by_name(mixed, options, message):
     with pytest.raises(ValueError, match=message):
         mixed.get_latent_representation(**options)
+
+
+def test_streams_and_functions_and_the_command_line_are_told_of_the_assays(cells, mixed, tmp_path):
+    expected = mixed.get_latent_representation()
+    setup = {"assay_key": "tech"}
+    tl.embed(cells, weights(), setup=setup)
+    np.testing.assert_allclose(cells.obsm["X_nicheformer"], expected, **CLOSE)
+    assert cells.uns["cellprior"]["X_nicheformer"]["params"]["assay_key"] == "tech"
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for source, out in ((cells, "memory.zarr"), (tmp_path / "cells.h5ad", "file.zarr")):
+        tl.embed(source, weights(), setup=setup, out=tmp_path / out, batch_size=20, progress=False)
+        np.testing.assert_allclose(ad.read_zarr(tmp_path / out).obsm["X_nicheformer"], expected, **CLOSE)
+    with pytest.raises(FileExistsError):  # of other assays, it is another embedding
+        other = cells.copy()
+        other.obs["tech"] = other.obs["tech"].to_numpy()[::-1]
+        tl.embed(other, weights(), setup=setup, out=tmp_path / "memory.zarr", progress=False)
+    command = ["embed", str(tmp_path / "cells.h5ad"), str(tmp_path / "out.h5ad"), "--weights", weights()]
+    assert main([*command, "--setup", "assay_key=tech"]) == 0
+    np.testing.assert_allclose(ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_nicheformer"], expected, **CLOSE)
+    with pytest.raises(
+        ValueError, match=r"setup= has 'assey_key'; Nicheformer\.setup_anndata takes assay, assay_key,"
+    ):
+        tl.embed(cells, weights(), setup={"assey_key": "tech"})
+    with pytest.raises(ValueError, match=r"CellPLM\.setup_anndata takes nothing there"):
+        tl.embed(cells, "cellplm-starter", setup=setup)
 
 
 def test_no_assay_is_a_warning_that_names_them_and_saying_dissociated_is_enough(cells):

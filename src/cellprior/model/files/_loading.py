@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -114,6 +115,7 @@ class LoadableModel(BaseModelClass):
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
         known_hash: str | None = None,
+        setup: Mapping[str, Any] | None = None,
     ) -> Iterator[Self]:
         """A model that embeds some data, for a while; then both are let go. See :func:`cellprior.tl.embed`.
 
@@ -130,8 +132,8 @@ class LoadableModel(BaseModelClass):
             raise ValueError(msg)
         adata = with_frames(without_view(adata))
         users = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))  # of a setup before this call
-        setup = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
-        cls.setup_anndata(adata, **setup, unlabeled_category=unlabeled_category)
+        where = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
+        cls.setup_anndata(adata, **where, unlabeled_category=unlabeled_category, **(setup or {}))
         model = cls.from_pretrained(
             weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
         )
@@ -141,6 +143,28 @@ class LoadableModel(BaseModelClass):
             model.release()
             if users is not None:
                 cls.register_manager(users)
+
+    @classmethod
+    def refuse_setup(cls, setup: Mapping[str, Any]) -> None:
+        """Refuse what the setup of this model does not take besides what all models take.
+
+        Raises
+        ------
+        ValueError
+            With the names that it takes.
+        """
+        of_all = signature(LoadableModel.opened).parameters.keys() | {
+            "adata",
+            "mdata",
+            "labels_key",
+            "kwargs",
+        }
+        method = getattr(cls, cls._setup_method)
+        own = [name for name in signature(method).parameters if name not in of_all and "layer" not in name]
+        if unknown := [name for name in setup if name not in own]:
+            known = f"takes {', '.join(own)} there" if own else "takes nothing there"
+            msg = f"setup= has {unknown[0]!r}; {cls.__name__}.{cls._setup_method} {known}."
+            raise ValueError(msg)
 
     @staticmethod
     def _layers_on_disk(

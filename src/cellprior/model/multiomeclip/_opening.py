@@ -65,6 +65,7 @@ class OpenedModel(ReadingModel, LoadableModel):
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
         known_hash: str | None = None,
+        setup: Mapping[str, Any] | None = None,
     ) -> Iterator[Self]:
         """A model that embeds some data, for a while; see :func:`cellprior.tl.embed`."""
         layers = _layers(layer)
