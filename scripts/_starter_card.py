@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
-import torch
-from _starter_data import DEPTH_CONFOUNDED, TRAINING_SETS, UNSEEN_BLOOD, UNSEEN_TISSUE, CellSet, to_vocabulary
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import adjusted_rand_score
-from sklearn.neighbors import KNeighborsClassifier
+import scanpy as sc
+from _starter_data import DEPTH_CONFOUNDED, TRAINING_SETS, UNSEEN_BLOOD, UNSEEN_TISSUE, CellSet
+from _starter_fit import as_anndata
 
-from cellprior.model.cellplm._module import CellPLMModule
+from cellprior.evaluate import accuracy, clustering, knn_predict
+from cellprior.evaluate._twin import random_twin
+from cellprior.model import PretrainedModel
 
 SEEDS = (0, 1, 2)
-N_NEIGHBORS = 15
 N_COMPONENTS = 50
 STARTER = "starter"
 PCA_ALL = "PCA, all genes"
@@ -28,15 +28,25 @@ CARD = Path(__file__).with_suffix(".md")
 METHODS = (STARTER, PCA_ALL, PCA_VOCABULARY, RANDOM, DEPTH)
 
 
-def evaluate(
-    module: CellPLMModule,
-    network: dict,
-    vocabulary: pd.DataFrame,
-    names: pd.DataFrame,
+def judge(
+    cls: type[PretrainedModel],
+    weights: Path | str,
     sets: list[CellSet],
     held_out: dict[str, np.ndarray],
+    *,
+    variants: Mapping[str, Mapping[str, Any]] = {STARTER: {}},
+    of_random: Mapping[str, Any] = {},
 ) -> pd.DataFrame:
     """Score every method on every labelled set.
+
+    Parameters
+    ----------
+    cls, weights
+        Model class and the bundle of the starter.
+    sets, held_out
+        Cells, and of sets that were trained on, which were not.
+    variants, of_random
+        Options of `get_latent_representation`: of the starter by the name of the method, and of random weights.
 
     Returns
     -------
@@ -46,81 +56,55 @@ def evaluate(
     for cells in sets:
         if cells.labels is None:
             continue
-        moved, measured = to_vocabulary(cells, vocabulary, names)
-        known = {"genes": int(measured.sum()), "counts_share": float(moved.counts.sum() / cells.counts.sum())}
-        test = held_out.get(cells.name)
-        starter = embed(module, moved)
+        adata = as_anndata(cells)
+        model = cls.from_pretrained(weights, adata)
+        match = model.gene_match
+        known = {"genes": int((match.index >= 0).sum()), "counts_share": match.counts_share}
+        fixed = {name: model.get_latent_representation(**options) for name, options in variants.items()}
+        fixed[DEPTH] = np.log1p(np.asarray(cells.counts.sum(axis=1)))
         for seed in SEEDS:
+            twin = random_twin(model, adata, seed=seed)
             embeddings = {
-                STARTER: starter,
-                PCA_ALL: pca(cells, seed),
-                PCA_VOCABULARY: pca(moved, seed),
-                RANDOM: embed(random_weights(len(vocabulary), network, seed), moved),
-                DEPTH: np.log1p(np.asarray(cells.counts.sum(axis=1))),
+                **fixed,
+                PCA_ALL: pca(adata, seed),
+                PCA_VOCABULARY: pca(adata[:, match.index >= 0], seed),
+                RANDOM: twin.get_latent_representation(**of_random),
             }
-            rows += [row | known for row in scores(cells, embeddings, test, seed)]
+            twin.release()
+            for method, embedding in embeddings.items():
+                scores = scored(embedding, cells.labels, held_out.get(cells.name), seed)
+                rows.append({"set": cells.name, "method": method, "seed": seed, **scores, **known})
+        model.release()
     return pd.DataFrame(rows)
 
 
-def scores(
-    cells: CellSet, embeddings: dict[str, np.ndarray], test: np.ndarray | None, seed: int
-) -> Iterator[dict[str, object]]:
-    """A row per method: accuracy of neighbours and agreement of clusters, see the functions of these."""
-    for method, embedding in embeddings.items():
-        yield {
-            "set": cells.name,
-            "method": method,
-            "seed": seed,
-            "knn": knn_accuracy(embedding, cells.labels, test, seed),
-            "ari": clustering_ari(embedding, cells.labels, test, seed),
-        }
-
-
-def random_weights(n_genes: int, network: dict, seed: int) -> CellPLMModule:
-    """The same network as it is before any training."""
-    torch.manual_seed(seed)
-    return CellPLMModule(n_genes, **network).eval()
-
-
-@torch.no_grad()
-def embed(module: CellPLMModule, cells: CellSet) -> np.ndarray:
-    """Latent means of all cells of a set, as one sentence."""
-    return module.encode(torch.from_numpy(cells.counts.toarray())).numpy()
-
-
-def pca(cells: CellSet, seed: int) -> np.ndarray:
+def pca(adata: ad.AnnData, seed: int) -> np.ndarray:
     """Scanpy's usual way: counts to 10,000 per cell, log1p, 50 components; centred, not scaled."""
-    counts = cells.counts.toarray().astype(np.float64)
-    depth = np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
-    return PCA(N_COMPONENTS, random_state=seed).fit_transform(np.log1p(counts * (1e4 / depth)))
+    adata = ad.AnnData(adata.X.copy())
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    return sc.pp.pca(adata, n_comps=N_COMPONENTS, random_state=seed, copy=True).obsm["X_pca"]
 
 
-def knn_accuracy(embedding: np.ndarray, labels: np.ndarray, test: np.ndarray | None, seed: int) -> float:
-    """Share of cells whose label is the most frequent one among their 15 nearest labelled cells.
+def scored(
+    embedding: np.ndarray, labels: np.ndarray, held_out: np.ndarray | None, seed: int
+) -> dict[str, float]:
+    """Accuracy of the vote of 15 neighbours, and agreement of Leiden clusters at resolution 1 with the labels.
 
-    With `test` (held-out cells), those are looked up among a random 80 % of the other cells; without it, every cell is
-    looked up in a five-fold cross-validation. `seed` draws the 80 % or the folds.
+    Held-out cells are named by a random 80 % of the others, and clustered by themselves; without any, every cell is
+    named in a five-fold cross-validation, and all are clustered. `seed` draws the 80 % or the folds.
     """
     rng = np.random.default_rng(seed)
-    if test is not None:
-        train = np.flatnonzero(~test)
-        train = rng.permutation(train)[: round(0.8 * len(train))]
-        folds = [(train, np.flatnonzero(test))]
-    else:
+    if held_out is None:
         fold = rng.permutation(len(labels)) % 5
-        folds = [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(5)]
-    right = [
-        KNeighborsClassifier(N_NEIGHBORS).fit(embedding[a], labels[a]).predict(embedding[b]) == labels[b]
-        for a, b in folds
-    ]
-    return float(np.concatenate(right).mean())
-
-
-def clustering_ari(embedding: np.ndarray, labels: np.ndarray, test: np.ndarray | None, seed: int) -> float:
-    """Adjusted Rand index of k-means with as many clusters as labels; all cells are clustered, `test` ones count."""
-    clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=seed).fit_predict(embedding)
-    judged = slice(None) if test is None else test
-    return float(adjusted_rand_score(labels[judged], clusters[judged]))
+        splits = [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(5)]
+    else:
+        train = rng.permutation(np.flatnonzero(~held_out))
+        splits = [(train[: round(0.8 * len(train))], np.flatnonzero(held_out))]
+    rows = np.concatenate([test for _, test in splits])
+    said = np.concatenate([knn_predict(embedding[a], labels[a], embedding[b]) for a, b in splits])
+    clusters = clustering(embedding[rows], labels[rows], resolutions=(1.0,), seed=seed)
+    return {"knn": accuracy(labels[rows], said), "ari": float(clusters["ari"].iloc[0])}
 
 
 def results_table(results: pd.DataFrame, column: str, methods: Sequence[str] = METHODS) -> str:
@@ -170,9 +154,7 @@ def coverage_rows(sets: list[CellSet], results: pd.DataFrame) -> str:
 
 def render_card(
     recipe: dict,
-    network: dict,
-    module: CellPLMModule,
-    vocabulary: pd.DataFrame,
+    model: PretrainedModel,
     cells: list[CellSet],
     held_out: dict[str, np.ndarray],
     unseen: list[CellSet],
@@ -180,7 +162,7 @@ def render_card(
     extra: pd.DataFrame,
 ) -> str:
     """The card, in Markdown."""
-    size = sum(p.numel() for p in module.parameters())
+    size, vocabulary = sum(p.numel() for p in model.module.parameters()), model.genes
     names = results["set"].unique()
     verdicts = "\n".join(verdict(results, name) for name in names)
     renamed = int((vocabulary["previous_symbols"] != "").sum())
@@ -201,6 +183,6 @@ def render_card(
         unseen_blood=UNSEEN_BLOOD,
         unseen_tissue=UNSEEN_TISSUE,
         n_sets=len(TRAINING_SETS),
-        n_batches=network["n_batches"],
+        n_batches=model._network()["n_batches"],
         **{k: v for k, v in recipe.items() if k != "n_genes"},
     )

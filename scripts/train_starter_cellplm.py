@@ -11,18 +11,18 @@ and log.
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from _starter_card import evaluate, render_card
+from _starter_card import judge, render_card
 from _starter_data import (
     DEPTH_CONFOUNDED,
     TRAINING_SETS,
@@ -37,10 +37,14 @@ from _starter_data import (
     subset,
     to_vocabulary,
 )
+from _starter_fit import cosine, train, trained_on
 from sklearn.utils.extmath import randomized_svd
+from torch.optim.lr_scheduler import LambdaLR
 
+from cellprior.model import CellPLM
 from cellprior.model.cellplm._inputs import sample_mask
 from cellprior.model.cellplm._module import CellPLMModule
+from cellprior.model.learning._plan import Plan
 from cellprior.weights import write_bundle
 
 LEFT_OUT = (
@@ -104,20 +108,15 @@ def training_sets(cells: list[CellSet], measured: list[np.ndarray]) -> list[Trai
     ]
 
 
-def build(recipe: Recipe, sets: list[TrainingSet]) -> tuple[CellPLMModule, dict]:
-    """A network with fresh weights, and its arguments."""
-    network = {
-        "n_hidden": recipe.n_hidden,
-        "n_layers": recipe.n_layers,
-        "n_heads": recipe.n_heads,
-        "n_latent": recipe.n_latent,
-        "dropout_rate": recipe.dropout_rate,
+def network_of(recipe: Recipe, sets: list[TrainingSet]) -> dict:
+    """Arguments of the network."""
+    names = ("n_hidden", "n_layers", "n_heads", "n_latent", "dropout_rate", "target_sum")
+    n_batches = int(max(s.batch.max() for s in sets)) + 1
+    return {name: getattr(recipe, name) for name in names} | {
         "latent": "vae",
-        "n_batches": int(max(s.batch.max() for s in sets)) + 1,
+        "n_batches": n_batches,
         "n_datasets": len(sets),
-        "target_sum": recipe.target_sum,
     }
-    return CellPLMModule(recipe.n_genes, **network), network
 
 
 def log_normalised(data: TrainingSet, target_sum: float) -> sp.csr_matrix:
@@ -169,10 +168,18 @@ def start_from_pca(module: CellPLMModule, sets: list[TrainingSet], recipe: Recip
     latent.log_var.bias.fill_(-2.0)
 
 
-def draw_sentence(
-    sets: list[TrainingSet], recipe: Recipe, rng: np.random.Generator
-) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Number of a set, counts and mask `(cells, genes)`, batch codes `(cells,)`. Sets are drawn evenly."""
+class Sentence(NamedTuple):
+    """Number of a set, counts and mask `(cells, genes)`, batch codes `(cells,)`, and numbers of the measured genes."""
+
+    which: int
+    counts: torch.Tensor
+    mask: torch.Tensor
+    batch: torch.Tensor
+    measured: torch.Tensor
+
+
+def draw_sentence(sets: list[TrainingSet], recipe: Recipe, rng: np.random.Generator) -> Sentence:
+    """Some cells of a set; sets are drawn evenly."""
     which = int(rng.integers(len(sets)))
     data = sets[which]
     cells = np.arange(len(data.batch))
@@ -192,66 +199,54 @@ def draw_sentence(
     if rng.random() < recipe.panel:
         kept = np.exp(rng.uniform(np.log(0.1), 0.0))
         mask |= rng.random(counts.shape[1]) > kept
-    return (
-        which,
-        torch.from_numpy(counts.toarray()),
-        torch.from_numpy(mask),
-        torch.from_numpy(data.batch[cells]),
-    )
+    tensors = (torch.from_numpy(part) for part in (counts.toarray(), mask, data.batch[cells]))
+    return Sentence(which, *tensors, data.measured)
 
 
-def train(module: CellPLMModule, sets: list[TrainingSet], recipe: Recipe) -> CellPLMModule:
-    """Train with the original's objective over the genes each set measured; return the averaged weights."""
-    rng = np.random.default_rng(recipe.seed)
-    decoder = list(module.decoder.parameters())
-    inside = {id(p) for p in decoder}
-    encoder = [p for p in module.parameters() if id(p) not in inside]
-    optimizer = torch.optim.AdamW(
-        [{"params": encoder}, {"params": decoder}], weight_decay=recipe.weight_decay
-    )
-    averaged = copy.deepcopy(module).eval()
-    sums, seen, started = np.zeros(2), 0, time.perf_counter()
-    for step in range(1, recipe.steps + 1):
-        rate = recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + np.cos(np.pi * step / recipe.steps)))
-        thaw = np.clip((step - recipe.warm_up) / recipe.warm_up, 0.0, 1.0)
-        optimizer.param_groups[0]["lr"] = rate * recipe.encoder_rate * thaw
-        optimizer.param_groups[1]["lr"] = rate * min(1.0, step / recipe.warm_up)
+class StarterPlan(Plan):
+    """The original's objective over the genes each set measured; the encoder follows the decoder slowly."""
 
-        which, counts, mask, batch = draw_sentence(sets, recipe, rng)
-        module.train()
-        losses = module.pretraining_loss(
-            counts,
-            mask,
-            batch=batch,
-            dataset=torch.full_like(batch, which),
-            kl_weight=min(recipe.kl_rise * step, recipe.kl_limit),
-            measured=sets[which].measured,
+    def __init__(self, module: CellPLMModule, recipe: Recipe) -> None:
+        super().__init__(
+            module, n_steps=recipe.steps, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
-        optimizer.step()
-        with torch.no_grad():
-            share = min(recipe.average, step / (step + 10))
-            for mine, new in zip(averaged.parameters(), module.parameters(), strict=True):
-                mine.lerp_(new, 1.0 - share)
+        self.recipe = recipe
 
-        sums, seen = sums + (losses["reconstruction"].item(), losses["latent"].item()), seen + 1
-        if step % 100 == 0:
-            shown = (step, time.perf_counter() - started, *sums / seen)
-            log.info("step %d, %.0f s: reconstruction %.1f, weighted KL %.2f", *shown)
-            sums, seen = np.zeros(2), 0
-    return averaged
+    def training_step(self, batch: Sentence, batch_idx: int) -> torch.Tensor:
+        losses = self.module.pretraining_loss(
+            batch.counts,
+            batch.mask,
+            batch=batch.batch,
+            dataset=torch.full_like(batch.batch, batch.which),
+            kl_weight=min(self.recipe.kl_rise * (self.trainer.global_step + 1), self.recipe.kl_limit),
+            measured=batch.measured,
+        )
+        # each sentence counts the same
+        self.log_epoch({name: value.detach() for name, value in losses.items()}, 1, shown="loss")
+        return losses["loss"]
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+
+        def of_encoder(step: int) -> float:
+            thaw = np.clip((step + 1 - recipe.warm_up) / recipe.warm_up, 0.0, 1.0)
+            return cosine(step + 1, recipe.steps) * recipe.encoder_rate * float(thaw)
+
+        def of_decoder(step: int) -> float:
+            return cosine(step + 1, recipe.steps) * min(1.0, (step + 1) / recipe.warm_up)
+
+        decoder = list(self.module.decoder.parameters())
+        inside = {id(p) for p in decoder}
+        encoder = [p for p in self.module.parameters() if id(p) not in inside]
+        groups = [{"params": encoder}, {"params": decoder}]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        schedule = LambdaLR(optimizer, [of_encoder, of_decoder])
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def rounded(module: CellPLMModule) -> CellPLMModule:
-    """The module with the weights it will have when read back from half precision."""
-    return copy.deepcopy(module).half().float().eval()
-
-
-def fit(
+def train_on(
     recipe: Recipe, cells: list[CellSet], mask: dict[str, np.ndarray], names: pd.DataFrame
-) -> tuple[CellPLMModule, dict, pd.DataFrame]:
+) -> CellPLM:
     """Choose the vocabulary and train on the cells of `cells` that are not held out."""
     torch.manual_seed(recipe.seed)
     kept = [subset(c, ~mask[c.name]) for c in cells]
@@ -259,10 +254,30 @@ def fit(
     moved = [to_vocabulary(c, vocabulary, names) for c in kept]
     sets = training_sets([m[0] for m in moved], [m[1] for m in moved])
     log.info("training on %s", {c.name: len(c.cells) for c in kept})
-    module, network = build(recipe, sets)
-    log.info("%.2f million parameters", sum(p.numel() for p in module.parameters()) / 1e6)
-    start_from_pca(module, sets, recipe)
-    return rounded(train(module, sets, recipe)), network, vocabulary
+    adata = trained_on([m[0] for m in moved])
+    CellPLM.setup_anndata(adata)
+    model = CellPLM(adata, genes=vocabulary, **network_of(recipe, sets))
+    start_from_pca(model.module, sets, recipe)
+    rng = np.random.default_rng(recipe.seed)
+    plan = StarterPlan(model.module, recipe)
+    steps = {"steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
+    train(model, plan, lambda: draw_sentence(sets, recipe, rng), **steps)
+    return model
+
+
+def write(folder: Path, model: CellPLM, recipe: Recipe, card: str) -> None:
+    """A bundle in half precision."""
+    config = {"model": "CellPLM", "network": model._network(), "recipe": asdict(recipe)}
+    tensors = model.module.state_dict()
+    write_bundle(
+        folder,
+        state_dict=tensors,
+        config=config,
+        genes=model.genes,
+        card=card,
+        dtype=torch.float16,
+        overwrite=True,
+    )
 
 
 def main() -> None:
@@ -291,36 +306,26 @@ def main() -> None:
     extra = []
     for study in LEFT_OUT:
         log.info("a model that never sees %s", " and ".join(study))
-        module, network, vocabulary = fit(recipe, [c for c in cells if c.name not in study], mask, names)
-        left_out = [c for c in cells if c.name in study]
-        extra.append(evaluate(module, network, vocabulary, names, left_out, {}))
+        without = train_on(recipe, [c for c in cells if c.name not in study], mask, names)
+        with TemporaryDirectory() as folder:
+            write(Path(folder), without, recipe, "Only to be judged.\n")
+            extra.append(judge(CellPLM, folder, [c for c in cells if c.name in study], {}))
 
     log.info("the starter")
-    module, network, vocabulary = fit(recipe, cells, mask, names)
+    model = train_on(recipe, cells, mask, names)
+    write(args.out, model, recipe, "Not judged yet.\n")
     gut = next(c for c in cells if c.name == DEPTH_CONFOUNDED)
     level, level_mask = at_equal_depth(gut, mask[gut.name], depth=1000, seed=recipe.seed)
     judged, masks = [*cells, level, *unseen], {**mask, level.name: level_mask}
-    results = evaluate(module, network, vocabulary, names, judged, masks)
-
-    config = {"model": "CellPLM", "network": network, "recipe": asdict(recipe)}
-    card = render_card(
-        asdict(recipe), network, module, vocabulary, cells, mask, unseen, results, pd.concat(extra)
-    )
-    write_bundle(
+    results = judge(CellPLM, args.out, judged, masks)
+    write(
         args.out,
-        state_dict=module.state_dict(),
-        config=config,
-        genes=vocabulary,
-        card=card,
-        dtype=torch.float16,
-        overwrite=True,
+        model,
+        recipe,
+        render_card(asdict(recipe), model, cells, mask, unseen, results, pd.concat(extra)),
     )
-    log.info(
-        "%s",
-        pd.concat([results, *(e.assign(set=e["set"] + ", left out") for e in extra)])
-        .round(4)
-        .to_csv(index=False),
-    )
+    tables = [results, *(e.assign(set=e["set"] + ", left out") for e in extra)]
+    log.info("%s", pd.concat(tables).round(4).to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -11,18 +11,20 @@ is written anew.
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from _starter_card import judge
 from _starter_data import (
     DEPTH_CONFOUNDED,
     TRAINING_SETS,
@@ -37,13 +39,17 @@ from _starter_data import (
     subset,
     to_vocabulary,
 )
-from _starter_scbert_card import evaluate, evaluate_masked, render_card
+from _starter_fit import as_anndata, cosine, train, trained_on
+from _starter_scbert_card import RANDOM_ZERO_GENES, VARIANTS, judge_masked, render_card
 from sklearn.utils.extmath import randomized_svd
+from torch.optim.lr_scheduler import LambdaLR
 
+from cellprior.model import ScBERT
 from cellprior.model.learning._contrast import info_nce
+from cellprior.model.learning._plan import Plan
 from cellprior.model.scbert._inputs import TARGET_SUM, counts_to_bins, sample_mask
 from cellprior.model.scbert._module import ScBERTModule
-from cellprior.weights import read_bundle, write_bundle
+from cellprior.weights import write_bundle
 
 log = logging.getLogger("starter")
 
@@ -86,25 +92,28 @@ class TrainingSet:
     """Numbers of the genes that the study measured."""
 
 
-@dataclass(frozen=True)
-class Minibatch:
-    """Some positions of some cells, all of the expressed genes among them `(cells, positions)` each."""
+class Minibatch(NamedTuple):
+    """Some positions of some cells, all of the expressed genes among them `(cells, positions)` each.
+
+    `weight`: how many genes of the cell each stands for.
+    """
 
     tokens: torch.Tensor
     genes: torch.Tensor
     weight: torch.Tensor
-    """How many genes of the cell each stands for."""
 
     def hidden(self, module: ScBERTModule, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states `(cells, positions, n_hidden)` as of whole cells, by sums over weighted positions."""
         return module._encode(tokens, self.genes, F.pad(self.weight, (0, 1), value=1.0))[:, :-1]
 
 
-def build(recipe: Recipe) -> tuple[ScBERTModule, dict]:
-    """A network with fresh weights, and its arguments."""
-    names = ("n_hidden", "n_layers", "n_heads", "head_dim")
-    network = {name: getattr(recipe, name) for name in names}
-    return ScBERTModule(recipe.n_genes, **network), network
+class Step(NamedTuple):
+    """Cells of one set, which positions are asked for and which hidden; at times two views of other cells."""
+
+    batch: Minibatch
+    selected: torch.Tensor
+    replaced: torch.Tensor
+    views: tuple[Minibatch, ...]
 
 
 @torch.no_grad()
@@ -171,93 +180,94 @@ def minibatch(counts: np.ndarray, n_zero_genes: int, rng: np.random.Generator) -
     return Minibatch(torch.from_numpy(kept), torch.from_numpy(genes), torch.from_numpy(weight))
 
 
-def masked_loss(
-    module: ScBERTModule, sets: list[TrainingSet], recipe: Recipe, rng: np.random.Generator
-) -> torch.Tensor:
-    """The original's objective, over cells of one set."""
-    _, counts = draw_cells(sets, recipe, recipe.positions, rng)
-    batch = minibatch(counts, recipe.n_zero_genes, rng)
-    mask = sample_mask(batch.tokens.numpy(), rng, rate=recipe.mask_rate, replace=recipe.replace_rate)
-    selected, replaced = (torch.from_numpy(part) for part in mask)
-    hidden = batch.hidden(module, batch.tokens.masked_fill(replaced, module.n_bins + 1))
-    return F.cross_entropy(module.predict_bins(hidden[selected]), batch.tokens[selected].long())
-
-
-def contrastive_loss(
-    module: ScBERTModule, sets: list[TrainingSet], recipe: Recipe, rng: np.random.Generator
-) -> tuple[torch.Tensor, float]:
-    """Contrast of two random halves of the measured genes, over cells of one set, and what chance gives.
-
-    By the mean over all genes and by that over the expressed ones, as in :mod:`cellprior.model.scbert._loss`.
-    """
-    data, counts = draw_cells(sets, recipe, recipe.positions, rng)
-    views = []
-    for half in np.array_split(rng.permutation(data.measured), 2):
-        view = np.zeros_like(counts)
-        view[:, half] = counts[:, half]
-        batch = minibatch(view, recipe.n_zero_genes // 2, rng)
-        hidden = batch.hidden(module, batch.tokens)
-        views.append([])
-        for weight in (batch.weight, (batch.tokens > 0).float()):
-            share = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-            pooled = torch.bmm(share[:, None], hidden).squeeze(1)
-            views[-1].append(pooled - pooled.mean(0))
-    losses = [info_nce(*pair, temperature=recipe.temperature) for pair in zip(*views, strict=True)]
-    return torch.stack(losses).mean(), float(np.log(len(counts)))
-
-
-def train(module: ScBERTModule, sets: list[TrainingSet], recipe: Recipe) -> ScBERTModule:
-    """Train; return the averaged weights."""
+def steps_of(sets: list[TrainingSet], recipe: Recipe) -> Iterator[Step]:
+    """What is seen in each step."""
     rng = np.random.default_rng(recipe.seed)
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
-    averaged = copy.deepcopy(module).eval()
-    module.train()
-    sums, started = np.zeros(4), time.process_time()
-    for step in range(1, recipe.steps + 1):
-        rate = min(1.0, step / recipe.warm_up) * (0.01 + 0.495 * (1.0 + np.cos(np.pi * step / recipe.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * recipe.learning_rate
-        loss = masked_loss(module, sets, recipe, rng)
-        sums += (loss.item(), 1, 0, 0)
+    for step in count(1):
+        _, counts = draw_cells(sets, recipe, recipe.positions, rng)
+        batch = minibatch(counts, recipe.n_zero_genes, rng)
+        mask = sample_mask(batch.tokens.numpy(), rng, rate=recipe.mask_rate, replace=recipe.replace_rate)
+        views: list[Minibatch] = []
         if step % recipe.contrast_every == 0:
-            contrast, chance = contrastive_loss(module, sets, recipe, rng)
-            sums += (0, 0, contrast.item() - chance, 1)
-            loss = loss + recipe.contrast_weight * contrast
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
-        optimizer.step()
-        with torch.no_grad():
-            share = min(recipe.average, step / (step + 10))
-            for mine, new in zip(averaged.parameters(), module.parameters(), strict=True):
-                mine.lerp_(new, 1.0 - share)
-        if step % 100 == 0:
-            shown = (step, time.process_time() - started, sums[0] / sums[1], sums[2] / max(sums[3], 1))
-            log.info("step %d, %.0f CPU s: masked %.4f, contrast less chance %.3f", *shown)
-            sums[:] = 0
-    return averaged
+            data, counts = draw_cells(sets, recipe, recipe.positions, rng)
+            for half in np.array_split(rng.permutation(data.measured), 2):
+                view = np.zeros_like(counts)
+                view[:, half] = counts[:, half]
+                views.append(minibatch(view, recipe.n_zero_genes // 2, rng))
+        yield Step(batch, *(torch.from_numpy(part) for part in mask), tuple(views))
 
 
-def rounded(module: ScBERTModule) -> ScBERTModule:
-    """The module with the weights it will have when read back from half precision."""
-    return copy.deepcopy(module).half().float().eval()
+class StarterPlan(Plan):
+    """The original's objective, and at times the contrast of two random halves of the measured genes."""
+
+    def __init__(self, module: ScBERTModule, recipe: Recipe) -> None:
+        super().__init__(
+            module, n_steps=recipe.steps, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.recipe = recipe
+
+    def training_step(self, batch: Step, batch_idx: int) -> torch.Tensor:
+        seen, selected, replaced, views = batch
+        hidden = seen.hidden(self.module, seen.tokens.masked_fill(replaced, self.module.n_bins + 1))
+        loss = F.cross_entropy(self.module.predict_bins(hidden[selected]), seen.tokens[selected].long())
+        parts = {"train_masked": loss.detach()}
+        if views:
+            contrast = self._contrast(views)
+            chance = float(np.log(len(views[0].tokens)))
+            parts |= {"train_contrast": contrast.detach(), "train_contrast_floor_chance": chance}
+            loss = loss + self.recipe.contrast_weight * contrast
+        self.log_epoch(parts, 1, shown="train_masked")  # each step counts the same
+        return loss
+
+    def _contrast(self, views: tuple[Minibatch, ...]) -> torch.Tensor:
+        """By the mean over all genes and by that over the expressed ones, as the library's."""
+        pooled: list[list[torch.Tensor]] = []
+        for view in views:
+            hidden = view.hidden(self.module, view.tokens)
+            pooled.append([])
+            for weight in (view.weight, (view.tokens > 0).float()):
+                share = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
+                mean = torch.bmm(share[:, None], hidden).squeeze(1)
+                pooled[-1].append(mean - mean.mean(0))
+        temperature = self.recipe.temperature
+        losses = [info_nce(*pair, temperature=temperature) for pair in zip(*pooled, strict=True)]
+        return torch.stack(losses).mean()
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            betas=(0.9, 0.98),
+        )
+        schedule = LambdaLR(
+            optimizer, lambda i: min(1.0, (i + 1) / recipe.warm_up) * cosine(i + 1, recipe.steps)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def fit(
+def train_on(
     recipe: Recipe,
     cells: list[CellSet],
     mask: dict[str, np.ndarray],
     vocabulary: pd.DataFrame,
     names: pd.DataFrame,
-) -> tuple[ScBERTModule, dict]:
+) -> ScBERT:
     """Train on the cells that are not held out."""
     torch.manual_seed(recipe.seed)
     moved = [to_vocabulary(subset(c, ~mask[c.name]), vocabulary, names) for c in cells]
     sets = [TrainingSet(c.counts, np.flatnonzero(measured)) for c, measured in moved]
-    module, network = build(recipe)
-    log.info("%.2f million parameters", sum(p.numel() for p in module.parameters()) / 1e6)
-    start_from_pca(module, sets, recipe)
-    return rounded(train(module, sets, recipe)), network
+    adata = trained_on([c for c, _ in moved])
+    ScBERT.setup_anndata(adata)
+    network = {name: getattr(recipe, name) for name in ("n_hidden", "n_layers", "n_heads", "head_dim")}
+    model = ScBERT(adata, genes=vocabulary, **network)
+    start_from_pca(model.module, sets, recipe)
+    drawn = steps_of(sets, recipe)
+    plan = StarterPlan(model.module, recipe)
+    steps = {"steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
+    train(model, plan, lambda: next(drawn), **steps)
+    return model
 
 
 def main() -> None:
@@ -283,24 +293,20 @@ def main() -> None:
     mask = held_out(cells, share=recipe.held_out_share, seed=recipe.seed)
     unseen = [read_pbmc68k_reduced(), read_set(args.data, UNSEEN_TISSUE)]
     if args.judge:
-        bundle = read_bundle(args.out)
-        network, vocabulary = bundle.config["network"], bundle.genes
-        module = ScBERTModule(recipe.n_genes, **network)
-        module.load_state_dict(bundle.state_dict)
-        module.eval()
+        model = ScBERT.from_pretrained(args.out, as_anndata(cells[0]))
     else:
         log.info("%s", asdict(recipe))
         kept = [subset(c, ~mask[c.name]) for c in cells]
         vocabulary = choose_vocabulary(kept, names, n_genes=recipe.n_genes)
-        module, network = fit(recipe, cells, mask, vocabulary, names)
+        model = train_on(recipe, cells, mask, vocabulary, names)
 
     def write(card: str) -> None:
-        config = {"model": "ScBERT", "network": network, "recipe": asdict(recipe)}
+        config = {"model": "ScBERT", "network": model._network(), "recipe": asdict(recipe)}
         write_bundle(
             args.out,
-            state_dict=module.state_dict(),
+            state_dict=model.module.state_dict(),
             config=config,
-            genes=vocabulary,
+            genes=model.genes,
             card=card,
             dtype=torch.float16,
             overwrite=True,
@@ -310,12 +316,13 @@ def main() -> None:
         write("Not judged yet.\n")
     gut = next(c for c in cells if c.name == DEPTH_CONFOUNDED)
     level, level_mask = at_equal_depth(gut, mask[gut.name], depth=1000, seed=recipe.seed)
-    masked = evaluate_masked(module, vocabulary, names, [*cells, *unseen], mask)
+    masked = judge_masked(args.out, [*cells, *unseen], mask)
     log.info("%s", masked.round(4).to_csv(index=False))
     judged, masks = [*cells, level, *unseen], {**mask, level.name: level_mask}
-    results = evaluate(module, network, vocabulary, names, judged, masks)
+    of_random = {"n_zero_genes": RANDOM_ZERO_GENES}
+    results = judge(ScBERT, args.out, judged, masks, variants=VARIANTS, of_random=of_random)
     log.info("%s", results.round(4).to_csv(index=False))
-    write(render_card(asdict(recipe), module, vocabulary, cells, mask, unseen, masked, results))
+    write(render_card(asdict(recipe), model, cells, mask, unseen, masked, results))
 
 
 if __name__ == "__main__":

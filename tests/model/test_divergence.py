@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
@@ -16,6 +17,7 @@ from scvi.train import SaveCheckpoint
 
 from cellprior.model import CellPLM, DivergedError, MultiomeCLIP
 from cellprior.model.learning._finite import not_finite
+from cellprior.model.learning._fit import KeepBest
 from cellprior.model.learning._holdout import noted, recalled
 from cellprior.model.multiomeclip._training import align
 from tests.model.multiomeclip.data import cells
@@ -177,6 +179,19 @@ def test_weights_that_end_badly_are_replaced_by_those_of_the_best_epoch(adata):
     clip.train(max_epochs=6, batch_size=64, early_stopping=True, callbacks=[spoil], **QUIET)
     best = int(clip.history["validation_foscttm"].iloc[:, 0].astype(float).argmin())
     assert all(torch.equal(tensors(clip)[name], x) for name, x in spoil.seen[best].items())
+
+
+@pytest.mark.parametrize(("loss", "kept"), [("loss", 2), (None, 1)])
+def test_of_equal_epochs_that_with_the_lower_loss_is_kept_or_else_the_first(loss, kept):
+    plan, best = SimpleNamespace(module=torch.nn.Linear(1, 1)), KeepBest("f1", "max", loss)
+    trainer = SimpleNamespace(sanity_checking=False)
+    epochs = [(0.5, 0.1), (0.9, 0.3), (0.9, 0.2), (0.9, 0.2), (0.8, 0.0), (torch.nan, 0.0)]
+    for epoch, (f1, value) in enumerate(epochs):
+        torch.nn.init.constant_(plan.module.weight, epoch)
+        trainer.callback_metrics = {"f1": torch.tensor(f1), "loss": torch.tensor(value)}
+        best.on_validation_end(trainer, plan)
+    best.on_train_end(trainer, plan)
+    assert plan.module.weight.item() == kept
 
 
 # broken off
