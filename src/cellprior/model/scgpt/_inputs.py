@@ -10,27 +10,15 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from cellprior.model.data._entries import Counts, keys_of_cells, scramble, unit_interval
 
 N_BINS = 51  # bin 0, and 50 of counts above 0
 MASK, PAD = -1, -2  # what stands for a hidden bin, and for none
 
 Ties = Literal["fixed", "middle", "random", "upper"]
 TIES = ("fixed", "middle", "random", "upper")
-
-
-class Counts(NamedTuple):
-    """Counts above 0, cell by cell, in increasing order of the genes."""
-
-    indptr: np.ndarray  # where each cell begins, and the end      (cells + 1,)
-    gene: np.ndarray  # vocabulary row, int64                      (entries,)
-    value: np.ndarray  # float32                                   (entries,)
-
-    @property
-    def cell(self) -> np.ndarray:
-        """Cell of each entry."""
-        return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
 
 
 class TokenArrays(NamedTuple):
@@ -47,25 +35,6 @@ class Tokens(NamedTuple):
     gene: Tensor  # (cells, width)
     value: Tensor  # (cells, width)
     length: Tensor  # (cells,), on the CPU
-
-
-def entries_of(counts: Tensor, gene_index: Tensor | None) -> Counts:
-    """Counts above 0 of a matrix ``(cells, genes)``, dense or CSR, by vocabulary row."""
-    if counts.layout is torch.strided:
-        counts = counts.cpu()
-        row, column = counts.nonzero(as_tuple=True)
-        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), (counts != 0).sum(1).cumsum(0)])
-        gene, value = column.numpy(), counts[row, column].numpy()
-    else:
-        indptr = counts.crow_indices().cpu().long()
-        gene, value = counts.col_indices().cpu().long().numpy(), counts.values().cpu().numpy()
-        if not value.all():  # zeros that were stored
-            stored = value != 0
-            indptr = torch.from_numpy(np.concatenate([[0], np.cumsum(stored)]))[indptr]
-            gene, value = gene[stored], value[stored]
-    if gene_index is not None:
-        gene = gene_index.cpu().long().numpy()[gene]
-    return Counts(indptr.numpy(), gene, value)
 
 
 def bin_bounds(counts: Counts, n_bins: int = N_BINS) -> tuple[np.ndarray, np.ndarray]:
@@ -144,28 +113,15 @@ def bins_of(counts: Counts, *, n_bins: int = N_BINS, ties: Ties = "fixed", seed:
     return choose_bins(left, right, {"middle": 0.5, "upper": 0.0}[ties])
 
 
-def scramble(number: np.ndarray) -> np.ndarray:
-    """Well mixed bits of whole numbers, uint64: splitmix64 [Steele, Lea & Flood, OOPSLA 2014]."""
-    with np.errstate(over="ignore"):
-        z = (number.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
 def draw_of(gene: np.ndarray, salt: np.ndarray | int = 0) -> np.ndarray:
     """A number in [0, 1) for each gene, by its row in the vocabulary and a salt; float64."""
     mixed = scramble(scramble(gene) ^ np.asarray(salt, dtype=np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return unit_interval(mixed)
 
 
 def of_cells(counts: Counts, seed: int) -> np.ndarray:
     """A number for each entry that depends on a seed and on all counts of its cell, uint64."""
-    bits = counts.value.astype(np.float32).view(np.uint32).astype(np.uint64)
-    mixed = scramble(scramble(counts.gene) ^ bits)
-    total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])  # wraps around
-    of_cell = total[counts.indptr[1:]] - total[counts.indptr[:-1]]
-    return scramble(of_cell ^ scramble(np.asarray(seed)))[counts.cell]
+    return keys_of_cells(counts, seed)[counts.cell]
 
 
 def keep_genes(counts: Counts, max_genes: int) -> np.ndarray:

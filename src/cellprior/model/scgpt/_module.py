@@ -19,9 +19,10 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from cellprior._arguments import flag, one_of, positive, share, whole
+from cellprior.model.data._entries import entries_of
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
-from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, Tokens, entries_of, tokenize
+from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, Tokens, tokenize
 from cellprior.model.scgpt._loss import cell_losses
 
 # tokens that go through together: what keeps the processor busy, and little more
