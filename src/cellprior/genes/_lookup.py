@@ -80,6 +80,21 @@ class Lookup:
                 found.rows[lost[i]], found.routes[lost[i]] = row, "punctuation"
         return found
 
+    def find_in_capitals(self, found: Found) -> Found:
+        """Add what is found if capitals do not count."""
+        for i in np.flatnonzero(found.rows < 0):
+            if (row := self.by_capitals.get(found.names.distinct[i].upper(), -1)) >= 0:
+                found.rows[i], found.routes[i] = row, "capitals"
+        return found
+
+    @cached_property
+    def by_capitals(self) -> dict[str, int]:
+        """Row of each symbol, current or retired, in capitals."""
+        symbols, previous, identities = self._spelled
+        current = _first_rows(((row, name.upper()) for row, name in enumerate(symbols)), identities)
+        retired = _first_rows(((row, name.upper()) for row, name in previous), identities)
+        return {**retired, **current}
+
     @cached_property
     def by_spelling(self) -> dict[str, int]:
         """Row of each symbol with signs in it, current or retired, whatever the signs."""

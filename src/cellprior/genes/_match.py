@@ -11,9 +11,15 @@ import pandas as pd
 
 from cellprior.genes._advice import MIN_GENES, no_genes, other_species, too_few
 from cellprior.genes._intervals import are_peaks, which_are_peaks
-from cellprior.genes._kinds import GENE, PEAK, kinds_by_type
+from cellprior.genes._kinds import GENE, PEAK, kinds_by_type, kinds_of
 from cellprior.genes._lookup import Found, Lookup, best
 from cellprior.genes._report import INDEX, GeneMatch
+from cellprior.genes._species import (
+    SPECIES,
+    UnknownSpeciesError,
+    refusal,
+    species_of_columns,
+)
 from cellprior.genes._spelling import in_capitals
 from cellprior.genes._table import (
     TABLES,
@@ -38,6 +44,7 @@ def match(
     gene_key: str | None = None,
     gene_counts: np.ndarray | None = None,
     min_coverage: float = 0.25,
+    species: str | None = None,
 ) -> GeneMatch:
     """Match the genes of a data set to those of a vocabulary.
 
@@ -57,19 +64,26 @@ def match(
     A symbol whose signs were changed, as R's `make.names` does (`HLA.DRA`, `MT_ND1`, `X7SK`), is found if it means
     one gene.
 
+    Where a vocabulary has genes of several species, each column is matched within its own: the one that is given,
+    that a column of `var` says (`genome`, `species` or `organism`), or that its genome prefix, its Ensembl id or the
+    spelling of most symbols tells. Capitals then do not count. No gene is taken for that of another species, and
+    orthologues are not guessed.
+
     Parameters
     ----------
     var
         Annotation of the data's features (`AnnData.var`).
     vocabulary
-        Names, or a frame with `ensembl_id`, `symbol` or both, and optionally `previous_symbols` ("A|B").
+        Names, or a frame with `ensembl_id`, `symbol` or both, and optionally `previous_symbols` ("A|B") and `species`.
         A gene that is listed twice is matched to its first row.
     gene_key
         Column of `var` to read the names from, or "index"; found by itself if None.
     gene_counts
         Counts per gene over all cells, shape `(n_vars,)`, to report what is lost.
     min_coverage
-        Least share of the smaller list that has to match.
+        Least share of the smaller list that has to match, of each species.
+    species
+        Species of the data, or the column of `var` with that of each gene; found by itself if None.
 
     Raises
     ------
@@ -85,6 +99,74 @@ def match(
         Coverage below 0.5, or names that are those of mouse genes in capitals.
     """
     genes = read_vocabulary(vocabulary)
+    if SPECIES in genes:
+        return _match_by_species(var, genes, species, gene_key, gene_counts, min_coverage)
+    if species is not None:
+        identities = _identities(genes)
+        own = species_of_most(identities, n_rows=len(genes))
+        if own is not None and own != species.lower():
+            raise GeneMatchError(f"species={species!r} is asked for. {refusal([own])}")
+    return _match(var, genes, gene_key=gene_key, gene_counts=gene_counts, min_coverage=min_coverage)
+
+
+def _match_by_species(
+    var: pd.DataFrame,
+    genes: pd.DataFrame,
+    given: str | None,
+    gene_key: str | None,
+    gene_counts: np.ndarray | None,
+    min_coverage: float,
+) -> GeneMatch:
+    """Match each column within its species; see :func:`match`."""
+    sources = [Names.read(label, values) for label, values in _sources(var, gene_key)]
+    try:
+        found = species_of_columns(var, sources, genes, given)
+    except UnknownSpeciesError as error:
+        raise GeneMatchError(str(error)) from error
+    here = [name for name in dict.fromkeys(genes[SPECIES]) if (found.species == name).any()]
+    index, route = np.full(len(var), -1, dtype=np.int64), np.full(len(var), "", dtype=object)
+    read, kind = var.index.to_numpy(dtype=object).astype(str).astype(object), kinds_of(found.var)
+    notes, places, sizes = list(found.notes), [], {}
+    for name in here:
+        columns = np.flatnonzero(found.species == name)
+        rows = np.flatnonzero(genes[SPECIES] == name)
+        part = _match(
+            found.var.iloc[columns],
+            genes.iloc[rows].drop(columns=SPECIES).reset_index(drop=True),
+            gene_key=gene_key,
+            gene_counts=None if gene_counts is None else np.asarray(gene_counts).ravel()[columns],
+            min_coverage=min_coverage,
+            within=name,
+        )
+        index[columns] = np.where(part.index >= 0, rows[part.index], -1)
+        route[columns], read[columns], kind[columns] = part.route, part.names, part.kind
+        notes += [note for note in part.notes if note not in notes]
+        places.append(part.source)
+        sizes[name] = len(rows)
+    return GeneMatch(
+        index=index,
+        source=places[0],
+        names=read,
+        vocabulary=np.where(genes["symbol"] != "", genes["symbol"], genes["ensembl_id"]).astype(object),
+        route=route,
+        var_names=var.index,
+        gene_counts=None if gene_counts is None else np.asarray(gene_counts, dtype=np.float64).ravel(),
+        notes=tuple(notes),
+        kind=kind,
+        species=sizes,
+    )
+
+
+def _match(
+    var: pd.DataFrame,
+    genes: pd.DataFrame,
+    *,
+    gene_key: str | None,
+    gene_counts: np.ndarray | None,
+    min_coverage: float,
+    within: str | None = None,
+) -> GeneMatch:
+    """Match to genes of one species; ``within`` is its name, where it has been found what the columns are of."""
     counts = None if gene_counts is None else np.asarray(gene_counts, dtype=np.float64).ravel()
     if counts is not None and len(counts) != len(var):
         msg = f"gene_counts has {len(counts)} values, var has {len(var)} genes. Pass one total per gene."
@@ -94,9 +176,12 @@ def match(
     columns = np.flatnonzero(kind == GENE)
     part = var if len(columns) == len(var) else var.iloc[columns]
     sources = [Names.read(label, values) for label, values in _sources(part, gene_key)]
-    identities = pd.unique(np.where(genes["ensembl_id"] != "", genes["ensembl_id"], genes["symbol"]))
-    species = species_of_most(identities, n_rows=len(genes))
-    foreign = [names for names in sources if _is_foreign(names.species, species)]
+    species = within or species_of_most(_identities(genes), n_rows=len(genes))
+    foreign = [
+        names
+        for names in sources
+        if _is_foreign(names.species, species) and not _capitals_may_do(names, within)
+    ]
     own = [names for names in sources if names not in foreign]
     if not own:
         raise GeneMatchError(other_species(foreign[0], species, genes))
@@ -107,8 +192,11 @@ def match(
     if species in TABLES and _table_may_help(results, genes, species):
         table, notes = load(species)
         if table is not None:
-            lookup = Lookup(table.complete(genes), given=genes)
+            spelled = genes if within is None else table.spelled(genes)
+            lookup = Lookup(table.complete(spelled), given=genes)
             results = [lookup.find(names) for names in own]
+    if within is not None:
+        results = [lookup.find_in_capitals(found) for found in results]
     results = [lookup.find_with_other_signs(found) for found in results]
     found = best(results)
     if gene_key not in (None, INDEX):
@@ -148,6 +236,17 @@ def match(
     elif capitals:
         warnings.warn(capitals, UserWarning, stacklevel=2)
     return result
+
+
+def _identities(genes: pd.DataFrame) -> np.ndarray:
+    names = genes["ensembl_id"].where(genes["ensembl_id"] != "", genes["symbol"])
+    return np.asarray(names.unique(), dtype=object)
+
+
+def _capitals_may_do(names: Names, within: str | None) -> bool:
+    """Whether symbols are in capitals, which another spelling of the species' own may be, or which it has."""
+    n_ids = sum(map(bool, names.ids))
+    return within not in (None, "human") and names.species == "human" and 3 * n_ids < len(names.ids)
 
 
 def _kinds(var: pd.DataFrame, gene_key: str | None) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar
 
@@ -83,7 +84,8 @@ class GeneMatch(Report):
     route
         How each column was matched, shape `(n_vars,)`: "ensembl_id" or "symbol" (same on both sides),
         "retired_symbol", "retired_id", "symbol_to_id", "id_to_symbol", "punctuation" (a symbol
-        with other signs in it, such as `HLA.DRA`), or "" if it was not.
+        with other signs in it, such as `HLA.DRA`), "capitals" (a symbol of this very species, in other capitals), or
+        "" if it was not.
     var_names
         Index of `var`.
     gene_counts
@@ -93,6 +95,8 @@ class GeneMatch(Report):
     kind
         What each column is, shape `(n_vars,)`: "gene", or "antibody", "guide", "peak", "tag", "spike-in", "control",
         "custom" or "other", of which none has a vocabulary row. None stands for genes only.
+    species
+        Species that the data have genes of, and how many genes the vocabulary has of each; empty if it is of one.
     """
 
     _label_width: ClassVar[int] = 17
@@ -105,6 +109,12 @@ class GeneMatch(Report):
     gene_counts: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     kind: np.ndarray | None = None
+    species: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Genes of the vocabulary, of the species that the data have."""
+        return sum(self.species.values()) if self.species else len(self.vocabulary)
 
     @property
     def is_gene(self) -> np.ndarray:
@@ -119,12 +129,12 @@ class GeneMatch(Report):
     @property
     def n_smaller(self) -> int:
         """Length of the smaller list: distinct genes of the data, or of the vocabulary."""
-        return min(_n_genes(self.names[self.is_gene]), len(self.vocabulary))
+        return min(_n_genes(self.names[self.is_gene]), self.n_vocabulary)
 
     @property
     def vocabulary_share(self) -> float:
         """Share of the vocabulary that the data have."""
-        return self.n_matched / len(self.vocabulary)
+        return self.n_matched / self.n_vocabulary
 
     @property
     def counts_share(self) -> float | None:
@@ -162,12 +172,14 @@ class GeneMatch(Report):
     def _rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the report."""
         smaller = f"{self.n_matched:,} genes of {self.n_smaller:,}, the smaller of the two lists"
-        found = f"{self.vocabulary_share:.3f} ({self.n_matched:,} of {len(self.vocabulary):,})"
+        found = f"{self.vocabulary_share:.3f} ({self.n_matched:,} of {self.n_vocabulary:,})"
         rows = [
             ("names", f"{len(self.names):,} data columns, read from {place(self.source)}"),
             ("coverage", f"{self.coverage:.3f} ({smaller})"),
             ("vocabulary found", found),
         ]
+        if self.species:
+            rows.insert(1, ("species", ", ".join(self.species)))
         if self.counts_share is not None:
             rows.append(("counts kept", f"{self.counts_share:.3f}"))
         rows.append(("matched by", ", ".join(f"{name} {n:,}" for name, n in self.routes.items()) or "-"))

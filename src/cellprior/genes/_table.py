@@ -113,7 +113,8 @@ def _text(values: pd.Series) -> np.ndarray:
 def read_vocabulary(vocabulary: Sequence[str] | pd.DataFrame) -> pd.DataFrame:
     """Vocabulary as string columns `ensembl_id`, `symbol`, `previous_symbols`; a missing value is empty.
 
-    Ids lose their version; one that stands among the symbols is moved to where ids belong.
+    Ids lose their version; one that stands among the symbols is moved to where ids belong. A column `species` is kept
+    where it says something.
 
     Raises
     ------
@@ -140,6 +141,8 @@ def read_vocabulary(vocabulary: Sequence[str] | pd.DataFrame) -> pd.DataFrame:
     )
     genes["symbol"] = genes["symbol"].where(in_symbol == "", "")
     genes["ensembl_id"] = genes["ensembl_id"].map(ensembl_id).where(genes["ensembl_id"] != "", in_symbol)
+    if "species" in given and (of_gene := _text(given["species"])).any():
+        genes["species"] = of_gene
     return genes
 
 
@@ -172,13 +175,25 @@ class GeneTable:
         current one is among them.
         """
         filled = []
-        for identifier, symbol, previous in genes.itertuples(index=False):
+        columns = ["ensembl_id", "symbol", "previous_symbols"]
+        for identifier, symbol, previous in genes[columns].itertuples(index=False):
             identifier = identifier or self.id_of.get(symbol, "")
             known = self.symbols_of.get(identifier, [])
             symbol = symbol or (known[0] if known else "")
             others = "|".join(name for name in known if name != symbol)
             filled.append((identifier, symbol, previous or others))
-        return pd.DataFrame(filled, columns=genes.columns, index=genes.index)
+        return pd.DataFrame(filled, columns=columns, index=genes.index)
+
+    def spelled(self, genes: pd.DataFrame) -> pd.DataFrame:
+        """A vocabulary whose symbols are written as here, where they differ in capitals only, from one gene's."""
+        by_capitals: dict[str, str] = {}
+        for symbol in self.id_of:
+            by_capitals[symbol.upper()] = "" if symbol.upper() in by_capitals else symbol
+        symbols = [
+            symbol if symbol in self.id_of else by_capitals.get(symbol.upper()) or symbol
+            for symbol in genes["symbol"]
+        ]
+        return genes.assign(symbol=symbols)
 
 
 def load(species: str) -> tuple[GeneTable | None, tuple[str, ...]]:

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from cellprior.model.nicheformer import Nicheformer
     from cellprior.model.scbert import ScBERT
     from cellprior.model.scgpt import ScGPT
+    from cellprior.model.uce import UCE
 
     MODELS: tuple[type[LoadableModel], ...]
 
 __all__ = [
+    "UCE",
     "CellPLM",
     "DivergedError",
     "Geneformer",
@@ -48,6 +50,7 @@ _MODELS = {
     "Geneformer": "geneformer",
     "ScGPT": "scgpt",
     "Nicheformer": "nicheformer",
+    "UCE": "uce",
 }
 _PLACES = {
     **_MODELS,

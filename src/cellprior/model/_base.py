@@ -655,6 +655,7 @@ class PretrainedModel(LoadableModel):
             gene_key=manager.registry["setup_args"]["gene_key"],
             gene_counts=totals(counts),
             min_coverage=self.min_coverage,
+            species=manager.registry["setup_args"].get("species"),  # of models that know several
         )
 
     def _match_of(self, manager: CountsManager) -> gene_matching.GeneMatch:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-FORMAT_VERSION = 2  # the first had no file of peaks, and bundles without peaks are still of it
+# The first had no file of peaks, the second no species of genes; a bundle is of the first that has what it needs.
+FORMAT_VERSION = 3
 GENE_COLUMNS = ("ensembl_id", "symbol", "previous_symbols")
+SPECIES = "species"  # one more column, where genes are of several species
 # The config comes last: a folder without one is not a bundle, so a half-written bundle cannot be read.
 FILES = ("model.safetensors", "genes.tsv", "README.md", "config.json")
 PEAKS = "peaks.tsv"  # of models that read ATAC; the config then has their number, `n_peaks`
@@ -45,7 +47,8 @@ class Bundle:
     """At least `model` (class name), `network` (its arguments), `format_version`, `cellprior_version`."""
 
     genes: pd.DataFrame
-    """Vocabulary in order; `ensembl_id`, `symbol` and `previous_symbols` ("A|B"), with "" for unknown."""
+    """Vocabulary in order; `ensembl_id`, `symbol` and `previous_symbols` ("A|B"), with "" for unknown; maybe
+    `species`."""
 
     card: str
     """Markdown."""
@@ -85,7 +88,7 @@ def write_bundle(
         What builds the model: `model`, the class name, and `network`, its arguments; and anything else that
         JSON can hold. `n_genes`, here or in `network`, must be the number of rows of `genes`.
     genes
-        Vocabulary in order; `ensembl_id` or `symbol` is needed, `previous_symbols` is optional.
+        Vocabulary in order; `ensembl_id` or `symbol` is needed, `previous_symbols` and `species` are optional.
     card
         Markdown for `README.md`: licence, training data, evaluation.
     peaks
@@ -123,7 +126,8 @@ def write_bundle(
         msg = f"The bundle cannot be written: {problem}."
         raise ValueError(msg)
     tensors = {name: _for_disk(name, tensor, dtype) for name, tensor in state_dict.items()}
-    stamp = {"format_version": 1 if peaks is None else 2, "cellprior_version": version("cellprior")}
+    form = 3 if SPECIES in table else 1 if peaks is None else 2
+    stamp = {"format_version": form, "cellprior_version": version("cellprior")}
     if n_peaks is not None:
         stamp["n_peaks"] = n_peaks
     text = json.dumps({**config, **stamp}, indent=2, allow_nan=False) + "\n"
@@ -302,16 +306,18 @@ def gene_problem(genes: pd.DataFrame) -> str | None:
     if (name == "").any():
         row = int((name == "").to_numpy().argmax())
         return f"Gene {row} has neither `ensembl_id` nor `symbol`"
-    if name.duplicated().any():
-        row = int(name.duplicated().to_numpy().argmax())
-        first = int((name == name.iloc[row]).to_numpy().argmax())
+    own = name if SPECIES not in genes else genes[SPECIES] + " " + name
+    if own.duplicated().any():
+        row = int(own.duplicated().to_numpy().argmax())
+        first = int((own == own.iloc[row]).to_numpy().argmax())
         return f"Gene {row} is {name.iloc[row]!r}, and so is gene {first}: each needs a name of its own"
     return None
 
 
 def _normalise_genes(genes: pd.DataFrame) -> pd.DataFrame:
-    """The three columns as text, with "" for what is unknown."""
-    table = genes.reindex(columns=list(GENE_COLUMNS)).astype(object)
+    """The columns as text, with "" for what is unknown."""
+    columns = [*GENE_COLUMNS, *([SPECIES] if SPECIES in genes else [])]
+    table = genes.reindex(columns=columns).astype(object)
     table = table.where(table.notna(), "").astype(str)
     if problem := gene_problem(table):
         msg = f"{problem}; the columns found are {list(genes.columns)}. The bundle cannot be written."

@@ -14,6 +14,7 @@ from cellprior.weights._bundle import (
     GENE_COLUMNS,
     PEAK_COLUMNS,
     PEAKS,
+    SPECIES,
     Bundle,
     config_problem,
     gene_problem,
@@ -67,7 +68,8 @@ def read_bundle(folder: str | os.PathLike[str], *, check: Callable[[Bundle], Non
         msg = f"{folder} is not a bundle: it lacks {', '.join(missing)}. A bundle holds {', '.join(FILES)}."
         raise WeightsError(msg)
     config = read_config(folder)
-    genes = _read_table(folder / "genes.tsv", GENE_COLUMNS)
+    columns = GENE_COLUMNS if config["format_version"] < 3 else (*GENE_COLUMNS, SPECIES)
+    genes = _read_table(folder / "genes.tsv", columns)
     peaks = _read_peaks(folder / PEAKS) if "n_peaks" in config else None
     if problem := config_problem(config, len(genes), None if peaks is None else len(peaks)):
         msg = f"The bundle {folder} contradicts itself: {problem}."

@@ -22,6 +22,8 @@ def distinct(genes: pd.DataFrame) -> pd.DataFrame:
         As :func:`cellprior.genes._table.read_vocabulary` gives them.
     """
     name = genes["ensembl_id"].where(genes["ensembl_id"] != "", genes["symbol"])
+    if "species" in genes:
+        name = name.where(name == "", genes["species"] + " " + name)
     return genes[(name != "") & ~name.duplicated()].reset_index(drop=True)
 
 
@@ -47,7 +49,10 @@ def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np
     if isinstance(names, str):
         msg = f"genes={names!r} is one text; a list of names is needed: genes=[{names!r}]."
         raise TypeError(msg)
-    row = {name: i for column in ("ensembl_id", "symbol") for i, name in enumerate(genes[column]) if name}
+    row: dict[str, int] = {}
+    for column in ("ensembl_id", "symbol"):
+        once = ~genes[column].duplicated(keep=False)  # what two species have is known by the data alone
+        row |= {name: i for i, name in enumerate(genes[column]) if name and once.iloc[i]}
     row.update({name: i for name, i in zip(match.var_names, match.index, strict=True) if i >= 0})
     if unknown := [name for name in names if name not in row]:
         msg = (

@@ -7,7 +7,7 @@ without biology, see :class:`~cellprior.model.uce._floors.PresenceFloors`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,9 @@ from cellprior._arguments import share, whole
 from cellprior.model.uce._floors import PresenceFloors
 from cellprior.model.uce._inputs import presence_task
 
-if TYPE_CHECKING:
-    from cellprior.model.uce._module import UCEModule
-
 
 def presence_losses(
-    module: UCEModule,
+    module: Any,
     batch: Mapping[str, Tensor],
     *,
     floor: PresenceFloors,
@@ -58,37 +55,15 @@ def presence_losses(
     ValueError
         If ``hide_rate`` is no share, or ``n_queries`` below 2.
     """
-    share(hide_rate=hide_rate)
-    whole(least=2, n_queries=n_queries)
     code = int(batch[REGISTRY_KEYS.BATCH_KEY][0]) if REGISTRY_KEYS.BATCH_KEY in batch else 0
     known = measured[code if len(measured) > 1 else 0]
-    cells, _ = module.cells(batch[REGISTRY_KEYS.X_KEY])
-    task = presence_task(
-        cells,
-        module.genome,
-        known.cpu().numpy(),
-        np.random.default_rng(rng_seed),
-        hide=hide_rate,
-        n_queries=n_queries,
-        length=module.sentence_length,
+    rng = np.random.default_rng(rng_seed)
+    task = asked(
+        module, batch[REGISTRY_KEYS.X_KEY], floor, known, rng, hide_rate=hide_rate, n_queries=n_queries
     )
-    device = module.token_table.weight.device
-    query, target = (
-        torch.from_numpy(part).to(device) for part in (task.query, task.target.astype(np.float32))
-    )
-    latent = module.decode(module.trained(module.on_device(task.sentences)))
-    logits = module.predict_pairs(latent, query)
+    logits = module.predict_pairs(module.decode(module.trained(task.tokens)), task.query)
+    target = task.target
     loss = F.binary_cross_entropy_with_logits(logits, target)
-    with torch.no_grad():
-        of_species = module.gene_species[None] == module.gene_species[query[:, -1:]]
-        n_positive = target.sum(1)
-        floors = floor.logits(
-            query,
-            known.to(device) & of_species,
-            torch.from_numpy(np.diff(cells.indptr)).to(device),
-            n_positive=n_positive,
-            n_negative=query.shape[1] - n_positive,
-        )
     right = ((logits.detach() > 0) == (target > 0)).float().mean()
     return {
         "loss": loss,
@@ -96,10 +71,62 @@ def presence_losses(
         "presence_accuracy": right,
         **{
             f"presence_floor_{name}": F.binary_cross_entropy_with_logits(found, target)
-            for name, found in floors.items()
+            for name, found in task.floors.items()
         },
         **{
             f"presence_accuracy_floor_{name}": ((found > 0) == (target > 0)).float().mean()
-            for name, found in floors.items()
+            for name, found in task.floors.items()
         },
     }
+
+
+class Asked(NamedTuple):
+    """What the network is shown and asked, and what is known without biology."""
+
+    tokens: Any
+    query: Tensor  # vocabulary rows             (cells, queries)
+    target: Tensor  # 1 where expressed, float32  (cells, queries)
+    floors: dict[str, Tensor]  # logits by predictor (cells, queries)
+
+
+@torch.no_grad()
+def asked(
+    module: Any,
+    counts: Tensor,
+    floor: PresenceFloors,
+    measured: Tensor,
+    rng: np.random.Generator,
+    *,
+    hide_rate: float,
+    n_queries: int,
+) -> Asked:
+    """Sentences of a part of the genes of cells, and genes to ask for; see :func:`presence_losses`.
+
+    Parameters
+    ----------
+    counts
+        Raw counts over the vocabulary ``(cells, n_genes)``.
+    measured
+        Which genes were measured ``(n_genes,)``.
+    rng
+        Draws.
+    """
+    share(hide_rate=hide_rate)
+    whole(least=2, n_queries=n_queries)
+    cells, _ = module.cells(counts)
+    genome, length = module.genome, module.sentence_length
+    known = measured.cpu().numpy()
+    task = presence_task(cells, genome, known, rng, hide=hide_rate, n_queries=n_queries, length=length)
+    device = module.token_table.weight.device
+    query = torch.from_numpy(task.query).to(device)
+    target = torch.from_numpy(task.target.astype(np.float32)).to(device)
+    of_species = module.gene_species[None] == module.gene_species[query[:, -1:]]
+    n_positive = target.sum(1)
+    floors = floor.logits(
+        query,
+        measured.to(device) & of_species,
+        torch.from_numpy(np.diff(cells.indptr)).to(device),
+        n_positive=n_positive,
+        n_negative=n_queries - n_positive,
+    )
+    return Asked(module.on_device(task.sentences), query, target, floors)
