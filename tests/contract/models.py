@@ -17,11 +17,13 @@ from anndata import AnnData
 
 from cellprior import pp
 from cellprior.model import CellPLM, Geneformer, Nicheformer, ScBERT, ScGPT
+from cellprior.model import UCE, CellPLM, Geneformer, ScBERT, ScGPT
 from cellprior.model._base import PretrainedModel
 from cellprior.model.geneformer._module import GeneformerModule
 from cellprior.model.nicheformer._module import NicheformerModule
 from cellprior.model.scbert._module import ScBERTModule
 from cellprior.model.scgpt._module import ScGPTModule
+from cellprior.model.uce._module import UCEModule
 from cellprior.weights import fetch, read_bundle, write_bundle
 
 
@@ -118,14 +120,26 @@ def tiny_nicheformer() -> str:
     """A Nicheformer of the same genes, without means; random weights, ten times those of a start."""
     network = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_feedforward": 32, "n_positions": 128}
     return _tiny("Nicheformer", NicheformerModule, network, scale=10.0)
+def tiny_uce() -> str:
+    """A UCE of the same genes, which it knows to be human; random weights."""
+    network = {
+        "n_hidden": 16, "n_layers": 2, "n_heads": 2, "n_feedforward": 16, "n_latent": 12, "decoder_width": 16,
+        "binary_widths": [8], "sentence_length": 64,
+    }  # fmt: skip
+    return _tiny("UCE", UCEModule, network, scale=2.0, species="human")
 
 
 def _tiny(
-    name: str, module_cls: Callable[..., torch.nn.Module], network: dict[str, Any], *, scale: float = 1.0
+    name: str,
+    module_cls: Callable[..., torch.nn.Module],
+    network: dict[str, Any],
+    *,
+    scale: float = 1.0,
+    **columns: str,
 ) -> str:
     genes = read_bundle(fetch("scbert-starter")).genes
     known = genes["symbol"].isin(_blood_cells().var_names) | (genes["previous_symbols"] != "")
-    genes = genes[known].reset_index(drop=True)
+    genes = genes[known].reset_index(drop=True).assign(**columns)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = module_cls(len(genes), **network)
@@ -165,6 +179,7 @@ PRETRAINED = [
     Entry(Geneformer, tiny_geneformer, blood_cells),
     Entry(ScGPT, tiny_scgpt, blood_cells),
     Entry(Nicheformer, tiny_nicheformer, blood_cells),
+    Entry(UCE, tiny_uce, blood_cells),
 ]
 # Only for what training can change. What it leaves behind is the same code in all models: further ones are put to it in
 # their own folders of tests.
