@@ -27,6 +27,16 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "CellPLM": {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_batches": 2},
     "ScBERT": {"n_hidden": 8, "n_layers": 2, "n_heads": 2, "head_dim": 4},
     "MultiomeCLIP": {"n_hidden": 8, "n_latent": 4, "n_components": (6, 6)},
+    "UCE": {
+        "n_hidden": 8,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_feedforward": 8,
+        "n_latent": 6,
+        "decoder_width": 8,
+        "binary_widths": [4],
+        "sentence_length": 32,
+    },  # fmt: skip
 }
 
 
@@ -42,7 +52,8 @@ def train(name: str) -> Any:
         return model
     adata = rna()
     model_class.setup_anndata(adata, batch_key="sample", labels_key="kind")
-    model = model_class(adata, **NETWORKS[name])
+    genes = adata.var_names.to_frame(name="symbol").assign(species="human") if name == "UCE" else None
+    model = model_class(adata, genes=genes, **NETWORKS[name])
     model.train(max_epochs=2, batch_size=32, **QUIET)
     model.fine_tune(max_epochs=2, trainable="all", calibration_size=0.5, **QUIET)
     return model

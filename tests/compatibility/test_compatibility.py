@@ -44,7 +44,7 @@ def test_there_is_a_bundle_of_every_format_and_a_saved_model_of_every_kind():
     formats = {int(folder.parent.name.rpartition("-")[2]) for folder in BUNDLES}
     assert formats == set(range(1, FORMAT_VERSION + 1))
     for folders in (BUNDLES, SAVES):
-        assert {folder.name for folder in folders} == {"CellPLM", "ScBERT", "MultiomeCLIP"}
+        assert {folder.name for folder in folders} == {"CellPLM", "ScBERT", "MultiomeCLIP", "UCE"}
     for folder in BUNDLES:
         config = json.loads((folder / "config.json").read_text())
         assert folder.parent.name == f"bundle-format-{config['format_version']}"

@@ -176,7 +176,7 @@ def test_a_truncated_tensor_file_is_named(tmp_path: Path, left: int):
         ("{", "is not JSON"),
         ("[]", "no `format_version`"),
         ('{"model": "CellPLM", "network": {}}', "no `format_version`"),
-        ('{"format_version": 3, "cellprior_version": "9.0"}', r"format 3, of cellprior 9\.0.*Upgrade"),
+        ('{"format_version": 4, "cellprior_version": "9.0"}', r"format 4, of cellprior 9\.0.*Upgrade"),
         ('{"format_version": 1, "model": "CellPLM"}', "`network`"),
         (
             '{"format_version": 1, "model": "CellPLM", "network": {"n_genes": 5}}',

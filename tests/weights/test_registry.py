@@ -76,6 +76,8 @@ def test_the_registry_has_the_promised_entries_each_with_a_licence_and_a_citatio
         "scgpt-human",
         "scgpt-cp",
         "nicheformer",
+        "uce-4layer",
+        "uce-33layer",
         "gencode-human-48",
         "gencode-human-38",
         "gencode-mouse-M37",

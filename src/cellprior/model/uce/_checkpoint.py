@@ -8,12 +8,12 @@ in ``protein_embeddings``, of which nothing else is read.
 
 from __future__ import annotations
 
-import io
 import re
+import shutil
 import tarfile
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ def read_official(
     first_chromosome = len(table) - len(positions.chromosomes)
     in_order = sorted(offsets, key=offsets.__getitem__)
     ends = dict(zip(in_order, [*(offsets[name] for name in in_order[1:]), first_chromosome], strict=True))
-    names = {name: names_of(folder, name) for name in sorted(chosen, key=offsets.__getitem__)}
+    names, files = names_of(folder, sorted(chosen, key=offsets.__getitem__))
     for name, found in names.items():
         if len(found) != ends[name] - offsets[name]:
             msg = (
@@ -150,8 +150,8 @@ def read_official(
     if lost:
         card += f" {len(lost):,} genes without a position are left out: {shortened(lost)}."
     columns = ["ensembl_id", "symbol", "previous_symbols", "species"]
-    files = (checkpoint, folder / OFFSETS, folder / POSITIONS)
-    return Bundle(tensors, {"model": "UCE", "network": arguments}, genes[columns], card, files=files)
+    read = (checkpoint, folder / OFFSETS, folder / POSITIONS, *files)
+    return Bundle(tensors, {"model": "UCE", "network": arguments}, genes[columns], card, files=read)
 
 
 def read_offsets(path: Path) -> dict[str, int]:
@@ -211,62 +211,80 @@ def positions_of(table: pd.DataFrame, source: str) -> Positions:
     return Positions(chromosomes, of_gene)
 
 
-def names_of(folder: Path, species: str) -> list[str]:
-    """Names of a species' genes in the order of their rows; of two that differ in capitals only, the first.
+def names_of(folder: Path, species: Sequence[str]) -> tuple[dict[str, list[str]], list[Path]]:
+    """Names of the genes of each species in the order of their rows, and the files that they are from.
+
+    Of two names that differ in capitals only, the first.
 
     Raises
     ------
     WeightsError
         If they are nowhere.
     """
-    listed = folder / NAMES / f"{species}.txt"
-    if listed.is_file():
-        found = listed.read_text(encoding="utf-8").split()
-    else:
-        with _proteins(folder, species) as path:
-            content = InertCheckpoint(path).content()
-        if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-            msg = f"{path.name} holds no vectors by the names of genes."
-            raise WeightsError(msg)
-        found = list(content)
-    first: dict[str, str] = {}
-    for name in found:
-        first.setdefault(name.upper(), name)
-    return list(first.values())
+    found, files, packed = {}, [], []
+    for name in species:
+        listed = folder / NAMES / f"{name}.txt"
+        unpacked = sorted((folder / NAMES).glob(f"{LATIN.get(name, name)}.*.pt"))
+        if listed.is_file():
+            found[name] = listed.read_text(encoding="utf-8").split()
+            files.append(listed)
+        elif unpacked:
+            found[name] = _names_of_proteins(unpacked[0])
+            files.append(unpacked[0])
+        else:
+            packed.append(name)
+    if packed:
+        found |= _packed_names(folder, packed)
+        files.append(folder / ARCHIVE)
+    for name, all_of_them in found.items():
+        first: dict[str, str] = {}
+        for gene in all_of_them:
+            first.setdefault(gene.upper(), gene)
+        found[name] = list(first.values())
+    return {name: found[name] for name in species}, files
 
 
-@contextmanager
-def _proteins(folder: Path, species: str) -> Iterator[Path]:
-    """The file with a species' proteins, out of the archive for a while if need be."""
-    latin = LATIN.get(species, species)
-    if unpacked := sorted((folder / NAMES).glob(f"{latin}.*.pt")):
-        yield unpacked[0]
-        return
+def _names_of_proteins(path: Path) -> list[str]:
+    """Names of the vectors in a file; nothing in it is run, and no vector read."""
+    content = InertCheckpoint(path).content()
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        msg = f"{path.name} holds no vectors by the names of genes."
+        raise WeightsError(msg)
+    return list(content)
+
+
+def _packed_names(folder: Path, species: Sequence[str]) -> dict[str, list[str]]:
+    """Names out of the archive with the proteins of all species, in one pass over it."""
     archive = folder / ARCHIVE
     if not archive.is_file():
         msg = (
-            f"The names of the genes of {species} are missing: {ARCHIVE}, or a folder {NAMES} with {latin}.*.pt or "
-            f"{species}.txt, is needed beside the checkpoint. Get it from {PAGE}."
+            f"The names of the genes of {', '.join(species)} are missing: {ARCHIVE}, or a folder {NAMES} with "
+            f"{LATIN.get(species[0], species[0])}.*.pt or {species[0]}.txt, is needed beside the checkpoint. Get it "
+            f"from {PAGE}."
         )
         raise WeightsError(msg)
+    found = {}
     with tempfile.TemporaryDirectory() as place:
         try:
             with tarfile.open(archive, "r|gz") as packed:
                 for member in packed:
-                    name = member.name.rsplit("/", 1)[-1]
-                    if member.isfile() and re.fullmatch(rf"{latin}\..*\.pt", name):
+                    file = member.name.rsplit("/", 1)[-1]
+                    name = next((s for s in species if file.startswith(f"{LATIN.get(s, s)}.")), None)
+                    content = packed.extractfile(member) if name and file.endswith(".pt") else None
+                    if name and content is not None:
                         path = Path(place) / "proteins.pt"
-                        content: Any = packed.extractfile(member)
-                        with path.open("wb") as file:
-                            while piece := content.read(io.DEFAULT_BUFFER_SIZE * 128):
-                                file.write(piece)
-                        yield path
-                        return
-        except (tarfile.TarError, EOFError, OSError) as error:
+                        with path.open("wb") as copy:
+                            shutil.copyfileobj(content, copy, 2**20)
+                        found[name] = _names_of_proteins(path)
+                        if len(found) == len(species):
+                            break
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             msg = f"{archive} is truncated or damaged ({error!r}). Get it again from {PAGE}."
             raise WeightsError(msg) from error
-    msg = f"{archive} has no proteins of {species} ({latin}.*.pt)."
-    raise WeightsError(msg)
+    if missing := [name for name in species if name not in found]:
+        msg = f"{archive} has no proteins of {', '.join(missing)} ({LATIN.get(missing[0], missing[0])}.*.pt)."
+        raise WeightsError(msg)
+    return found
 
 
 def vocabulary(
