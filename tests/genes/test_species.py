@@ -65,6 +65,13 @@ def test_a_gene_in_capitals_that_only_mouse_has_is_of_mouse_where_the_vocabulary
     assert match(var(*HUMAN, *MOUSE, "H2-K1"), genes).index[-1] == len(genes) - 1
 
 
+def test_letters_in_lower_case_of_a_human_name_and_an_orf_of_a_mouse_name_mislead_nobody():
+    genes = vocabulary(human=[*HUMAN, "C1ORF112", "MORF4L1"], mouse=[*MOUSE, "MORF4L1", "H2AFZ"])
+    found = match(var(*HUMAN, *MOUSE, "C1orf112", "MORF4L1", "Morf4l1", "H2afz"), genes)
+    n, m = len(HUMAN), len(HUMAN) + 2 + len(MOUSE)
+    assert found.index[-4:].tolist() == [n, n + 1, m, m + 1]
+
+
 def test_a_human_gene_that_the_vocabulary_lacks_is_not_taken_for_that_of_mouse():
     genes = vocabulary(human=HUMAN[1:], mouse=[name.upper() for name in MOUSE])
     found = match(var(*HUMAN, *MOUSE), genes)

@@ -52,7 +52,7 @@ _MEANING = {
 }
 IN_CAPITALS = "The names are those of mouse genes in capitals: matched within mouse."
 _TITLE = re.compile(r"[A-Z]\S*[a-z]\S*|\S+Rik|mt-\S+")  # H2afz, too
-_CAPITALS = re.compile(r"[A-Z][A-Z0-9._-]+|[A-Z0-9]+orf\S+")
+_CAPITALS = re.compile(r"[A-Z][A-Z0-9._-]+|C[0-9XY]+orf\S+")
 _LOWER = re.compile(r"[a-z][a-z0-9._:-]+")
 
 
@@ -260,6 +260,7 @@ def _mixed(
         species
     ) in chosen.values():  # H2-K1 is a gene of mouse, if the vocabulary writes mouse's in Title case
         theirs = set(genes["symbol"][genes[SPECIES] == species])
+        theirs -= set().union(*(symbols[other] for other in chosen.values() if other != species))
         if SPELLING.get(species) == TITLE and 2 * sum(_spelling(name) == TITLE for name in theirs) > len(
             theirs
         ):
