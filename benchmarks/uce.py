@@ -106,7 +106,7 @@ def row(args: argparse.Namespace) -> dict[str, Any]:
     module = full_size(args.layers)
     with torch.inference_mode():
         tokens = module.tokens(counts_of(args))
-        function = lambda: module.decode(module.pool(tokens))  # noqa: E731
+        function = lambda: module.latent_of(module.pool(tokens))  # noqa: E731
         if args.way == WAYS[0]:
             function = originals_way(module, tokens)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.way == WAYS[2]):
@@ -134,7 +134,7 @@ def spreads(args: argparse.Namespace) -> None:
     with torch.inference_mode():
 
         def latent(**how: Any) -> Any:
-            draws = module.decode(module.pool(module.tokens(counts, **how)))
+            draws = module.latent_of(module.pool(module.tokens(counts, **how)))
             return average_of_draws(draws, how.get("n_draws", 1))
 
         many, _ = latent(n_draws=args.draws, seed=1)

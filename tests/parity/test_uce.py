@@ -101,13 +101,13 @@ def test_against_uce_hidden_states_and_decoded_ones(case, module, species):
 @torch.no_grad()
 def test_against_uce_embeddings_masked_alone_and_with_padding_seen_in_its_batches(case, module, species):
     tokens = case.tokens(module, f"{species}/tokens", case[f"{species}/lengths"])
-    masked = module.decode(module.pool(tokens))
+    masked = module.latent_of(module.pool(tokens))
     close(masked, case[f"{species}/embedding_masked"])
     close(masked, case[f"{species}/embedding_alone"])
     released = []
     for some in torch.arange(len(tokens.token)).split(6):
         part = module.of(tokens, some)
-        released.append(module.decode(module.pool(part, padding="released")))
+        released.append(module.latent_of(module.pool(part, padding="released")))
     close(torch.cat(released), case[f"{species}/embedding"])
     assert np.abs(case[f"{species}/embedding"] - masked.numpy()).max() > 0.01
 
@@ -125,7 +125,7 @@ def test_against_uce_logits_that_genes_are_expressed(case, module, species):
 @pytest.mark.parametrize(("padding", "name"), [("masked", "masked"), ("released", "released_mask")])
 def test_against_uce_a_training_step(case, module, padding, name):
     tokens = case.tokens(module, "train/tokens", case["train/mask"].sum(1))
-    latent = module.decode(module.pool(tokens, padding=padding))
+    latent = module.latent_of(module.pool(tokens, padding=padding))
     close(latent.detach(), case[f"train/{name}_embedding"])
     row = case.row_of_token(module.genome)[case["human/gene_token"]]
     logits = module.predict_pairs(latent, torch.from_numpy(row[case["train/query_gene"]]))
@@ -188,9 +188,9 @@ def test_against_uce_the_unmodified_network_of_four_layers(golden):
     ours[[2, 3, 0]] = len(genes) + 1 + np.arange(3)
     tokens = Tokens(torch.from_numpy(ours[expected["tokens"]]), torch.from_numpy(expected["lengths"]))
     with torch.inference_mode():
-        close(module.decode(module.pool(tokens)), expected["embedding_masked"])
-        close(module.decode(module.pool(tokens)), expected["embedding_alone"])
-        close(module.decode(module.pool(tokens, padding="released")), expected["embedding_released"])
+        close(module.latent_of(module.pool(tokens)), expected["embedding_masked"])
+        close(module.latent_of(module.pool(tokens)), expected["embedding_alone"])
+        close(module.latent_of(module.pool(tokens, padding="released")), expected["embedding_released"])
         hidden = module.encode(tokens, padding="released")[..., :64]
         close(hidden, expected["layer_outputs_first64"][-1], atol=1e-4)
         latent = torch.from_numpy(expected["embedding_released"])

@@ -86,7 +86,7 @@ def fine_tune(
 ) -> None:
     """See :meth:`cellprior.model._base.PretrainedModel.fine_tune`.
 
-    The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and ``latent``
+    The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and ``latent_of``
     unless its hidden state is the embedding.
     """
     refuse_unless_annotates(model)
@@ -230,7 +230,10 @@ def _calibrate(model: Any, code: np.ndarray, split: Split, transductive: bool) -
 
 def _latent_of(model: Any, hidden: Tensor) -> Tensor:
     """Embedding of hidden states, ``(cells, n_latent)``."""
-    return model.module.latent.mean(hidden) if hasattr(model.module, "latent") else hidden
+    module = model.module
+    if hasattr(module, "latent_of"):
+        return module.latent_of(hidden)
+    return module.latent.mean(hidden) if hasattr(module, "latent") else hidden
 
 
 def _located(model: Any, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:

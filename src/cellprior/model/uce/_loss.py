@@ -61,7 +61,7 @@ def presence_losses(
     task = asked(
         module, batch[REGISTRY_KEYS.X_KEY], floor, known, rng, hide_rate=hide_rate, n_queries=n_queries
     )
-    logits = module.predict_pairs(module.decode(module.trained(task.tokens)), task.query)
+    logits = module.predict_pairs(module.latent_of(module.trained(task.tokens)), task.query)
     target = task.target
     loss = F.binary_cross_entropy_with_logits(logits, target)
     right = ((logits.detach() > 0) == (target > 0)).float().mean()

@@ -44,7 +44,7 @@ def masked_scores(
         Which genes were measured ``(n_genes,)``.
     """
     task = asked(module, counts, floor, measured, rng, hide_rate=share, n_queries=N_QUERIES)
-    logits = module.predict_pairs(module.decode(module.pool(task.tokens)), task.query)
+    logits = module.predict_pairs(module.latent_of(module.pool(task.tokens)), task.query)
     found = {MODEL: logits, **task.floors}
 
     def by_cell(values: Tensor) -> Tensor:

@@ -462,9 +462,6 @@ class UCE(PretrainedModel):
     ) -> MaskedScores:
         return masked_scores(self.module, counts, fitted, share=share, rng=rng, measured=measured)
 
-    def _latent_of(self, hidden: Tensor) -> Tensor:
-        return self.module.decode(hidden)
-
     def _encode(
         self,
         chunks: Iterable[Tensor],
@@ -479,7 +476,7 @@ class UCE(PretrainedModel):
             cells, share = module.cells(counts, gene_index)
             mixed = mixed or bool((share < MIXED).any())
             tokens = module.tokens_of(cells, n_draws=n_draws, **draws)
-            latent, spread = average_of_draws(module.decode(module.pool(tokens)), n_draws)
+            latent, spread = average_of_draws(module.latent_of(module.pool(tokens)), n_draws)
             yield torch.cat([latent, spread[:, None]], dim=1) if with_spread else latent
         if mixed:
             warnings.warn(SEVERAL_SPECIES, UserWarning, stacklevel=2)

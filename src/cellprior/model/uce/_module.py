@@ -258,7 +258,7 @@ class UCEModule(BaseModuleClass):
             found[some] = self._encode(self.of(tokens, some), padding, CLS)[:, 0].float()
         return found
 
-    def decode(self, hidden: Tensor) -> Tensor:
+    def latent_of(self, hidden: Tensor) -> Tensor:
         """Embedding ``(..., n_latent)``, of length 1, from hidden states of the class token ``(..., n_hidden)``."""
         return F.normalize(self.decoder(hidden).float(), dim=-1)
 

@@ -48,5 +48,5 @@ def released_latents(
             cells, _ = module.cells(counts, gene_index)
             length = module.sentence_length
             tokens = module.on_device(released_sentences(cells, module.genome, order, stream, length=length))
-        found.append(module.decode(module.pool(tokens, padding=padding)).cpu().numpy())
+        found.append(module.latent_of(module.pool(tokens, padding=padding)).cpu().numpy())
     return found
