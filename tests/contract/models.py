@@ -16,8 +16,7 @@ import torch
 from anndata import AnnData
 
 from cellprior import pp
-from cellprior.model import CellPLM, Geneformer, Nicheformer, ScBERT, ScGPT
-from cellprior.model import UCE, CellPLM, Geneformer, ScBERT, ScGPT
+from cellprior.model import UCE, CellPLM, Geneformer, Nicheformer, ScBERT, ScGPT
 from cellprior.model._base import PretrainedModel
 from cellprior.model.geneformer._module import GeneformerModule
 from cellprior.model.nicheformer._module import NicheformerModule
@@ -120,6 +119,9 @@ def tiny_nicheformer() -> str:
     """A Nicheformer of the same genes, without means; random weights, ten times those of a start."""
     network = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_feedforward": 32, "n_positions": 128}
     return _tiny("Nicheformer", NicheformerModule, network, scale=10.0)
+
+
+@cache
 def tiny_uce() -> str:
     """A UCE of the same genes, which it knows to be human; random weights."""
     network = {
