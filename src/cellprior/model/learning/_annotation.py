@@ -86,8 +86,8 @@ def fine_tune(
 ) -> None:
     """See :meth:`cellprior.model._base.PretrainedModel.fine_tune`.
 
-    The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and ``latent_of``
-    unless its hidden state is the embedding.
+    The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and
+    ``latent_of`` unless its hidden state is the embedding.
     """
     refuse_unless_annotates(model)
     refuse_unseeded(trainer_kwargs.get("strategy"))
