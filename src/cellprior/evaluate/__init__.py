@@ -17,6 +17,7 @@ from cellprior.evaluate._metrics import (
 from cellprior.evaluate._protocols import few_shot, linear_probe, zero_shot
 from cellprior.evaluate._report import Report, report
 from cellprior.evaluate._scgraph import scgraph
+from cellprior.evaluate._species import across_species, macrogenes
 from cellprior.evaluate._stability import stability
 from cellprior.evaluate._verdict import Verdict
 
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "Verdict",
     "accuracy",
+    "across_species",
     "balanced_accuracy",
     "batch_leak",
     "clisi",
@@ -33,6 +35,7 @@ __all__ = [
     "knn_predict",
     "linear_probe",
     "macro_f1",
+    "macrogenes",
     "masked_prediction",
     "pretraining_ablation",
     "report",
