@@ -655,8 +655,13 @@ class PretrainedModel(LoadableModel):
             gene_key=manager.registry["setup_args"]["gene_key"],
             gene_counts=totals(counts),
             min_coverage=self.min_coverage,
-            species=manager.registry["setup_args"].get("species"),  # of models that know several
+            species=self._species_of_genes,
         )
+
+    @property
+    def _species_of_genes(self) -> str | None:
+        """Species that the names of the data's genes are of, for models that know several; None to find it."""
+        return self.registry["setup_args"].get("species")
 
     def _match_of(self, manager: CountsManager) -> gene_matching.GeneMatch:
         """Genes of a query, or of the attached data, matched already unless they have changed since."""

@@ -288,6 +288,11 @@ class Nicheformer(PretrainedModel):
             self._learn_scale(cells.train_dataloader())
         super().fine_tune(labels_key, **options)
 
+    @property
+    def _species_of_genes(self) -> str | None:
+        """Found by the names, which are those of human also where the cells are of mouse."""
+        return None
+
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> TechnologyFloors:
         if not self.is_trained_:
             batches = self._learn_scale(batches)
