@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Stream one embedding; times without what comes before the first cell."""
     import torch
 
-    from cellprior.model.engine._stream import LatentStore, stream
+    from cellprior.model.engine._stream import LatentStore
 
     torch.set_num_threads(args.threads)
     model, n_cells = args.model, args.cells[0]
@@ -155,9 +155,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
     LatentStore.begin = noted  # type: ignore[method-assign]
     hidden = args.folder / "hidden" if args.hidden and model.startswith("cellplm") else "memory"
-    stream(
-        attached, out, key="X", params={}, hidden=hidden, progress=args.progress, batch_size=args.batch_size
-    )
+    options = {"hidden": hidden, "progress": args.progress, "batch_size": args.batch_size, "client": None}
+    attached._stream(out, key="X", params={}, **options)
     wall, cpu = time.perf_counter() - first[0], cpu_seconds() - first[1]
     peak = memory_mb("VmHWM")
     shutil.rmtree(out)
@@ -176,14 +175,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 def work(attached: Any) -> tuple[float, float]:
     """Products, as additions and multiplications, and bytes that are moved, of one cell."""
     module = attached.module
-    if not hasattr(attached, "_match_of"):  # MultiomeCLIP
+    if attached.peaks is not None:  # MultiomeCLIP
         flops = n_bytes = 0.0
         for encoder in (module.rna, module.atac):
             widths = [p.shape for p in encoder.parameters() if p.ndim == 2]
             flops += 2 * N_EXPRESSED * encoder.components.shape[1] + 2 * sum(a * b for a, b in widths)
             n_bytes += 8 * N_EXPRESSED
         return flops, n_bytes
-    found = attached._match_of(attached.adata_manager).index >= 0
+    found = attached.gene_match.index >= 0
     expressed = np.asarray(attached.adata.X[:1000].sum(axis=0) > 0).ravel()
     n_expressed = N_EXPRESSED * (found & expressed).sum() / max(expressed.sum(), 1)
     h = module.n_hidden

@@ -142,10 +142,11 @@ def case_of_genes(name: str, d: Draw, folder: Path) -> Case:
         model = attached(name, weights, None, None, None)
         x = torch.from_numpy(table.truth(cells).astype(np.float32))
         found = np.empty((len(cells), model.get_latent_representation().shape[1]))
+        encoder = type(model)._encoder_cls(model.module, table.rows)
         with torch.inference_mode():
             for group in np.unique(groups[cells]):  # of which the cells see each other
                 part = np.flatnonzero(groups[cells] == group)
-                found[part] = torch.cat(list(model._encode([x[part]], torch.from_numpy(table.rows)))).numpy()
+                found[part] = torch.cat(list(encoder.encode([x[part]], {}))).numpy()
         return by_name([f"cell{i}" for i in cells], found)
 
     return Case(embed, wanted)

@@ -121,7 +121,6 @@ def embed(
     from cellprior.model.data._files import open_counts
     from cellprior.model.engine._dask import await_workers
     from cellprior.model.engine._embedding import in_memory
-    from cellprior.model.engine._stream import stream
 
     cls = model_class(weights, known_hash=known_hash)
     cls.refuse_setup(setup or {})
@@ -156,7 +155,7 @@ def embed(
         if out is not None:
             options = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
             options |= {"batch_size": batch_size, "client": client, "source": source}
-            stream(model, out, key=key, params=params, **options)
+            model._stream(out, key=key, params=params, **options)
             return None
         if client is None:
             latent = model.get_latent_representation(batch_size=batch_size)

@@ -293,8 +293,7 @@ def test_the_predictors_are_fitted_to_the_training_cells_and_scores_stay_with_th
 
     monkeypatch.setattr(ScBERT, "_fit_floor", recorded)
     split = Split(RANDOM, 0, "", np.arange(0, 100, 2), np.arange(1, 100, 2)[::-1])
-    with model._attached(None) as manager:
-        n_hidden, _ = _Predictors(model, manager, split).scores(0.3)
+    n_hidden, _ = _Predictors(model, model._cells(), split).scores(0.3)
     index = model.gene_match.index
     counts = np.zeros((100, len(model.genes)), dtype=np.float32)
     counts[:, index[index >= 0]] = model.adata.X.toarray()[:, index >= 0]

@@ -17,7 +17,7 @@ from cellprior.model.cellplm import _cluster
 from cellprior.model.engine import _dask as clusters
 from cellprior.model.engine import _stream as _streaming
 from cellprior.model.scbert._module import ScBERTModule
-from tests.contract.models import blood_cells, tiny_scbert
+from tests.contract.models import blood_cells, tiny_nicheformer, tiny_scbert
 
 pytest.importorskip("distributed")
 da = pytest.importorskip("dask.array")
@@ -67,6 +67,23 @@ def test_cells_that_see_no_others_are_spread_over_the_workers(client, adata):
     np.testing.assert_allclose(lazy.obsm["X_scbert"], expected(adata, tiny_scbert()), **CLOSE)
     after = n_tasks()
     assert all(after[worker] > before[worker] for worker in before)
+
+
+def test_workers_know_how_each_cell_was_made(client, adata, tmp_path):
+    adata.obs["assay"] = np.resize(["Xenium", "10x 3' v3", "10x 5' v2"], adata.n_obs)
+    options = {"setup": {"assay_key": "assay"}}
+    latent = expected(adata, tiny_nicheformer(), **options)
+    lazy = as_dask(adata)
+    cp.tl.embed(lazy, tiny_nicheformer(), batch_size=50, client=client, **options)
+    np.testing.assert_allclose(lazy.obsm["X_nicheformer"], latent, **CLOSE)
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    out = tmp_path / "out.zarr"
+    cp.tl.embed(
+        tmp_path / "counts.h5ad", tiny_nicheformer(), out=out, client=client, progress=False, **options
+    )
+    np.testing.assert_allclose(ad.read_zarr(out).obsm["X_nicheformer"], latent, **CLOSE)
+    other = expected(adata, tiny_nicheformer(), setup={"assay": "Xenium"})
+    assert np.abs(other - latent)[1::3].max(1).min() > 1e-4
 
 
 def test_a_cluster_streams_a_file_to_disk_and_goes_on_where_it_was_cut_short(

@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from cellprior.model import CellPLM, ScBERT
 from cellprior.model._base import PretrainedModel
+from cellprior.model.engine._encoder import Encoder
 from cellprior.model.engine._sizes import MAX_CHUNK, MIN_CHUNK, BatchSize, fitting
 from tests.contract.models import blood_cells, tiny_scbert
 
@@ -99,7 +100,7 @@ def test_what_is_added_up_over_cells_is_not_added_twice_when_memory_runs_out(ada
 
     monkeypatch.setattr(model.module, "tokens", fails_once)
     monkeypatch.setattr(model, "default_batch_size", 16)
-    monkeypatch.setattr(model, "_units", lambda manager, rows, size: [np.arange(len(rows))])
+    monkeypatch.setattr(Encoder, "units", lambda self, n_cells, batch, size: [np.arange(n_cells)])
     monkeypatch.setattr("cellprior.model.engine._sizes.MIN_CHUNK", 8)
     with pytest.warns(UserWarning, match="ran out of memory"):
         found = model.get_gene_representation(indices=range(20))
@@ -108,20 +109,19 @@ def test_what_is_added_up_over_cells_is_not_added_twice_when_memory_runs_out(ada
 
 
 def test_the_batch_size_is_that_of_the_models_choice_on_a_cpu_and_of_the_free_memory_on_a_gpu(monkeypatch):
-    on = {
-        name: SimpleNamespace(device=torch.device(name), n_hidden=1024, n_latent=512)
-        for name in ("cpu", "cuda")
-    }
-    models = {name: SimpleNamespace(module=on[name], default_batch_size=1024) for name in on}
-    assert BatchSize(None, models["cpu"], n_features=19_374).n_cells == 1024
+    cost = Encoder(SimpleNamespace(n_hidden=1024, n_latent=512)).cell_bytes(19_374)
+    cpu, cuda = (
+        {"device": torch.device(name), "cell_bytes": cost, "default": 1024} for name in ("cpu", "cuda")
+    )
+    assert BatchSize(None, **cpu).n_cells == 1024
     for free, expected in ((80 * 2**30, MAX_CHUNK), (8 * 2**30, 4096), (2**30, 512), (2**20, MIN_CHUNK)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * 2**30))
-        assert BatchSize(None, models["cuda"], n_features=19_374).n_cells == expected
-        assert BatchSize(100, models["cuda"], n_features=19_374).n_cells == 100
+        assert BatchSize(None, **cuda).n_cells == expected
+        assert BatchSize(100, **cuda).n_cells == 100
 
 
 def test_what_fits_is_a_quarter_of_the_memory_or_up_to_half_less():
     for n_bytes in np.random.default_rng(0).integers(2**28, 2**34, 50):
-        n_cells = fitting(int(n_bytes), n_features=20_000, width=1024)
+        n_cells = fitting(int(n_bytes), 16 * 20_000 + 64 * 1024)
         used = n_cells * (16 * 20_000 + 64 * 1024)
         assert n_bytes / 8 <= used <= n_bytes / 4 or n_cells == MAX_CHUNK

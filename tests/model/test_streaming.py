@@ -208,7 +208,7 @@ def test_a_run_that_goes_on_does_not_do_again_what_is_done(counts, tmp_path, mon
     n_embedded: list[int] = []
     encoded = Embedding._encoded
 
-    def watched(self: Embedding, chunks: Any, unit: int) -> Any:
+    def watched(self: Embedding, chunks: Any, unit: np.ndarray) -> Any:
         for latent in encoded(self, chunks, unit):
             n_embedded.append(len(latent))
             yield latent

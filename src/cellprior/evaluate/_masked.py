@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split, random_splits
 from cellprior.model._base import PretrainedModel
-from cellprior.model.data._fields import CountsManager
-from cellprior.model.data._minibatches import VocabularyLoader
+from cellprior.model.data._cells import Cells
 from cellprior.model.data._panels import measured_genes
 from cellprior.model.learning._masked import MODEL
 
@@ -118,16 +117,16 @@ def masked_prediction(
         msg = f"{wrong[0]} is no share of genes or cells: a number between 0 and 1 is needed, such as 0.15."
         raise ValueError(msg)
     start = time.perf_counter()
-    with model._attached(adata) as manager:
-        splits = _splits(manager.adata.n_obs, seeds=seeds, test_size=test_size, max_cells=max_cells)
-        draws = Resampling(manager.adata.n_obs, splits)
-        scores: dict[float, list[PerCell]] = {share: [] for share in mask_shares}
-        with tqdm(total=len(scores) * seeds, desc="masked prediction", disable=not progress) as bar:
-            for split in splits:
-                predictors = _Predictors(model, manager, split)
-                for share, of_share in scores.items():
-                    of_share.append(predictors.scores(share))
-                    bar.update()
+    cells = model._cells(adata)
+    splits = _splits(cells.n_obs, seeds=seeds, test_size=test_size, max_cells=max_cells)
+    draws = Resampling(cells.n_obs, splits)
+    scores: dict[float, list[PerCell]] = {share: [] for share in mask_shares}
+    with tqdm(total=len(scores) * seeds, desc="masked prediction", disable=not progress) as bar:
+        for split in splits:
+            predictors = _Predictors(model, cells, split)
+            for share, of_share in scores.items():
+                of_share.append(predictors.scores(share))
+                bar.update()
     tables = []
     for share, of_share in scores.items():
         table = _table(of_share, draws)
@@ -155,16 +154,14 @@ class _Predictors:
     """The model, and what the training cells of a split have to say."""
 
     @torch.inference_mode()
-    def __init__(self, model: PretrainedModel, manager: CountsManager, split: Split) -> None:
-        self.model, self.manager, self.split = model, manager, split
+    def __init__(self, model: PretrainedModel, cells: Cells, split: Split) -> None:
+        self.model, self.cells, self.split = model, cells, split
         model.module.eval()
         self.codes = np.zeros(len(split.test), dtype=np.int64)
-        measured = torch.from_numpy(measured_genes(None, manager, model.genes, model._match_of(manager)))
-        n_batches = 1
-        if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
-            self.codes = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[split.test]
-            n_batches = len(manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
-        of_batches = measured.expand(n_batches, -1)
+        measured = torch.from_numpy(measured_genes(None, model.genes, cells.counts["rna"].match))
+        if cells.batch is not None:
+            self.codes = cells.batch[split.test]
+        of_batches = measured.expand(max(len(cells.batches), 1), -1)
         self.fitted = model._fit_predictors(lambda: self._batches(split.train), of_batches)
         self.measured = measured[0].to(model.device)
 
@@ -182,7 +179,7 @@ class _Predictors:
                 counts = batch[REGISTRY_KEYS.X_KEY].to(self.model.device)
                 rows = of_batch[start : start + len(counts)]
                 start += len(counts)
-                covariates: dict[str, Any] = {key: batch[key] for key in self.model._covariates}
+                covariates: dict[str, Any] = {key: batch[key] for key in self.cells.covariates}
                 found = self.model._masked_scores(
                     counts,
                     self.fitted,
@@ -199,17 +196,21 @@ class _Predictors:
                         of_measure.setdefault(name, np.zeros(n_cells))[rows] = values.cpu().numpy()
         return PerCell(n_hidden, sums)
 
-    def _batches(self, rows: np.ndarray) -> VocabularyLoader:
+    def _batches(self, rows: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
         """Minibatches of raw counts over the vocabulary, in the order of ``rows`` where these are of one batch."""
-        return VocabularyLoader(
-            self.manager,
-            column=self.model._match_of(self.manager).index,
-            n_columns=len(self.model.genes),
-            indices=rows,
-            batch_size=SENTENCE,
-            by_batch=True,
-            dense=True,
-        )
+        codes = np.zeros(len(rows), dtype=np.int64) if self.cells.batch is None else self.cells.batch[rows]
+        for code in np.unique(codes):
+            of_batch = rows[codes == code]
+            for piece in np.array_split(of_batch, -(-len(of_batch) // SENTENCE)):
+                counts = self.cells.counts["rna"].over_vocabulary(piece, len(self.model.genes))
+                batch = {REGISTRY_KEYS.X_KEY: torch.from_numpy(counts)}
+                for name, values in self.cells.covariates.items():
+                    batch[name] = torch.from_numpy(values[piece])
+                if self.cells.batch is not None:
+                    batch[REGISTRY_KEYS.BATCH_KEY] = torch.from_numpy(
+                        self.cells.batch[piece].astype(np.int64)
+                    )[:, None]
+                yield batch
 
 
 def _table(scores: Sequence[PerCell], draws: Resampling) -> pd.DataFrame:

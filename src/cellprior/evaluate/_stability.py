@@ -11,7 +11,6 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from scvi import REGISTRY_KEYS
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import paired_cosine_distances
 from sklearn.neighbors import NearestNeighbors
@@ -164,16 +163,11 @@ class Cells:
     def __init__(self, model: PretrainedModel, adata: ad.AnnData | None, max_cells: int) -> None:
         args = model.registry["setup_args"]
         self.layer, self.batch_key = args["layer"], args["batch_key"]
-        with model._attached(adata) as manager:
-            n_obs = manager.adata.n_obs
-            rows = np.sort(np.random.default_rng(0).permutation(n_obs)[:max_cells])
-            some = without_view(manager.adata[rows])
-            has_batch = REGISTRY_KEYS.BATCH_KEY in manager.data_registry
-            self.batch = (
-                manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]
-                if has_batch
-                else np.zeros(len(rows), dtype=np.int64)
-            )
+        adata = model.adata if adata is None else adata
+        batch = model._cells(adata).batch
+        rows = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:max_cells])
+        some = without_view(adata[rows])
+        self.batch = np.zeros(len(rows), dtype=np.int64) if batch is None else batch[rows]
         var = matrix_of(some, self.layer).var
         self.obs, self.var = some.obs, var[which_are_genes(var)]
         self.counts = of_genes(raw_counts(some, self.layer), var)

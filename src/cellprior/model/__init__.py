@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellprior._plugins import plugins, warn_broken
-from cellprior.model.files._convert import convert
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
     from cellprior.model._base import PretrainedModel
     from cellprior.model.cellplm import CellPLM
     from cellprior.model.data._counts import NotCountsError
@@ -100,6 +103,62 @@ def _added() -> tuple[type[LoadableModel], ...]:
         else:
             warn_broken(plugin, "it is no subclass of cellprior.model.PretrainedModel.")
     return tuple(found)
+
+
+def convert(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    reference: AnnData | MuData | None = None,
+    layer: str | Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the official checkpoint of a model as a bundle, which ``from_pretrained`` loads without its authors' code.
+
+    Checkpoints of CellPLM and scBERT hold tensors and plain values. That of :class:`~cellprior.model.Nicheformer` has
+    numbers of NumPy among them; those of scCLIP, for :class:`~cellprior.model.MultiomeCLIP`, are pickles of objects
+    from pandas, transformers and argparse. Read in the usual way (``torch.load`` with ``weights_only=False``), such a
+    file may run whatever its author put in. That is not done here: every name in it becomes a placeholder, none is
+    imported or called, and tensors, gene and peak names are dug out of these. What remains are flaws of Python's own
+    unpickler, and numbers that are not what they claim to be; so a file is opened only with ``trust=True``, and
+    ``from_pretrained`` never does.
+
+    Parameters
+    ----------
+    path
+        Checkpoint file; beside it, or in the same folder, what its model's ``from_pretrained`` needs.
+    folder
+        Bundle to write.
+    trust
+        That you know who made a file that is a pickle.
+    reference
+        For scCLIP: raw counts of RNA, and better also of ATAC of the same cells. The original divides the expression
+        of each gene by its largest in the data set at hand, and stores none; here the largest of these cells, of
+        20,000 at most, become a part of the weights. Best are the data that the model was trained on. From cells with
+        both modalities it is also found how the modalities are turned together (``center=True``); without, they lie
+        apart as in the original.
+    layer
+        Layer of ``reference`` with the counts, see :func:`cellprior.tl.embed`.
+    overwrite
+        Replace a bundle that is already there.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    WeightsError
+        If the file is a pickle and ``trust`` is off, and then with what can be said of it unopened; or it is damaged,
+        of no known model, or names what no checkpoint needs.
+    ValueError
+        If ``reference`` is needed and missing, or does not have what is needed.
+    """
+    from cellprior.model.files._convert import convert as into_bundle
+
+    options: dict[str, Any] = {"trust": trust, "reference": reference, "layer": layer, "overwrite": overwrite}
+    return into_bundle(models, path, folder, **options)
 
 
 def model_class(weights: str | os.PathLike[str], *, known_hash: str | None = None) -> type[LoadableModel]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from uuid import uuid4
 
 import anndata as ad
@@ -13,60 +16,46 @@ import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
-import torch
+from mudata import MuData
 from scvi import REGISTRY_KEYS
-from scvi.train import TrainRunner
-from torch import Tensor
 
 from cellprior import genes as gene_matching
-from cellprior._matrix import matrix_of, totals
+from cellprior._matrix import is_raw, matrix_of, totals
+from cellprior._obs import text_of
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
-from cellprior.model.data._counts import refuse_by_gene, row_numbers
+from cellprior.model.data._cells import Cells, Counts, cells_of_anndata, refuse_no_counts
+from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._datamodule import StreamedCells
 from cellprior.model.data._fields import BatchField, CountsField, CountsManager, without_view
-from cellprior.model.data._fingerprint import digest, digest_of_counts
+from cellprior.model.data._fingerprint import digest
 from cellprior.model.data._minibatches import VocabularyLoader, VocabularySplitter
 from cellprior.model.data._panels import distinct, measured_genes, refuse_unmeasured
-from cellprior.model.engine._dask import Blocks, embed_unit
-from cellprior.model.engine._embedding import Embedding, in_memory
+from cellprior.model.engine._embedding import Embedding, Encode, in_memory
+from cellprior.model.engine._encoder import Encoder
+from cellprior.model.engine._stream import refuse_impossible, stream
 from cellprior.model.files._loading import LoadableModel
 from cellprior.model.learning import _annotation as annotation
 from cellprior.model.learning import _training as training
 from cellprior.model.learning._annotation_plan import AnnotationHead
-from cellprior.model.learning._finite import NOT_FINITE, DivergedError
-from cellprior.model.learning._masked import MaskedScores
 
+Data: TypeAlias = ad.AnnData | MuData
+Indices: TypeAlias = Sequence[int] | Sequence[bool] | np.ndarray | None
 Precision = Literal["float32", "bfloat16"]
 
 
 class PretrainedModel(LoadableModel):
     """Base of the model classes.
 
-    A subclass gives ``_module_cls``, ``obsm_key``, an ``__init__`` that ends in :meth:`_finish_init`, and, for
-    checkpoints in its authors' layout, :meth:`_read_official`. A model whose cells see each other also gives
-    ``_sentences``, ``_n_stages``, :meth:`_units` and :meth:`_encode`.
+    A subclass gives what :class:`~cellprior.model._hooks.Hooks` lists, and an ``__init__`` that calls
+    :meth:`_finish_init`.
     """
 
     _data_loader_cls = VocabularyLoader
-    _sentences = False  # whether cells see each other
-    # buffers of the module: how counts become its input, which no training changes
-    _input_buffers: tuple[str, ...] = ()
-    # fields of the data that the network reads of a cell besides its counts
-    _covariates: tuple[str, ...] = ()
-    default_batch_size = 1024
-    # what training is done with, as of scvi-tools' own training mixin
-    _data_splitter_cls = VocabularySplitter
-    _training_plan_cls = training.TrainingPlan
-    _train_runner_cls = TrainRunner
-    objectives: dict[str, dict[str, Any]] = {}  # by name, options of the training plan
+    _opened: Any = None  # data that are read without having been set up
     _annotation: dict[str, Any] = {}
-    _alike = False  # whether most of a hidden state is the same in all cells: the head then learns from what is left
     is_trained_: bool
     history_: dict[str, Any] | None
-    _unit_size = (
-        1024  # cells after which a stream to disk can be cut short, where cells do not see each other
-    )
 
     def __init__(
         self,
@@ -75,32 +64,49 @@ class PretrainedModel(LoadableModel):
         genes: pd.DataFrame | Sequence[str] | None,
         min_coverage: float,
     ) -> None:
-        super().__init__(adata, registry)
-        gene_key = self.registry["setup_args"]["gene_key"]
+        if adata is None and genes is None:
+            msg = "A model without data needs its vocabulary: pass genes=."
+            raise ValueError(msg)
+        super().__init__(adata, registry or (None if genes is None else self._registry_without_data(genes)))
         if genes is None:
-            if adata is None:
-                msg = "A model without data needs its vocabulary: pass genes=."
-                raise ValueError(msg)
-            var = self.adata_manager.counts.var
+            var = self._find_cells(adata).counts["rna"].matrix.var
+            gene_key = self.registry["setup_args"].get("gene_key")
             names = (var.index if gene_key is None else var[gene_key])[which_are_genes(var)]
             genes = distinct(read_vocabulary(list(names)))
         self.genes = read_vocabulary(genes)
         self.min_coverage = min_coverage
-        self.gene_match: gene_matching.GeneMatch | None = (
-            None if adata is None else self._match(self.adata_manager)
-        )
+        self._matches: dict[
+            str, tuple[pd.Index, Any]
+        ] = {}  # of the attached data, with the names at the time
+
+    @classmethod
+    def _registry_without_data(cls, genes: pd.DataFrame | Sequence[str]) -> dict[str, Any]:
+        """Registry of a model without data: setup with default arguments."""
+        parameters = signature(getattr(cls, cls._setup_method)).parameters.values()
+        names = read_vocabulary(genes)["symbol"].to_numpy()
+        field = {"data_registry": {}, "state_registry": {"column_names": names}, "summary_stats": {}}
+        return {
+            "model_name": cls.__name__,
+            "setup_method_name": cls._setup_method,
+            "setup_args": {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY},
+            "field_registries": {REGISTRY_KEYS.X_KEY: field},
+        }
 
     def _finish_init(self, init_locals: dict[str, Any]) -> None:
-        """Last line of a subclass's ``__init__``: keep what is needed to build the model again."""
-        self.init_params_ = self._get_init_params({**init_locals, "genes": self.genes})
-        self._model_summary_string = f"{type(self).__name__}: {len(self.genes):,} genes, " + ", ".join(
-            f"{name}={value!r}" for name, value in self._network().items()
-        )
+        """Last line of a subclass's ``__init__``: keep what is needed to build the model again, and match the data."""
+        vocabulary = {"genes": self.genes} | ({} if self.peaks is None else {"peaks": self.peaks})
+        self.init_params_ = self._get_init_params({**init_locals, **vocabulary})
+        sizes = ", ".join(f"{len(names):,} {what}" for what, names in vocabulary.items())
+        network = ", ".join(f"{name}={value!r}" for name, value in self._network().items())
+        self._model_summary_string = f"{type(self).__name__}: {sizes}, {network}"
+        if self.adata is not None:
+            self._cells()
 
     def _network(self) -> dict[str, Any]:
         """Arguments of the network."""
         params = self.init_params_["non_kwargs"]
-        return {name: value for name, value in params.items() if name not in ("genes", "min_coverage")}
+        others = ("genes", "peaks", "min_coverage")
+        return {name: value for name, value in params.items() if name not in others}
 
     @classmethod
     def setup_anndata(
@@ -146,14 +152,9 @@ class PretrainedModel(LoadableModel):
 
     @staticmethod
     def _manager(adata: ad.AnnData, setup_method_args: dict[str, Any], **kwargs: Any) -> CountsManager:
-        """Manager of an AnnData, or of a query, for which ``source_registry`` is given."""
+        """Manager of an AnnData, or of one that takes the place of another, for which ``source_registry`` is given."""
         args = setup_method_args["setup_args"]
-        if args["gene_key"] is not None:
-            var = matrix_of(adata, args["layer"]).var
-            if args["gene_key"] not in var:
-                frame = "adata.var" if var is adata.var else "adata.raw.var"
-                msg = f"{args['gene_key']!r} not found in {frame}; its columns are {list(var.columns)}."
-                raise KeyError(msg)
+        refuse_missing_key(adata, args)
         fields: list[Any] = [CountsField(REGISTRY_KEYS.X_KEY, args["layer"])]
         if args["batch_key"] is not None:
             fields.append(BatchField(REGISTRY_KEYS.BATCH_KEY, args["batch_key"]))
@@ -169,7 +170,7 @@ class PretrainedModel(LoadableModel):
     def get_latent_representation(
         self,
         adata: ad.AnnData | None = None,
-        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        indices: Indices = None,
         batch_size: int | None = None,
         *,
         precision: Precision = "float32",
@@ -453,97 +454,15 @@ class PretrainedModel(LoadableModel):
             head = AnnotationHead(self.module.n_hidden, self.module.n_latent, len(state["labels"]))
             self.module.annotation = head.to(self.module.device)
 
-    @property
-    def training_state_(self) -> dict[str, Any]:
-        """What training needs besides the tensors to go on where it stopped; saved with the model."""
-        return {}
-
-    @training_state_.setter
-    def training_state_(self, state: dict[str, Any]) -> None:
-        pass
-
-    # what a model gives to learn
-
-    def _objective(self, name: str | None) -> dict[str, Any]:
-        """Options of the training plan for one of ``objectives``.
-
-        Raises
-        ------
-        NotImplementedError
-            If the model lacks what training needs.
-        ValueError
-            If there is no such objective.
-        """
-        needed = {
-            "objectives": bool(self.objectives),
-            "_fit_floor": type(self)._fit_floor is not PretrainedModel._fit_floor,
-            "training_losses of its module": hasattr(self.module, "training_losses"),
-        }
-        if lacking := [member for member, is_there in needed.items() if not is_there]:
-            msg = (
-                f"{type(self).__name__} cannot be trained: it does not give {', '.join(lacking)}. What a model gives "
-                "to be trained is listed in the user guide, under 'Add a model'."
-            )
-            raise NotImplementedError(msg)
-        if name not in (None, *self.objectives):
-            msg = f"objective={name!r} is not known; choose one of {', '.join(map(repr, self.objectives))}."
-            raise ValueError(msg)
-        return dict(self.objectives[name or next(iter(self.objectives))])
-
-    def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> torch.nn.Module:
-        """Predictors that know no biology, from the minibatches of the training cells.
-
-        See :class:`~cellprior.model.learning._training.TrainingPlan`.
-        """
-        raise NotImplementedError
-
-    def _fit_predictors(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], measured: Tensor) -> Any:
-        """What :meth:`_masked_scores` needs to know of training cells, from passes over them; the floor, if no more."""
-        return self._fit_floor(batches(), measured).to(self.module.device)
-
-    def _masked_scores(
-        self,
-        counts: Tensor,
-        fitted: Any,
-        *,
-        share: float,
-        rng: np.random.Generator,
-        measured: Tensor,
-        batch: int,
-    ) -> MaskedScores:
-        """How well genes that are hidden from the network are predicted, by it and by predictors without biology.
-
-        Parameters
-        ----------
-        counts
-            Raw counts over the vocabulary ``(cells, n_genes)``, of one sentence.
-        fitted
-            From :meth:`_fit_predictors`.
-        share
-            Of the genes that is hidden.
-        rng
-            Draws them.
-        measured
-            Which genes were measured ``(n_genes,)``.
-        batch
-            Code of the cells' batch.
-
-        Raises
-        ------
-        NotImplementedError
-            If a model does not have it: ``evaluate.masked_prediction`` is then not for this model.
-        """
-        msg = f"{type(self).__name__} does not say how it predicts hidden genes: it gives no _masked_scores."
-        raise NotImplementedError(msg)
-
     # what is trained on
 
     def _attached_cells(
         self, measured: Mapping[str, Sequence[str]] | None, **options: Any
     ) -> tuple[VocabularySplitter, np.ndarray]:
         """The attached cells, split, and which genes were measured; refuses counts of genes that were not."""
-        match = self._match_of(self.adata_manager)
-        seen = measured_genes(measured, self.adata_manager, self.genes, match)
+        attached = self._cells()
+        match = attached.counts["rna"].match
+        seen = measured_genes(measured, self.genes, match, attached)
         options |= {"column": match.index, "n_columns": len(self.genes)}
         cells = self._data_splitter_cls(self.adata_manager, by_batch=True, dense=True, **options)
         cells.setup()
@@ -558,141 +477,143 @@ class PretrainedModel(LoadableModel):
     ) -> tuple[StreamedCells, np.ndarray]:
         """The cells of a datamodule, and which genes were measured."""
         cells = StreamedCells(datamodule, self.genes, self.min_coverage, **split)
-        return cells, measured_genes(None, None, self.genes, cells.match)
+        return cells, measured_genes(None, self.genes, cells.match)
 
     # reading
 
     def _embed(
         self,
-        adata: ad.AnnData | None,
-        indices: Sequence[int] | Sequence[bool] | np.ndarray | None,
+        adata: Data | None,
+        indices: Indices,
         batch_size: int | None,
-        precision: Precision,
+        precision: Precision = "float32",
+        *,
+        encode: Encode | None = None,
+        width: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Embed cells into memory; ``options`` as of :class:`~cellprior.model.engine._embedding.Embedding`."""
+        """Embed cells into memory, or what ``encode`` makes of them; ``options`` are those of the encoder."""
         self._check_if_trained(warn=False)
-        with self._attached(adata) as manager:
-            rows = row_numbers(indices, manager.adata.n_obs)
-            sizes: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
-            found = in_memory(Embedding(self, manager, rows, **sizes, **options))
-        if not np.isfinite(found).all():
-            raise DivergedError(NOT_FINITE)
-        return found
+        cells = self._cells(adata)
+        how: dict[str, Any] = {
+            "batch_size": batch_size,
+            "precision": precision,
+            "encode": encode,
+            "width": width,
+        }
+        rows = row_numbers(indices, cells.n_obs)
+        return in_memory(Embedding(self._encoder(cells, **options), cells, rows, **how))
 
     def _embedding(self, **options: Any) -> Embedding:
         """All attached cells, to be embedded."""
         self._check_if_trained(warn=False)
-        with self._attached(None) as manager:
-            return Embedding(self, manager, np.arange(manager.adata.n_obs), **options)
+        cells = self._cells()
+        return Embedding(self._encoder(cells), cells, np.arange(cells.n_obs), **options)
 
-    def _fingerprint(self) -> dict[str, str]:
-        """What the attached data are known again by; refuses what cannot be read cell by cell."""
-        with self._attached(None) as manager:
-            match, x = self._match_of(manager), manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-            refuse_by_gene(x)
-            found = {
-                "counts": digest_of_counts(x),
-                "cells": digest(manager.adata.obs_names),
-                "genes": digest(match.var_names, match.index),
-            }
-            if REGISTRY_KEYS.BATCH_KEY in manager.data_registry:
-                found["batches"] = digest(manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY))
-            return found
+    def _stream(self, out: str | os.PathLike[str], *, params: Mapping[str, Any], **options: Any) -> None:
+        """Embed all attached cells into a zarr folder; see :func:`cellprior.model.engine._stream.stream`."""
+        hidden, client = options["hidden"], options["client"]
+        refuse_impossible(
+            type(self).__name__, sees_others=self._encoder_cls.sees_others, hidden=hidden, client=client
+        )
+        record = {**self.provenance(), "params": params}
+        stream(self._embedding, self._cells(), out, weights=self._digest(), record=record, **options)
 
-    def _matrices(self) -> list[Any]:
-        """Counts of the attached data, where they are."""
-        with self._attached(None) as manager:
-            return [manager.get_from_registry(REGISTRY_KEYS.X_KEY)]
+    def _digest(self) -> str:
+        """Digest of all that can change the embedding of a cell."""
+        state = sorted(self.module.state_dict().items())
+        described = [type(self).__name__, self._network(), self.training_state_]
+        return digest(
+            [json.dumps(described, sort_keys=True, default=str), (self.pretrained_ or {}).get("sha256")],
+            self.genes.to_numpy().ravel(),
+            self.peaks or [],
+            [name for name, _ in state],
+            *(tensor.float().cpu().numpy() for _, tensor in state),
+        )
 
-    @staticmethod
-    def _columns(match: gene_matching.GeneMatch) -> tuple[np.ndarray, np.ndarray]:
-        """Vocabulary rows that the data have, increasing, and which of them each column of the data is, -1 for none."""
-        used, position = np.unique(match.index[match.index >= 0], return_inverse=True)
-        column = np.full(len(match.index), -1, dtype=np.int32)
-        column[match.index >= 0] = position
-        return used, column
+    def _encoder(self, cells: Cells, **options: Any) -> Encoder:
+        """What makes latents of some cells."""
+        match = next(iter(cells.counts.values())).match
+        used = np.unique(match.index[match.index >= 0])
+        gene_index = None if len(used) == len(self.genes) else used
+        return self._encoder_cls(self.module, gene_index, self.default_batch_size, options)
 
-    def _units(self, manager: CountsManager, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        """Positions in ``rows`` of cells that are encoded together: ``size``, where cells do not see each other."""
-        n_units = -(-len(rows) // size)
-        return np.array_split(np.arange(len(rows)), n_units) if n_units else []
+    def _cells(self, adata: Data | None = None) -> Cells:
+        """Some cells, by default the attached, and where their counts are, in the order of the vocabulary.
 
-    def _submit(
-        self, client: Any, worker: Any, blocks: Blocks, cells: np.ndarray
-    ) -> list[tuple[Any, np.ndarray]]:
-        """Futures of the latents of one unit on a cluster, and the cells of each."""
-        return [(blocks.submit(client, embed_unit, worker, cells), cells)]
+        Raises
+        ------
+        GeneMatchError
+            If too few genes match.
+        """
+        data = next((found for found in (adata, self._opened, self.adata) if found is not None), None)
+        if data is None:
+            msg = "The model was loaded without data: pass adata=."
+            raise ValueError(msg)
+        cells, attached = self._find_cells(data), data is self.adata or data is self._opened
+        names = {name: counts.matrix.var.index for name, counts in cells.counts.items()}
+        same = self._matches.keys() == names.keys() and all(
+            names[name].equals(known) for name, (known, _) in self._matches.items()
+        )
+        matches = {name: found for name, (_, found) in self._matches.items()}
+        if not attached or not same:
+            matches = {name: self._match(name, cells) for name in cells.counts}
+        if attached:
+            self._matches = {name: (names[name], match) for name, match in matches.items()}
+        return replace(cells, counts={n: self._in_order(c, matches[n]) for n, c in cells.counts.items()})
+
+    def _find_cells(self, data: Any) -> Cells:
+        """Cells of some data, not matched yet."""
+        args = self.registry["setup_args"]
+        if data is not self.adata:
+            data = without_view(data)
+            refuse_missing_key(data, args)
+            refuse_no_counts(data, args["layer"])
+            return cells_of_anndata(data, args)
+        cells = cells_of_anndata(data, {**args, "batch_key": None})
+        if args["batch_key"] is None:
+            return cells
+        codes = self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()  # as at the setup
+        names = self.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping
+        return replace(cells, batch=codes, batches=[text_of(name) for name in names])
 
     @property
-    def _n_stages(self) -> int:
-        """Times that a cell is worked on; for the bar of progress."""
-        return 1
+    def gene_match(self) -> gene_matching.GeneMatch | None:
+        """Which genes of the attached data the model reads; None without data."""
+        return self._matches["rna"][1] if "rna" in self._matches else None
 
-    def _encode(
-        self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
-    ) -> Iterator[Tensor]:
-        """Latents ``(cells, n_latent)`` of each chunk of one unit."""
-        return (self.module.encode(counts, gene_index=gene_index, **options) for counts in chunks)
-
-    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterable[Tensor]:
-        """Hidden states ``(cells, n_hidden)`` of each chunk of one unit, what the annotation head reads."""
-        return (self.module.hidden(counts, gene_index=gene_index) for counts in chunks)
-
-    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
-        device = self.module.device
-        for batch in loader:
-            counts = batch[REGISTRY_KEYS.X_KEY]
-            # Apple's GPUs have no sparse tensors
-            yield counts.to_dense().to(device) if device.type == "mps" else counts.to(device)
-
-    def _match(self, manager: CountsManager) -> gene_matching.GeneMatch:
-        """Match the genes of an AnnData to the vocabulary."""
-        counts = manager.counts
+    def _match(self, modality: str, cells: Cells) -> Any:
+        """Match the features of some cells to the vocabulary."""
+        counts = cells.counts[modality].matrix
         return gene_matching.match(
             counts.var,
             self.genes,
-            gene_key=manager.registry["setup_args"]["gene_key"],
+            gene_key=self.registry["setup_args"].get("gene_key"),
             gene_counts=totals(counts),
             min_coverage=self.min_coverage,
             species=self._species_of_genes,
         )
 
-    @property
-    def _species_of_genes(self) -> str | None:
-        """Species that the names of the data's genes are of, for models that know several; None to find it."""
-        return self.registry["setup_args"].get("species")
+    def _in_order(self, counts: Counts, match: Any) -> Counts:
+        """Counts of the features that data and vocabulary share, in the order of the vocabulary."""
+        known = match.index >= 0
+        used, position = np.unique(match.index[known], return_inverse=True)
+        column = np.full(len(match.index), -1, dtype=np.int32)
+        column[known] = position
+        return counts.matched(match, column, len(used))
 
-    def _match_of(self, manager: CountsManager) -> gene_matching.GeneMatch:
+    def _match_of(self, adata: Data | None = None) -> gene_matching.GeneMatch:
         """Genes of a query, or of the attached data, matched already unless they have changed since."""
-        if manager is not self.adata_manager:
-            return self._match(manager)
-        if self.gene_match is None or not self.gene_match.var_names.equals(manager.counts.var.index):
-            self.gene_match = self._match(manager)
-        return self.gene_match
+        return self._cells(adata).counts["rna"].match
 
-    def _known_genes(self, adata: ad.AnnData | None) -> tuple[np.ndarray, pd.Index]:
+    def _known_genes(self, adata: Data | None) -> tuple[np.ndarray, pd.Index]:
         """Vocabulary rows and names of the genes of the data that are in the vocabulary."""
-        with self._attached(adata) as manager:
-            match = self._match_of(manager)
+        match = self._match_of(adata)
         known = match.index >= 0
         return match.index[known], match.var_names[known]
 
-    @contextmanager
-    def _attached(self, adata: ad.AnnData | None) -> Iterator[CountsManager]:
-        """Manager of some data for the time of one call, so that a query does not stay in memory."""
-        if adata is None and self.adata is None:
-            msg = "The model was loaded without data: pass adata=."
-            raise ValueError(msg)
-        adata = self._validate_anndata(adata)
-        try:
-            yield self.get_anndata_manager(adata, required=True)
-        finally:
-            if adata is not self.adata:
-                self._per_instance_manager_store[self.id].pop(adata.uns["_scvi_uuid"], None)
-
     def _validate_anndata(self, adata: ad.AnnData | None = None, copy_if_view: bool = True) -> ad.AnnData:
-        """Register other data than the attached as a query: its genes, batches and labels may differ."""
+        """Of data that take the place of the attached, genes, batches and labels may differ."""
         if adata is None or adata is self.adata:
             return super()._validate_anndata(adata, copy_if_view)
         adata = without_view(adata)
@@ -706,3 +627,21 @@ class PretrainedModel(LoadableModel):
         )
         self._register_manager_for_instance(manager)
         return adata
+
+
+def refuse_missing_key(adata: ad.AnnData, setup_args: Mapping[str, Any]) -> None:
+    """Refuse a column with names of genes that is not there.
+
+    Raises
+    ------
+    KeyError
+        With those that are.
+    """
+    key, layer = setup_args["gene_key"], setup_args["layer"]
+    if key is None:
+        return
+    var = matrix_of(adata, layer).var
+    if key not in var:
+        frame = "adata.raw.var" if is_raw(adata, layer) else "adata.var"
+        msg = f"{key!r} not found in {frame}; its columns are {list(var.columns)}."
+        raise KeyError(msg)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cellprior.model.geneformer import _module
-from cellprior.model.geneformer._floors import RankFloors, rank_bins
 from cellprior.model.geneformer._inputs import mask_tokens, nonzero_medians, rank_tokens
 from cellprior.model.geneformer._loss import gene_scores, masked_losses
 from cellprior.model.geneformer._module import GeneformerModule
+from cellprior.model.learning._rank_floors import RankFloors, rank_bins
 
 N_GENES = 60
 

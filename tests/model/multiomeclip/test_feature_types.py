@@ -11,7 +11,7 @@ import pytest
 
 import cellprior as cp
 from cellprior.genes._kinds import which_are_genes
-from cellprior.model.multiomeclip._barcodes import differ_by_suffix
+from cellprior.model.data._barcodes import differ_by_suffix
 from tests.contract.models import blood_cells
 
 from .data import N_GENES, N_PEAKS, QUIET, cells, multiome

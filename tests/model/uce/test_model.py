@@ -16,8 +16,8 @@ from cellprior.evaluate import masked_prediction
 from cellprior.genes import GeneMatchError
 from cellprior.model import UCE
 from cellprior.model.uce._draws import average_of_draws
+from cellprior.model.uce._encoder import SEVERAL_SPECIES
 from cellprior.model.uce._floors import PresenceFloors
-from cellprior.model.uce._model import SEVERAL_SPECIES
 from tests.contract.models import blood_cells, tiny_uce
 from tests.parity.uce_golden import case_a, embed
 

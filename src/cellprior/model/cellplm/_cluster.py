@@ -13,25 +13,26 @@ from torch import Tensor
 
 from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._module import N_STREAMS, Pair, Projections, add_up, as_float
-from cellprior.model.engine._dask import Blocks, Worker, embed_unit
+from cellprior.model.engine._dask import Block, Cluster, Worker
 
 PART_CELLS = 8192  # of a sentence, that a worker has in one piece
 
 
-def begin(worker: Worker, block: Any, position: np.ndarray, names: np.ndarray) -> list[Tensor]:
+def begin(worker: Worker, block: Block) -> list[Tensor]:
     """Hidden states in front of the first layer, by chunk ``(cells, n_hidden)``."""
 
     def embed() -> list[Tensor]:
-        embedder = worker.ready().embedder
-        table = embedder.table(worker.columns())
-        return [embedder(counts, table) for counts in worker.chunks(block, position, names)]
+        encoder = worker.ready()
+        embedder = encoder.module.embedder
+        table = embedder.table(encoder.columns())
+        return [embedder(counts, table) for counts in worker.chunks(block)]
 
     return worker.until_it_fits(embed)
 
 
 def partial_sums(worker: Worker, number: int, hidden: list[Tensor], *known: Pair) -> Pair:
     """What some cells give to the next stream of a layer."""
-    layer = worker.ready().encoder[number]
+    layer = worker.ready().module.encoder[number]
     return worker.until_it_fits(lambda: layer.attention.stream(_projected(layer, hidden), known))
 
 
@@ -46,7 +47,7 @@ def layer_output(
     """Hidden states after a layer, by chunk; those in front of it stay as they are, should they be needed again."""
 
     def output() -> list[Tensor]:
-        layer = worker.ready().encoder[number]
+        layer = worker.ready().module.encoder[number]
         projected, sums = _projected(layer, hidden), layer.attention.sums(n_cells, known)
         return [layer.output(h, projected.of(i, "query")[0], sums) for i, h in enumerate(hidden)]
 
@@ -61,46 +62,33 @@ def read_out(worker: Worker, hidden: list[Tensor]) -> np.ndarray:
     """Latents ``(cells, n_latent)``."""
 
     def latents() -> np.ndarray:
-        module = worker.ready()
-        found = [module.latent.mean(module.pre_latent_norm(h), **worker.options) for h in hidden]
+        module = worker.ready().module
+        found = [module.latent.mean(module.pre_latent_norm(h), **worker.encoder.options) for h in hidden]
         return np.concatenate([latent.float().cpu().numpy() for latent in found])
 
     return worker.until_it_fits(latents)
 
 
-def submit_sentence(
-    client: Any, worker: Any, blocks: Blocks, cells: np.ndarray, n_layers: int
-) -> list[tuple[Any, np.ndarray]]:
-    """Ask a cluster for the latents of a sentence.
+def submit_sentence(cluster: Cluster, cells: np.ndarray, n_layers: int) -> list[tuple[Any, np.ndarray]]:
+    """Ask a cluster for the latents of a sentence; futures, and the cells of each. None of one that is not long.
 
     Parameters
     ----------
-    client
-        Of the cluster.
-    worker
-        Future of the :class:`~cellprior.model.engine._dask.Worker`.
-    blocks
-        The data.
+    cluster
+        What works on the cells.
     cells
         Positions of the sentence's cells.
     n_layers
         Of the encoder.
-
-    Returns
-    -------
-    Futures, and the cells of each.
     """
     parts = np.array_split(cells, -(-len(cells) // PART_CELLS))
     if len(parts) == 1:
-        return [(blocks.submit(client, embed_unit, worker, cells), cells)]
-
-    def submit(function: Any, *args: Any) -> Any:
-        return client.submit(function, *args, pure=False)
-
-    hidden = [blocks.submit(client, begin, worker, part) for part in parts]
+        return []
+    call, worker = cluster.call, cluster.worker
+    hidden = [cluster.on_cells(begin, part) for part in parts]
     for number in range(n_layers):
         known: list[Any] = []
         for _ in range(N_STREAMS):
-            known.append(submit(total, *(submit(partial_sums, worker, number, h, *known) for h in hidden)))
-        hidden = [submit(layer_output, worker, number, len(cells), h, *known) for h in hidden]
-    return [(submit(read_out, worker, h), part) for h, part in zip(hidden, parts, strict=True)]
+            known.append(call(total, *(call(partial_sums, worker, number, h, *known) for h in hidden)))
+        hidden = [call(layer_output, worker, number, len(cells), h, *known) for h in hidden]
+    return [(call(read_out, worker, h), part) for h, part in zip(hidden, parts, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,23 @@ from torch import Tensor
 
 from cellprior._arguments import positive
 from cellprior._obs import older_text, text_of
-from cellprior.model._base import Precision
+from cellprior.model._base import Indices, Precision, PretrainedModel
 from cellprior.model.cellplm._checkpoint import (
     CHECKPOINT_SUFFIX,
     config_name,
     find_official,
     read_official,
 )
-from cellprior.model.cellplm._cluster import submit_sentence
-from cellprior.model.cellplm._expression import ExpressionMixin
-from cellprior.model.cellplm._hidden import HiddenStates, StoredStates
-from cellprior.model.cellplm._inputs import sentences
+from cellprior.model.cellplm._encoder import SentenceEncoder
+from cellprior.model.cellplm._expression import Covariates, impute, normalized_expression
 from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.cellplm._masked import Fitted, fit_covariates, masked_scores
 from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
-from cellprior.model.data._fields import CountsManager
-from cellprior.model.engine._dask import Blocks
-from cellprior.model.engine._sizes import Chunks
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.weights import Bundle
 
 
-class CellPLM(ExpressionMixin):
+class CellPLM(PretrainedModel):
     """CellPLM: cells as tokens, linear attention between the cells of a sentence [Wen24]_.
 
     A cell's embedding depends on the cells it shares a sentence with, by design. A sentence is one category of
@@ -69,7 +64,7 @@ class CellPLM(ExpressionMixin):
 
     _module_cls = CellPLMModule
     obsm_key = "X_cellplm"
-    _sentences = True
+    _encoder_cls = SentenceEncoder
     # imputation: rates of the original's fine-tuning pipeline
     objectives = {
         "masked": {},
@@ -120,7 +115,7 @@ class CellPLM(ExpressionMixin):
     def get_latent_representation(
         self,
         adata: ad.AnnData | None = None,
-        indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
+        indices: Indices = None,
         batch_size: int | None = None,
         *,
         mixture: Mixture = "expected",
@@ -158,6 +153,99 @@ class CellPLM(ExpressionMixin):
             msg = f'mixture={mixture!r} is not known; choose "expected", "argmax" or "sampled".'
             raise ValueError(msg)
         return self._embed(adata, indices, batch_size, precision, mixture=mixture)
+
+    def get_normalized_expression(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Indices = None,
+        *,
+        gene_list: Sequence[str] | None = None,
+        library_size: float = 1.0,
+        covariates: Covariates = "fitted",
+        batch_size: int | None = None,
+    ) -> pd.DataFrame:
+        """Decoder means, scaled to the same total in every cell.
+
+        Parameters
+        ----------
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask.
+        gene_list
+            Names of the data, symbols or Ensembl ids; by default the whole vocabulary.
+        library_size
+            Total over all vocabulary genes.
+        covariates
+            What the decoder is told of the data set and batch, of which it has learned a vector each: ``"fitted"``, for
+            each category of ``batch_key`` what predicts hidden genes of some of its cells best; or ``"mean"``, the mean
+            of all, the same for all cells. That takes differences between batches out, but the decoder knows the mean
+            only if :meth:`train` has trained it on batches that it has no vector for: else counts are predicted worse.
+        batch_size
+            Cells in memory at a time.
+
+        Returns
+        -------
+        Cells by genes, float32.
+
+        Raises
+        ------
+        KeyError
+            If a gene is not in the vocabulary.
+        """
+        return normalized_expression(
+            self,
+            adata,
+            indices,
+            gene_list,
+            library_size=library_size,
+            covariates=covariates,
+            batch_size=batch_size,
+        )
+
+    def impute(
+        self,
+        genes: Sequence[str],
+        adata: ad.AnnData | None = None,
+        indices: Indices = None,
+        *,
+        measured: Mapping[str, Sequence[str]] | None = None,
+        covariates: Covariates = "fitted",
+        batch_size: int | None = None,
+    ) -> pd.DataFrame:
+        """Expected counts of genes, measured or not, at the depth of each cell.
+
+        The decoder's means of a cell are scaled so that those of its measured genes add up to its counts of them.
+
+        Parameters
+        ----------
+        genes
+            Names of the data, symbols or Ensembl ids.
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask.
+        measured
+            For panels that differ between batches: the genes measured in each category of ``batch_key``. The counts of
+            the others must be 0 there. By default all genes of the data were measured everywhere.
+        covariates
+            See :meth:`get_normalized_expression`.
+        batch_size
+            Cells in memory at a time.
+
+        Returns
+        -------
+        Cells by ``genes``, float32.
+
+        Raises
+        ------
+        KeyError
+            If one of ``genes`` is not in the vocabulary, or ``measured`` lacks a batch.
+        ValueError
+            If ``measured`` is given without a ``batch_key``, or an unmeasured gene has counts.
+        """
+        options: dict[str, Any] = {"covariates": covariates, "batch_size": batch_size}
+        return impute(self, genes, adata, indices, measured=measured, **options)
 
     @property
     def training_state_(self) -> dict[str, Any]:
@@ -216,38 +304,3 @@ class CellPLM(ExpressionMixin):
         return masked_scores(
             self.module, counts, fitted, share=share, rng=rng, measured=measured, batch=batch
         )
-
-    @property
-    def _n_stages(self) -> int:
-        return len(self.module.encoder) + 3  # embedder, layers, norm and latent
-
-    def _units(self, manager: CountsManager, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        if REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
-            return list(sentences(rows, None))
-        return list(sentences(rows, manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows]))
-
-    def _encode(
-        self,
-        chunks: Iterable[Tensor],
-        gene_index: Tensor | None,
-        *,
-        scratch: Path | None = None,
-        step: Callable[[int], None] = lambda n_cells: None,
-        **options: Any,
-    ) -> Iterator[Tensor]:
-        if scratch is None:
-            states = HiddenStates(step=step)
-            return self.module.encode_chunks(chunks, gene_index=gene_index, states=states, **options)
-        assert isinstance(chunks, Chunks)  # for the type checker
-        width, device = self.module.n_hidden, self.module.device
-        stored = StoredStates(scratch, chunks.sizes, width, device=device, step=step)
-        missing = chunks.read(stored.n_filled)
-        return self.module.encode_chunks(missing, gene_index=gene_index, states=stored, **options)
-
-    def _submit(
-        self, client: Any, worker: Any, blocks: Blocks, cells: np.ndarray
-    ) -> list[tuple[Any, np.ndarray]]:
-        return submit_sentence(client, worker, blocks, cells, len(self.module.encoder))
-
-    def _hidden(self, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterable[Tensor]:
-        return self.module.hidden_chunks(chunks, gene_index=gene_index)

@@ -21,7 +21,7 @@ from cellprior._matrix import (
     to_memory,
 )
 from cellprior._obs import read_column, text_of
-from cellprior.model.data._counts import N_CHECKED, check_counts, read_rows
+from cellprior.model.data._cells import refuse_no_counts
 from cellprior.model.data._minibatches import CountsDataset
 
 
@@ -41,14 +41,7 @@ class CountsField(LayerField):
 
     def validate_field(self, adata: ad.AnnData) -> None:
         """Refuse data without cells, and data whose first cells are not counts."""
-        matrix = matrix_of(adata, self.attr_key, argument=self.argument)
-        n_vars = len(matrix.var)
-        if adata.n_obs == 0 or n_vars == 0:
-            msg = f"The AnnData has {adata.n_obs} cells and {n_vars} genes; at least one of each is needed."
-            raise ValueError(msg)
-        rows = np.arange(min(N_CHECKED, adata.n_obs))
-        counts = read_rows(matrix.x, rows, where=matrix.where)
-        check_counts(counts, rows, adata, self.attr_key, argument=self.argument, feature=self.feature)
+        refuse_no_counts(adata, self.attr_key, argument=self.argument, feature=self.feature)
 
     def register_field(self, adata: ad.AnnData) -> dict:
         """Note the size of the data, and the names of the columns."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cellprior._arguments import count
+from cellprior.model.data._cells import Cells
 from cellprior.model.data._counts import (
     by_cell,
     check_counts,
@@ -184,20 +185,31 @@ class VocabularyLoader(DataLoader):
         )
 
 
-def minibatches(
-    dataset: Dataset, rows: Sequence[np.ndarray], column: np.ndarray, n_columns: int, dense: bool = False
-) -> DataLoader:
-    """Given minibatches, rows of a :class:`CountsDataset` each, with counts in vocabulary order."""
-    to_vocabulary: Callable[[Any], dict[str, Tensor]] = ToVocabulary(column, n_columns, dense)
+class _Pieces(Dataset):
+    """Counts of given cells."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+
+    def __getitem__(self, piece: np.ndarray) -> Any:
+        return self.cells.read(piece)
+
+
+def pieces_of(cells: Cells, pieces: Sequence[np.ndarray]) -> DataLoader:
+    """Counts of given cells, a few at a time; read by other processes, if scvi-tools' settings say so."""
     return DataLoader(
-        dataset,
-        sampler=rows,
+        _Pieces(cells),
+        sampler=pieces,
         batch_size=None,  # one read of the matrix each
-        collate_fn=to_vocabulary,
+        collate_fn=_as_it_is,
         generator=torch.Generator(),  # of seeds for workers; the global state is left alone
         num_workers=scvi_settings.dl_num_workers,
         persistent_workers=scvi_settings.dl_persistent_workers,
     )
+
+
+def _as_it_is(counts: Any) -> Any:
+    return counts
 
 
 class VocabularySplitter(DataSplitter):

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scvi import REGISTRY_KEYS
-from scvi.data import AnnDataManager
 
 from cellprior._obs import text_of
 from cellprior.genes import GeneMatch
+from cellprior.model.data._cells import Cells
 
 
 def distinct(genes: pd.DataFrame) -> pd.DataFrame:
@@ -64,9 +63,9 @@ def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np
 
 def measured_genes(
     measured: Mapping[str, Sequence[str]] | None,
-    manager: AnnDataManager | None,
     genes: pd.DataFrame,
     match: GeneMatch,
+    cells: Cells | None = None,
 ) -> np.ndarray:
     """Which vocabulary genes were measured, by category of ``batch_key`` ``(n_batches, n_genes)``.
 
@@ -76,12 +75,12 @@ def measured_genes(
     ----------
     measured
         Names of the measured genes by batch; those of the data that the vocabulary lacks are passed over.
-    manager
-        Of the data.
     genes
         The vocabulary.
     match
         Of the data's genes.
+    cells
+        With their batches; needed with ``measured``.
 
     Raises
     ------
@@ -94,19 +93,18 @@ def measured_genes(
         seen = np.zeros((1, len(genes)), dtype=bool)
         seen[0, match.index[match.index >= 0]] = True
         return seen
-    if manager is None or REGISTRY_KEYS.BATCH_KEY not in manager.data_registry:
+    if cells is None or cells.batch is None:
         msg = "measured= names genes by batch, but setup_anndata() was not given a batch_key."
         raise ValueError(msg)
-    categories = manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping
-    panels = {text_of(name): panel for name, panel in measured.items()}
-    present = np.unique(manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY))
-    if missing := [str(categories[code]) for code in present if str(categories[code]) not in panels]:
+    names, panels = cells.batches, {text_of(name): panel for name, panel in measured.items()}
+    present = np.unique(cells.batch)
+    if missing := [names[code] for code in present if names[code] not in panels]:
         msg = f"measured= says nothing about the batches {', '.join(missing)}."
         raise KeyError(msg)
     lost = set(match.var_names[match.index < 0])  # the gene match has reported these
-    seen = np.zeros((len(categories), len(genes)), dtype=bool)
+    seen = np.zeros((len(names), len(genes)), dtype=bool)
     for code in present:
-        panel = [name for name in panels[str(categories[code])] if name not in lost]
+        panel = [name for name in panels[names[code]] if name not in lost]
         seen[code, gene_rows(panel, genes, match)] = True
     return seen
 

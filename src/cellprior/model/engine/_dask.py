@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
 
-from cellprior.model.data._counts import check_counts, csr_tensor, read_rows_of_block, select_columns
-from cellprior.model.data._minibatches import ToVocabulary
-
-if TYPE_CHECKING:
-    from cellprior.model.engine._embedding import Embedding
-    from cellprior.model.engine._sizes import BatchSize, Part
+from cellprior.model.data._cells import Cells
+from cellprior.model.engine._encoder import Covariates, Encoder
+from cellprior.model.engine._sizes import BatchSize, Chunks, Part
 
 IN_FLIGHT = 2  # parts asked for, per thread of the cluster
 PATIENCE = 120.0  # seconds without any worker: a cluster may be on its way to more, or have ended
@@ -34,111 +31,148 @@ class ClusterLostError(RuntimeError):
     """The cluster, or the connection to it, has ended before the work."""
 
 
+class Block(NamedTuple):
+    """Some cells, as they are sent to a worker."""
+
+    n_cells: int
+    counts: dict[
+        str, tuple[Any, np.ndarray, np.ndarray]
+    ]  # rows of the matrix, that of each cell, names of the rows
+    covariates: dict[str, np.ndarray]
+
+
 @dataclass
 class Worker:
     """All that is the same for all cells; sent to each worker once.
 
     Attributes
     ----------
-    module
-        The network, on the CPU as it is sent; it runs on the worker's first GPU if it has one.
-    encode
-        Of the model class, of which it reads ``module`` only.
-    to_vocabulary
-        What brings counts into the vocabulary's order.
-    gene_index
-        Vocabulary row of each column then, None if they are the vocabulary.
-    size, precision, options
+    encoder
+        With the network, on the CPU as it is sent; it runs on the worker's first GPU if it has one.
+    cells
+        How counts are read, without any cells.
+    size, precision
         See :class:`~cellprior.model.engine._embedding.Embedding`.
-    labels
-        ``var_names``, ``layers`` and ``layer``, for what is refused.
     """
 
-    module: torch.nn.Module
-    encode: Callable[..., Iterable[Tensor]]
-    to_vocabulary: ToVocabulary
-    gene_index: np.ndarray | None
+    encoder: Encoder
+    cells: Cells
     size: BatchSize
     precision: str
-    options: dict[str, Any]
-    labels: SimpleNamespace
 
-    def ready(self) -> Any:
-        """The network, where it runs."""
-        return on_device_here(self.module)
+    @classmethod
+    def of(cls, encoder: Encoder, cells: Cells, size: BatchSize, precision: str) -> Worker:
+        """Leave the data behind."""
+        counts = {}
+        for name, part in cells.counts.items():
+            labels = SimpleNamespace(
+                var_names=part.matrix.var.index, layers=list(part.adata.layers), raw=None
+            )
+            counts[name] = replace(part, adata=labels, x=None, row=np.empty(0, dtype=np.int64), match=None)
+        return cls(encoder, Cells(pd.DataFrame(), counts, joint=cells.joint), size, precision)
 
-    def autocast(self) -> torch.autocast:
-        """What makes products in the precision asked for."""
-        device = self.ready().device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+    def ready(self) -> Encoder:
+        """The encoder, with the network where it runs."""
+        self.encoder.module.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self.encoder
 
-    def chunks(self, block: Any, position: np.ndarray, names: np.ndarray) -> Iterator[Tensor]:
-        """Counts of a block of the matrix, checked, in vocabulary order, a few cells at a time.
+    def chunks(self, block: Block) -> Chunks:
+        """Counts of the cells of a block, checked, in vocabulary order, a few cells at a time."""
+        counts = {}
+        for name, (x, row, names) in block.counts.items():
+            part = self.cells.counts[name]
+            labels = SimpleNamespace(**vars(part.adata), obs_names=names)
+            counts[name] = replace(part, adata=labels, x=x, row=row)
+        cells, encoder = replace(self.cells, counts=counts), self.ready()
+        pieces = np.array_split(np.arange(block.n_cells), -(-block.n_cells // self.size.n_cells))
+        sizes = [len(piece) for piece in pieces]
+        return Chunks(sizes, lambda start: (encoder.place(cells.read(piece)) for piece in pieces[start:]))
 
-        Parameters
-        ----------
-        block
-            Some rows of the data.
-        position
-            Which of them each cell is.
-        names
-            Names of the cells.
-        """
-        counts = read_rows_of_block(block)[position]
-        labels = SimpleNamespace(obs_names=names, **vars(self.labels))
-        check_counts(counts, np.arange(len(names)), labels, self.labels.layer)
-        counts = select_columns(counts, self.to_vocabulary.column, self.to_vocabulary.n_columns)
-        n_pieces = -(-len(names) // self.size.n_cells)
-        device = self.ready().device
-        for piece in np.array_split(np.arange(len(names)), n_pieces):
-            yield csr_tensor(counts[piece[0] : piece[-1] + 1]).to(device)
-
-    def columns(self) -> Tensor | None:
-        """``gene_index`` where the network runs."""
-        return (
-            None if self.gene_index is None else torch.as_tensor(self.gene_index, device=self.ready().device)
-        )
+    def covariates(self, block: Block) -> Covariates:
+        """What the network is told of the cells of a block."""
+        device = self.ready().module.device
+        return {name: torch.as_tensor(values, device=device) for name, values in block.covariates.items()}
 
     def until_it_fits(self, function: Callable[[], Any]) -> Any:
         """Call a function, and where a GPU runs out of memory, again with fewer cells at a time."""
+        device = self.ready().module.device.type
         while True:
             try:
-                with torch.inference_mode(), self.autocast():
+                half = self.precision == "bfloat16"
+                with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
                     return function()
             except torch.cuda.OutOfMemoryError as error:
                 self.size.halve(error)
             torch.cuda.empty_cache()  # not in the handler, whose traceback still holds the tensors
 
 
-def on_device_here(module: torch.nn.Module) -> torch.nn.Module:
-    """A network that was sent, on the first GPU of this machine if there is one."""
-    return module.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def embed_unit(worker: Worker, block: Any, position: np.ndarray, names: np.ndarray) -> np.ndarray:
+def embed_unit(worker: Worker, block: Block) -> np.ndarray:
     """Latents ``(cells, width)`` of one unit, by one worker."""
 
     def embed() -> np.ndarray:
-        chunks = worker.chunks(block, position, names)
-        model = SimpleNamespace(module=worker.ready())
-        latents = worker.encode(model, chunks, worker.columns(), **worker.options)
+        latents = worker.ready().encode(worker.chunks(block), worker.covariates(block))
         return np.concatenate([latent.float().cpu().numpy() for latent in latents])
 
     return worker.until_it_fits(embed)
 
 
-def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Iterator[Part]:
-    """Embed units on a cluster, as :meth:`~cellprior.model.engine._embedding.Embedding.parts` does here, in any order.
+@dataclass
+class Cluster:
+    """A cluster that works on some cells; what it gives are futures.
 
-    Parameters
+    Attributes
     ----------
-    embedding
-        With ``worker()``, what is sent to each worker once; and ``submit(client, worker, cells)``, the futures of the
-        latents of one unit, with the cells of each.
     client
         Of the cluster.
-    pending
-        Numbers of the units.
+    worker
+        Future of the :class:`Worker`.
+    cells, rows
+        See :class:`~cellprior.model.engine._embedding.Embedding`.
+    """
+
+    client: Any
+    worker: Any
+    cells: Cells
+    rows: np.ndarray
+
+    def on_cells(self, function: Callable[[Worker, Block], Any], cells: np.ndarray) -> Any:
+        """``function(worker, block)`` of some cells, by their positions among ``rows``."""
+        import dask
+
+        rows, counts = self.rows[cells], {}
+        for name, part in self.cells.counts.items():
+            row = part.row[rows]
+            has = row >= 0
+            block, position = block_of(part.x, row[has]) if has.any() else (part.x[:0], row[has])
+            names = np.asarray(part.adata.obs_names[np.unique(row[has])])
+            row[has] = position
+            counts[name] = (block, row, names)
+        covariates = {name: values[rows] for name, values in self.cells.covariates.items()}
+        # the call takes a block to pieces, lest Dask miss the arrays in it
+        delayed = dask.delayed(_with_block, pure=False)(function, self.worker, len(cells), counts, covariates)
+        return self.client.compute(delayed)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, of which some may be futures."""
+        return self.client.submit(function, *args, pure=False)
+
+
+def _with_block(function: Callable[..., Any], worker: Worker, *block: Any) -> Any:
+    return function(worker, Block(*block))
+
+
+def parts_on_cluster(
+    encoder: Encoder,
+    cells: Cells,
+    rows: np.ndarray,
+    units: list[np.ndarray],
+    client: Any,
+    pending: deque[int],
+    size: BatchSize,
+    precision: str,
+    progress: Callable[[int], Any],
+) -> Iterator[Part]:
+    """Embed units on a cluster, as :meth:`~cellprior.model.engine._embedding.Embedding.parts` does here, in any order.
 
     Raises
     ------
@@ -151,42 +185,43 @@ def parts_on_cluster(embedding: Any, client: Any, pending: Iterable[int]) -> Ite
     """
     from distributed import KilledWorker, as_completed
 
-    from cellprior.model.engine._sizes import Part
-
-    module = embedding.model.module
+    module = encoder.module
     device = module.device
     module.cpu()  # as it is sent
     with connected(client):
-        worker = client.scatter(embedding.worker(), broadcast=True)
+        worker = client.scatter(Worker.of(encoder, cells, size, precision), broadcast=True)
     module.to(device)
-    queue, running, unfinished = deque(pending), as_completed([]), {}
+    cluster = Cluster(client, worker, cells, rows)
+    running, unfinished = as_completed([]), {}
     asked: dict[Any, tuple[int, np.ndarray]] = {}
-    while queue or asked:
+    while pending or asked:
         with connected(client):
             n_threads = sum(client.nthreads().values())
-            while queue and len(asked) < max(IN_FLIGHT * n_threads, 1):
-                unit = queue.popleft()
-                futures = embedding.submit(client, worker, embedding.units[unit])
+            while pending and len(asked) < max(IN_FLIGHT * n_threads, 1):
+                unit = pending.popleft()
+                positions = units[unit]
+                futures = encoder.submit(cluster, positions)
+                futures = futures or [(cluster.on_cells(embed_unit, positions), positions)]
                 unfinished[unit] = len(futures)
-                for future, cells in futures:
-                    asked[future] = (unit, cells)
+                for future, of_future in futures:
+                    asked[future] = (unit, of_future)
                     running.add(future)
             _await(running, client)
             future = next(running)
-        unit, cells = asked.pop(future)
+        unit, positions = asked.pop(future)
         try:
             with connected(client):
                 latent = future.result()
         except KilledWorker as error:
             msg = (
-                f"Several workers died one after the other over the same {len(cells)} cells, probably for want of "
+                f"Several workers died one after the other over the same {len(positions)} cells, probably for want of "
                 f"memory: give them more, fewer threads each, or a smaller batch_size ({error})."
             )
             raise RuntimeError(msg) from error
         future.release()
         unfinished[unit] -= 1
-        embedding.progress(embedding.n_stages * len(cells))
-        yield Part(unit, cells, latent, not unfinished[unit])
+        progress(encoder.n_stages * len(positions))
+        yield Part(unit, positions, latent, not unfinished[unit])
 
 
 def await_workers(client: Any) -> None:
@@ -249,22 +284,6 @@ def _await(running: Any, client: Any) -> None:
             seen = now
         elif now - seen > PATIENCE:
             raise ClusterLostError(NO_WORKER.format(now - seen))
-
-
-class Blocks:
-    """Rows of a dask array, to be computed where they are needed."""
-
-    def __init__(self, embedding: Embedding) -> None:
-        self.rows, self.obs_names = embedding.rows, embedding.manager.adata.obs_names
-        self.x = embedding.manager.get_from_registry("X")
-
-    def submit(self, client: Any, function: Callable[..., Any], worker: Any, cells: np.ndarray) -> Any:
-        """``function(worker, block, position, names)`` of some cells, on a worker."""
-        import dask
-
-        block, position = block_of(self.x, self.rows[cells])
-        names = np.asarray(self.obs_names[self.rows[cells]])
-        return client.compute(dask.delayed(function, pure=False)(worker, block, position, names))
 
 
 def block_of(x: Any, rows: np.ndarray) -> tuple[Any, np.ndarray]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 # products of one to three rows go through other kernels, which round differently in the fifth digit
 MIN_CHUNK = 16
 MAX_CHUNK = 8192  # of a GPU; on a CPU, more than the model's default_batch_size is of no use
 MEMORY_SHARE = 0.25  # of what is free, for the cells that are in the network at a time
+
+
+def no_progress(n_cells: int) -> None:
+    """Tell nobody."""
 
 
 class Part(NamedTuple):
@@ -34,12 +38,23 @@ class Chunks:
         Cells of each chunk.
     read
         Gives the chunks from a number on.
+    scratch
+        Folder for what the sentence holds; None for memory.
+    step
+        Is told the number of cells whenever a stage of some is done.
     """
 
-    def __init__(self, sizes: list[int], read: Callable[[int], Iterator[Tensor]]) -> None:
-        self.sizes, self.read = sizes, read
+    def __init__(
+        self,
+        sizes: list[int],
+        read: Callable[[int], Iterator[Any]],
+        *,
+        scratch: Path | None = None,
+        step: Callable[[int], None] = no_progress,
+    ) -> None:
+        self.sizes, self.read, self.scratch, self.step = sizes, read, scratch, step
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         return self.read(0)
 
 
@@ -50,10 +65,12 @@ class BatchSize:
     ----------
     given
         What was asked for, raised to ``MIN_CHUNK``; ``None`` for what fits.
-    model
-        The model; ``default_batch_size`` is its choice on a CPU.
-    n_features
-        Features of a cell.
+    device
+        Where the network is.
+    cell_bytes
+        Memory that a cell takes in it.
+    default
+        What is chosen where memory is no concern, on a CPU.
 
     Raises
     ------
@@ -61,19 +78,16 @@ class BatchSize:
         If it is not positive.
     """
 
-    def __init__(self, given: int | None, model: Any, *, n_features: int) -> None:
+    def __init__(self, given: int | None, *, device: torch.device, cell_bytes: int, default: int) -> None:
         if given is not None and given < 1:
             msg = f"batch_size={given}; at least one cell at a time is needed."
             raise ValueError(msg)
-        device = model.module.device
         if given is not None:
             self.n_cells = max(given, MIN_CHUNK)
         elif device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            width = getattr(model.module, "n_hidden", model.module.n_latent)
-            self.n_cells = fitting(free, n_features=n_features, width=width)
+            self.n_cells = fitting(torch.cuda.mem_get_info(device)[0], cell_bytes)
         else:
-            self.n_cells = model.default_batch_size
+            self.n_cells = default
         self._warned = False
 
     def halve(self, error: RuntimeError) -> None:
@@ -100,10 +114,7 @@ class BatchSize:
         self._warned, self.n_cells = True, smaller
 
 
-def fitting(n_bytes: int, *, n_features: int, width: int) -> int:
-    """Cells for a quarter of some memory, a power of two, 8,192 at most.
-
-    A cell is counted with its features, dense and sparse, and sixteen vectors of the network's width, float32.
-    """
-    n_cells = int(MEMORY_SHARE * n_bytes) // (16 * n_features + 64 * width)
+def fitting(n_bytes: int, cell_bytes: int) -> int:
+    """Cells for a quarter of some memory, a power of two, 8,192 at most."""
+    n_cells = int(MEMORY_SHARE * n_bytes) // cell_bytes
     return min(max(1 << max(n_cells.bit_length() - 1, 0), MIN_CHUNK), MAX_CHUNK)

@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 from cellprior._compat import new_array, new_group, with_nullable_strings
 from cellprior._obs import writable
 from cellprior._outputs import refuse_full, refuse_unwritable, target, write_file
+from cellprior.model.data._cells import Cells
 from cellprior.model.data._fingerprint import digest
 from cellprior.model.data._sources import Sources
 from cellprior.model.engine._checksums import row_sums, total
 from cellprior.model.engine._dask import ClusterLostError
-
-if TYPE_CHECKING:
-    from cellprior.model.engine._sizes import Part
+from cellprior.model.engine._embedding import Embedding
+from cellprior.model.engine._sizes import Part
 
 CHUNK_BYTES = 2**20  # of the array on disk
 MIN_CHUNK_ROWS = 1024
@@ -387,42 +387,14 @@ def _open(path: Path, *, mode: Literal["r", "r+"]) -> Any:
     return zarr.open_group(path, mode=mode)
 
 
-def fingerprint_of(model: Any, *, key: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """All that can change a number of an embedding, by part.
-
-    Parameters
-    ----------
-    model
-        With data attached; ``_fingerprint`` gives theirs: counts, cells, genes as they are matched, batches.
-    key
-        Of ``obsm``.
-    params
-        Arguments that change the result.
-    """
-    state = sorted(model.module.state_dict().items())
-    described = [type(model).__name__, model._network(), model.training_state_]
-    weights = digest(
-        [json.dumps(described, sort_keys=True, default=str), (model.pretrained_ or {}).get("sha256")],
-        model.genes.to_numpy().ravel(),
-        getattr(model, "peaks", []),
-        [name for name, _ in state],
-        *(tensor.float().cpu().numpy() for _, tensor in state),
-    )
-    return {
-        **model._fingerprint(),
-        "weights": weights,
-        "parameters": {"key": key, **params},
-        "precision": torch.get_float32_matmul_precision(),
-        "cellprior": model.provenance()["cellprior_version"],
-    }
-
-
 def stream(
-    model: Any,
+    embed: Callable[..., Embedding],
+    cells: Cells,
     out: str | os.PathLike[str],
     *,
     key: str,
-    params: Mapping[str, Any],
+    weights: str,
+    record: Mapping[str, Any],
     batch_size: int | None = None,
     hidden: str | os.PathLike[str] = "memory",
     overwrite: bool = False,
@@ -430,27 +402,37 @@ def stream(
     client: Any = None,
     source: Path | None = None,
 ) -> None:
-    """Embed the attached data of a model into a zarr folder; see :func:`cellprior.tl.embed`.
+    """Embed cells into a zarr folder; see :func:`cellprior.tl.embed`.
 
     Parameters
     ----------
-    model
-        With ``_embedding``, ``_fingerprint`` and ``_matrices``.
+    embed
+        Gives the embedding of all cells, of ``batch_size``, ``unit_size`` and ``client``.
+    cells
+        The same cells.
     out
         The folder.
     key
         Of ``obsm``.
-    params
-        Arguments that change the result.
+    weights
+        Digest of all that can change a number, but for the cells.
+    record
+        Where the embedding comes from, with ``params``, the arguments that change the result.
     batch_size, hidden, overwrite, progress, client
         See :func:`cellprior.tl.embed`.
     source
         Path that the data come from.
     """
     out = target(Path(out))
-    refuse_impossible(model, hidden=hidden, client=client)
-    sources = Sources(model._matrices(), source)
-    fingerprint = fingerprint_of(model, key=key, params=params)
+    sources = Sources(cells.matrices(), source)
+    known = cells.fingerprint()
+    fingerprint = {
+        **known,
+        "weights": weights,
+        "parameters": {"key": key, **record["params"]},
+        "precision": torch.get_float32_matmul_precision(),
+        "cellprior": record["cellprior_version"],
+    }
     store = LatentStore(out, fingerprint, overwrite=overwrite)
     sources.refuse_inside(out, store.folder)
     if store.complete and not store.folder.exists():
@@ -459,8 +441,7 @@ def stream(
         if store.complete:
             return
         unit_size = store.state.get("batch_size")
-        embedding = model._embedding(batch_size=batch_size or unit_size, unit_size=unit_size, client=client)
-        record = {**model.provenance(), "params": params}
+        embedding = embed(batch_size=batch_size or unit_size, unit_size=unit_size, client=client)
         store.begin(
             units=embedding.units,
             width=embedding.width,
@@ -472,14 +453,14 @@ def stream(
         sizes = [len(embedding.units[unit]) for unit in pending]
         refuse_full(out.parent, 4 * embedding.width * sum(sizes))
         if hidden != "memory":
-            refuse_full(Path(hidden), 4 * model.module.n_hidden * max(sizes, default=0))
+            refuse_full(Path(hidden), 4 * embedding.encoder.module.n_hidden * max(sizes, default=0))
             refuse_unwritable(Path(hidden))
             name = digest([json.dumps(store.fingerprint), out.resolve()])
             embedding.scratch = Path(hidden) / f"cellprior-{name}"
             if overwrite:
                 shutil.rmtree(embedding.scratch, ignore_errors=True)
         _fill(store, embedding, pending, sources, progress)
-        if sources.changed(every=True) or fingerprint != fingerprint | model._fingerprint():
+        if sources.changed(every=True) or known != cells.fingerprint():
             store.discard()
             msg = (
                 f"{sources.names} has changed while it was read, so that {out} would hold cells of both: what was done "
@@ -491,9 +472,11 @@ def stream(
             shutil.rmtree(embedding.scratch, ignore_errors=True)
 
 
-def _fill(store: LatentStore, embedding: Any, pending: list[int], sources: Sources, progress: bool) -> None:
+def _fill(
+    store: LatentStore, embedding: Embedding, pending: list[int], sources: Sources, progress: bool
+) -> None:
     """Embed the cells of some units, under a bar that counts all cells."""
-    n_stages, n_pending = embedding.n_stages, sum(len(embedding.units[unit]) for unit in pending)
+    n_stages, n_pending = embedding.encoder.n_stages, sum(len(embedding.units[unit]) for unit in pending)
     with tqdm(
         total=n_stages * embedding.n_cells,
         initial=n_stages * (embedding.n_cells - n_pending),
@@ -520,8 +503,8 @@ def _fill(store: LatentStore, embedding: Any, pending: list[int], sources: Sourc
             raise RuntimeError(msg) from error
 
 
-def refuse_impossible(model: Any, *, hidden: str | os.PathLike[str], client: Any) -> None:
-    """Refuse arguments of :func:`stream` that cannot be meant.
+def refuse_impossible(name: str, *, sees_others: bool, hidden: str | os.PathLike[str], client: Any) -> None:
+    """Refuse arguments of :func:`stream` that cannot be meant, of a model that is called ``name``.
 
     Raises
     ------
@@ -530,8 +513,8 @@ def refuse_impossible(model: Any, *, hidden: str | os.PathLike[str], client: Any
     """
     if hidden == "memory":
         return
-    if not model._sentences:
-        msg = f"hidden={os.fspath(hidden)!r}: a {type(model).__name__} looks at one cell at a time and holds no others."
+    if not sees_others:
+        msg = f"hidden={os.fspath(hidden)!r}: a {name} looks at one cell at a time and holds no others."
         raise ValueError(msg)
     if client is not None:
         msg = f"hidden={os.fspath(hidden)!r}: on a cluster, the workers hold the hidden states; leave it out."

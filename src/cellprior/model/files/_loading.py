@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
@@ -13,17 +13,16 @@ from typing import Any, Self
 from uuid import uuid4
 
 import anndata as ad
-import pandas as pd
 import torch
 from scvi.model.base import BaseModelClass
 
+from cellprior.model._hooks import Hooks
 from cellprior.model.data._fields import without_view
 from cellprior.model.data._files import with_frames
 from cellprior.model.files._strict import check_fits, load_strictly
 from cellprior.model.learning._finite import DivergedError, not_finite
 from cellprior.weights import (
     Bundle,
-    InertCheckpoint,
     WeightsError,
     read_bundle,
     resolve,
@@ -35,26 +34,24 @@ from cellprior.weights._inert import MAX_EXPANSION
 from cellprior.weights._reading import check_genes, model_of
 
 
-class LoadableModel(BaseModelClass):
+class LoadableModel(Hooks, BaseModelClass):
     """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
 
-    obsm_key: str
     # what :meth:`from_pretrained` was given, and the sha256 of all that was read: tensors, configuration, vocabulary
     pretrained_: dict[str, str] | None = None
     split_: dict[str, Any] = {}  # by way of training, which cells were held out
-    _setup_method = "setup_anndata"
 
     @classmethod
     def from_pretrained(
         cls,
         weights: str | os.PathLike[str],
-        adata: ad.AnnData,
+        adata: Any = None,
         *,
         min_coverage: float = 0.25,
         device: str | int | torch.device = "auto",
         known_hash: str | None = None,
     ) -> Self:
-        """Load pretrained weights and attach data.
+        """Load pretrained weights, and attach data.
 
         Parameters
         ----------
@@ -62,8 +59,8 @@ class LoadableModel(BaseModelClass):
             Registry name (see :func:`cellprior.weights.available`), folder written by :meth:`save_pretrained`,
             official checkpoint file, or address of one (then ``known_hash`` is needed).
         adata
-            Data to attach. Set up like the data it is a copy or part of, or with default arguments, if it has not
-            been set up itself.
+            Data to attach: an AnnData, for MultiomeCLIP a MuData. Set up like the data it is a copy or part of, or
+            with default arguments, if it has not been set up itself. Needed to train on only.
         min_coverage
             Least share of genes that must match, see :func:`cellprior.genes.match`.
         device
@@ -82,7 +79,7 @@ class LoadableModel(BaseModelClass):
         path = resolve(weights, known_hash=known_hash)
         bundle, file = cls._read_fetched(str(weights), path)
         digest = sha256(*(bundle.files or (file,)))
-        adata = cls._set_up(adata)
+        adata = None if adata is None else cls._set_up(adata)
         with torch.random.fork_rng(devices=[]):  # what the network starts from is overwritten
             arguments = {**bundle.config["network"], **bundle.vocabulary}
             model = cls(adata, min_coverage=min_coverage, **arguments)
@@ -219,11 +216,6 @@ class LoadableModel(BaseModelClass):
             raise WeightsError(msg) from error
 
     @classmethod
-    def _files_beside(cls, name: str) -> Sequence[str]:
-        """Names of the files that belong beside an official checkpoint of this name."""
-        return ()
-
-    @classmethod
     def _read_weights(cls, path: Path) -> tuple[Bundle, Path]:
         """Contents of a bundle or an official checkpoint, and the file or folder that stands for it in a hash."""
         if model_of(path) is None:
@@ -256,36 +248,6 @@ class LoadableModel(BaseModelClass):
         check_fits(cls, bundle, str(path))
         return bundle, file
 
-    @classmethod
-    def _blank(cls, *, genes: pd.DataFrame, **network: Any) -> torch.nn.Module:
-        """The module that ``__init__`` makes with these arguments, by itself: what weights are compared with."""
-        return cls._module_cls(len(genes), **network)
-
-    @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Whether a file or folder holds an official checkpoint of this model."""
-        return False
-
-    @classmethod
-    def _read_official(cls, path: Path) -> tuple[Bundle, Path]:
-        msg = f"{path} is not a {cls.__name__} bundle: a folder with config.json and model.safetensors is needed."
-        raise WeightsError(msg)
-
-    @classmethod
-    def from_pickle(
-        cls,
-        checkpoint: InertCheckpoint,
-        content: Any,
-        *,
-        reference: Any,
-        layer: str | Mapping[str, str | None] | None,
-    ) -> tuple[Self | Bundle, list[str]] | None:
-        """Model or bundle of an official checkpoint that is a pickle, and notes for its card; None if not this one's.
-
-        See :func:`cellprior.model.convert`, which alone may call this.
-        """
-        return None
-
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False
     ) -> None:
@@ -317,7 +279,7 @@ class LoadableModel(BaseModelClass):
                 **({"split": self.split_} if self.split_ else {}),
             },
             genes=self.genes,
-            peaks=getattr(self, "peaks", None),
+            peaks=self.peaks,
             card=card,
             overwrite=overwrite,
         )
@@ -348,18 +310,15 @@ class LoadableModel(BaseModelClass):
 
     def provenance(self, adata: ad.AnnData | None = None) -> dict[str, Any]:
         """Which weights the model has, and how much of some data, by default the attached, it reads; for the record."""
-        match = None
-        if adata is not None or self.adata is not None:
-            with self._attached(adata) as manager:
-                match = self._match_of(manager)
-        return {
-            "model": type(self).__name__,
-            **(self.pretrained_ or {}),
-            "coverage": match and match.coverage,
-            "vocabulary_share": match and match.vocabulary_share,
-            "counts_share": match and match.counts_share,
-            "cellprior_version": version("cellprior"),
-        }
+        read: dict[str, Any] = {}
+        if not all(data is None for data in (adata, self.adata, self._opened)):
+            cells = self._cells(adata)
+            for name, counts in cells.counts.items():
+                prefix = f"{name}_" if cells.joint else ""
+                for share in ("coverage", "vocabulary_share", "counts_share"):
+                    read[prefix + share] = getattr(counts.match, share, None)
+        version_ = {"cellprior_version": version("cellprior")}
+        return {"model": type(self).__name__, **(self.pretrained_ or {}), **read, **version_}
 
 
 def usable_device(device: str | int | torch.device) -> str | int | torch.device:

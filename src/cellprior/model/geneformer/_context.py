@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from cellprior.model._base import Precision, PretrainedModel
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._panels import gene_rows
 from cellprior.model.engine._embedding import Embedding
 
-Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
-
 FEW = 16  # cells whose hidden states are in memory at a time
 
 
-def gene_vectors(
-    model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, *, layer: int, precision: Precision
-) -> pd.DataFrame:
+def gene_vectors(model: Any, adata: Any, indices: Any, *, layer: int, precision: str) -> pd.DataFrame:
     """See :meth:`cellprior.model.Geneformer.get_gene_representation`."""
     module = model.module
     module.checked_layer(layer)
@@ -46,13 +41,12 @@ def gene_vectors(
 
 
 def attention_between(
-    model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, genes: Sequence[str] | None
+    model: Any, adata: Any, indices: Any, genes: Sequence[str] | None
 ) -> pd.DataFrame | pd.Series:
     """See :meth:`cellprior.model.Geneformer.get_attention`."""
     module = model.module
     if genes is not None:
-        with model._attached(adata) as manager:
-            chosen = gene_rows(genes, model.genes, model._match_of(manager))
+        chosen = gene_rows(genes, model.genes, model._match_of(adata))
         place_of = torch.full((module.n_tokens,), -1)
         place_of[torch.from_numpy(np.unique(chosen)) + module.first_gene] = torch.arange(
             len(np.unique(chosen))
@@ -87,9 +81,9 @@ def attention_between(
 
 
 def token_chunks(
-    model: PretrainedModel,
-    adata: ad.AnnData | None,
-    indices: Indices,
+    model: Any,
+    adata: Any,
+    indices: Any,
     batch_size: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Row numbers and tokens of a few cells at a time, in the order of ``indices``; the network is in eval mode.
@@ -100,16 +94,17 @@ def token_chunks(
         If there are no cells.
     """
     model._check_if_trained(warn=False)
-    with model._attached(adata) as manager:
-        rows = row_numbers(indices, manager.adata.n_obs)
-        if not len(rows):
-            msg = "indices names no cells; at least one is needed."
-            raise ValueError(msg)
-        cells = Embedding(model, manager, rows, batch_size=batch_size)
-        model.module.eval()
-        pieces = np.array_split(np.arange(len(rows)), -(-len(rows) // cells.size.n_cells))
-        for piece, counts in zip(pieces, cells._read(pieces), strict=True):
-            with torch.inference_mode():
-                tokens = model.module.tokens(counts, gene_index=cells.gene_index)
-            for start in range(0, len(piece), FEW):
-                yield rows[piece[start : start + FEW]], tokens[start : start + FEW]
+    cells = model._cells(adata)
+    rows = row_numbers(indices, cells.n_obs)
+    if not len(rows):
+        msg = "indices names no cells; at least one is needed."
+        raise ValueError(msg)
+    encoder = model._encoder(cells)
+    embedding = Embedding(encoder, cells, rows, batch_size=batch_size)
+    encoder.module.eval()
+    pieces = np.array_split(np.arange(len(rows)), -(-len(rows) // embedding.size.n_cells))
+    for piece, counts in zip(pieces, embedding.read(pieces), strict=True):
+        with torch.inference_mode():
+            tokens = encoder.module.tokens(counts, gene_index=encoder.columns())
+        for start in range(0, len(piece), FEW):
+            yield rows[piece[start : start + FEW]], tokens[start : start + FEW]

@@ -10,9 +10,9 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import mask_tokens, token_counts
 from cellprior.model.learning._contrast import in_micro_batches
+from cellprior.model.learning._rank_floors import RankFloors
 
 TRAINED_TOKENS = 4096  # of the cells whose gradient is computed at a time
 

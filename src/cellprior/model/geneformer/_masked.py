@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model.geneformer._floors import RankFloors
 from cellprior.model.geneformer._inputs import mask_tokens
 from cellprior.model.geneformer._loss import gene_scores
 from cellprior.model.geneformer._module import GeneformerModule
 from cellprior.model.learning._masked import MODEL, MaskedScores
+from cellprior.model.learning._rank_floors import RankFloors
 
 
 @torch.no_grad()

@@ -15,15 +15,15 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel
 from cellprior.model.geneformer._checkpoint import FILES, find_official, read_official
-from cellprior.model.geneformer._context import Indices, attention_between, gene_vectors
-from cellprior.model.geneformer._floors import RankFloors
+from cellprior.model.geneformer._context import attention_between, gene_vectors
 from cellprior.model.geneformer._inputs import nonzero_medians
 from cellprior.model.geneformer._masked import masked_scores
 from cellprior.model.geneformer._module import GeneformerModule, Pooling
 from cellprior.model.geneformer._perturb import How, Request, perturb
 from cellprior.model.learning._masked import MaskedScores
+from cellprior.model.learning._rank_floors import RankFloors
 from cellprior.weights import Bundle, WeightsError
 
 SCALE_CELLS = 10_000  # training cells that medians are taken over, at least, where there are so many

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellprior.model._base import PretrainedModel
 from cellprior.model.data._panels import gene_rows
-from cellprior.model.geneformer._context import Indices, token_chunks
+from cellprior.model.geneformer._context import token_chunks
 from cellprior.model.geneformer._inputs import CLS, EOS
-from cellprior.model.geneformer._module import GeneformerModule, Pooling
+
+if TYPE_CHECKING:
+    from cellprior.model.geneformer._module import GeneformerModule, Pooling
 
 How = Literal["delete", "overexpress", "inhibit"]
 HOWS = ("delete", "overexpress", "inhibit")
@@ -52,7 +52,7 @@ class Request:
     def of(
         cls,
         model: Any,
-        adata: ad.AnnData | None,
+        adata: Any,
         genes: Sequence[str | Sequence[str]],
         shift_of: Sequence[str],
         how: How,
@@ -70,8 +70,7 @@ class Request:
         refuse_impossible(genes, shift_of, how, options["n_controls"])
         groups = [(name,) if isinstance(name, str) else tuple(name) for name in genes]
         module = model.module
-        with model._attached(adata) as manager:
-            match = model._match_of(manager)
+        match = model._match_of(adata)
 
         def tokens_of(names: Sequence[str]) -> np.ndarray:
             return gene_rows(names, model.genes, match) + module.first_gene
@@ -112,9 +111,9 @@ def refuse_impossible(genes: Any, shift_of: Any, how: str, n_controls: int) -> N
 
 
 def perturb(
-    model: PretrainedModel,
-    adata: ad.AnnData | None,
-    indices: Indices,
+    model: Any,
+    adata: Any,
+    indices: Any,
     request: Request,
     *,
     batch_size: int | None,
@@ -137,7 +136,7 @@ def perturb(
 
 
 def _tables(
-    model: Any, adata: ad.AnnData | None, indices: Indices, request: Request, batch_size: int | None
+    model: Any, adata: Any, indices: Any, request: Request, batch_size: int | None
 ) -> Iterator[pd.DataFrame]:
     """Results of a few cells at a time."""
     obs_names = (model.adata if adata is None else adata).obs_names

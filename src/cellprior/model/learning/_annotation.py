@@ -107,9 +107,11 @@ def fine_tune(
     model.annotation_ = {"labels": labels, "calibration": {}}
     if model._alike and model.is_trained_:
         width = model.module.n_hidden
-        hidden = model._embed(None, split.train, None, "float32", encode=model._hidden, width=width)
+        hidden = model._embed(None, split.train, None, "float32", encode=_hidden_states, width=width)
         model.module.annotation.standardise(hidden)
-    used, column = model._columns(model._match_of(model.adata_manager))
+    attached = model._cells()
+    read = attached.counts["rna"]
+    used, column = np.unique(read.match.index[read.match.index >= 0]), read.column
     cells = AnnotationCells(
         model.adata_manager,
         code,
@@ -118,7 +120,7 @@ def fine_tune(
         batch_size=batch_size,
         column=column,
         n_columns=len(used),
-        covariates=model._covariates,
+        covariates=list(attached.covariates),
     )
     weights = np.bincount(code[split.train]) ** -0.5 if class_weights == "auto" else np.ones(len(labels))
     watched = {"early_stopping": True, "early_stopping_patience": patience} if cells.n_val else {}
@@ -236,9 +238,13 @@ def _latent_of(model: Any, hidden: Tensor) -> Tensor:
     return module.latent.mean(hidden) if hasattr(module, "latent") else hidden
 
 
-def _located(model: Any, chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
+def _hidden_states(encoder: Any, chunks: Iterable[Tensor], covariates: Any) -> Iterable[Tensor]:
+    return encoder.hidden(chunks, covariates)
+
+
+def _located(model: Any, encoder: Any, chunks: Iterable[Tensor], covariates: Any) -> Iterator[Tensor]:
     """Embedding of each chunk of one group, as :func:`scores_of` reads it."""
-    return (_latent_of(model, hidden) for hidden in model._hidden(chunks, gene_index))
+    return (_latent_of(model, hidden) for hidden in encoder.hidden(chunks, covariates))
 
 
 def scores_of(
@@ -250,8 +256,8 @@ def scores_of(
     """Logits ``(cells, n_classes)`` and novelty ``(cells,)``."""
     head = model.module.annotation
 
-    def encode(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
-        for hidden in model._hidden(chunks, gene_index):
+    def encode(encoder: Any, chunks: Iterable[Tensor], covariates: Any) -> Iterator[Tensor]:
+        for hidden in encoder.hidden(chunks, covariates):
             novelty = head.novelty(_latent_of(model, hidden))
             yield torch.cat([head(hidden), novelty[:, None]], dim=1)
 

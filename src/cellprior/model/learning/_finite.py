@@ -10,21 +10,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from cellprior.model._errors import DivergedError
 from cellprior.model.learning._processes import sum_over_processes
 
 # checks of the loss, each of which waits for the device; and at the first step of an epoch
 STEPS_BETWEEN = 50
 
 LR_ARGUMENT = 'plan_kwargs={{"lr": {lr}}}'  # how a method is told the learning rate
-
-NOT_FINITE = (
-    "What the network makes of these cells is not finite: its weights are too large, as after a training that "
-    "diverged. Load the weights anew, or train again with a smaller learning rate."
-)
-
-
-class DivergedError(RuntimeError):
-    """A loss, or a weight, is no longer finite."""
 
 
 class FiniteLoss(pl.Callback):

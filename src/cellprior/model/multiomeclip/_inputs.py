@@ -8,6 +8,8 @@ import torch
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
+from cellprior.genes._intervals import read_peaks
+
 TARGET_SUM = 10_000.0
 DEPTH_CORRELATION = 0.5  # of a component with the logarithm of the depth, from which on it is the depth
 
@@ -101,3 +103,10 @@ def components_of(
     mean[: len(kept)] = scores.mean(axis=0)
     spread = float(np.sqrt(scores.var(axis=0).sum() / max(kept.sum(), 1)))
     return components, mean, spread or 1.0
+
+
+def genomic_order(names: list[str]) -> np.ndarray:
+    """Peaks sorted by chromosome and position, those that are no intervals last ``(n_peaks,)``."""
+    peaks = read_peaks(names)
+    number = np.array([int(c) if c.isdigit() else 1000 if c else 2000 for c in peaks.chromosome])
+    return np.lexsort((peaks.start, peaks.chromosome.astype(str), number))

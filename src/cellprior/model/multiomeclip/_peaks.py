@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from cellprior.model.data._cells import Counts, Joint
 from cellprior.model.data._counts import csr_tensor, row_numbers
 from cellprior.model.data._ranks import from_first
+from cellprior.model.engine._embedding import Embedding, in_memory
 from cellprior.model.learning._fit import History, continued, fit
 from cellprior.model.learning._holdout import hold_out
 from cellprior.model.learning._processes import refuse_unseeded
 from cellprior.model.learning._training import TrainingPlan
-from cellprior.model.multiomeclip._cells import CountsOf
 from cellprior.model.multiomeclip._module import MLPEncoder
 from cellprior.model.multiomeclip._training import PRETRAINED, PairedSplitter, fit_encoder, in_parts
 
@@ -181,7 +182,7 @@ def draw_closed(
 class CellsOfOneModality(Dataset):
     """Raw counts as CSR tensors."""
 
-    def __init__(self, counts: CountsOf) -> None:
+    def __init__(self, counts: Counts) -> None:
         self.counts = counts
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
@@ -212,11 +213,11 @@ def pretrain(
     having_atac = PairedSplitter(cells.has("atac"), rng=np.random.default_rng(seed), having="ATAC", **split)
     held = hold_out(model, "pretrain_atac", cells.obs.index, having_atac, split)
     train = having_atac.train_idx
-    counts = model._counts(adata, cells)["atac"]
+    counts = cells.counts["atac"]
     having_atac.dataset = CellsOfOneModality(counts)
     if not model.training_state_:
         fit_encoder(encoder, counts, train, np.random.default_rng(seed), seed)
-    measured = np.isin(np.arange(counts.n_features), counts.column)
+    measured = np.isin(np.arange(counts.n_columns), counts.column)
     open_cells = _open_cells(counts, train)
     masked = MaskedPeaks(encoder, model.module.n_latent, open_cells, mask_share=mask_share)
     plan = TrainingPlan(
@@ -253,8 +254,13 @@ def atac_representation(model: Any, adata: Any, indices: Any, batch_size: int | 
     if not (has := cells.has("atac")[rows]).all():
         msg = f"{int((~has).sum())} of {len(rows)} cells lack ATAC, the first {cells.obs.index[rows[~has][0]]!r}."
         raise ValueError(msg)
-    counts = model._counts(adata, cells)["atac"]
-    return model._in_parts(counts, rows, batch_size, encoder.inputs, encoder.components.shape[1])
+    some = cells.only(["atac"])
+
+    def components(_: Any, chunks: Iterable[Joint], covariates: Any) -> Iterator[Tensor]:
+        return (encoder.inputs(chunk.counts["atac"][1]) for chunk in chunks)
+
+    options: dict[str, Any] = {"encode": components, "width": encoder.components.shape[1]}
+    return in_memory(Embedding(model._encoder(some), some, rows, batch_size=batch_size, **options))
 
 
 def components_of(model: Any) -> MLPEncoder:
@@ -272,12 +278,12 @@ def components_of(model: Any) -> MLPEncoder:
     return encoder
 
 
-def _open_cells(counts: CountsOf, rows: np.ndarray) -> np.ndarray:
+def _open_cells(counts: Counts, rows: np.ndarray) -> np.ndarray:
     """Number of some cells in which each peak is open ``(n_peaks,)``."""
-    total = np.zeros(counts.n_features, dtype=np.int64)
+    total = np.zeros(counts.n_columns, dtype=np.int64)
     for part in in_parts(rows):
         block = counts.read(part)
-        total += np.bincount(block.indices[block.data > 0], minlength=counts.n_features)
+        total += np.bincount(block.indices[block.data > 0], minlength=counts.n_columns)
     return total
 
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellprior._arguments import count
+from cellprior._obs import read_names, warn_of_unlabeled
+from cellprior.model.data._cells import Cells, Counts
 from cellprior.model.data._counts import csr_tensor, row_numbers
 from cellprior.model.data._minibatches import SentenceSampler
 from cellprior.model.data._ranks import from_first
@@ -20,7 +23,6 @@ from cellprior.model.learning._fit import KeepBest, fit
 from cellprior.model.learning._holdout import hold_out
 from cellprior.model.learning._plan import Plan
 from cellprior.model.learning._processes import gather_cells, refuse_unseeded
-from cellprior.model.multiomeclip._cells import Cells, CountsOf, codes_of
 from cellprior.model.multiomeclip._loss import infonce_chance, same_label, sigmoid_chance
 from cellprior.model.multiomeclip._metrics import depth_scores, latent_metrics, matching_metrics
 from cellprior.model.multiomeclip._module import MODALITIES, MLPEncoder, Modality, MultiomeCLIPModule
@@ -50,7 +52,7 @@ class PairedCells(Dataset):
 
     def __init__(
         self,
-        counts: Mapping[Modality, CountsOf],
+        counts: Mapping[str, Counts],
         module: MultiomeCLIPModule,
         rows: np.ndarray,
         label: np.ndarray | None,
@@ -317,9 +319,9 @@ def train(
     )
     held = hold_out(model, "train", cells.obs.index, pairs, split, datasplitter_kwargs)
     rows, held_out = pairs.train_idx, pairs.val_idx
-    counts = model._counts(None, cells)
+    counts = cells.counts
     if not model.is_trained_ or model.training_state_:
-        _fit_inputs(model, cells, counts, held_out, seed)
+        _fit_inputs(model, cells, held_out, seed)
     label = codes_of(cells.obs, args["labels_key"], unlabeled=args["unlabeled_category"])
     pairs.dataset = PairedCells(counts, model.module, np.concatenate([rows, held_out]), label)
     plan = model._training_plan_cls(
@@ -344,49 +346,51 @@ def train(
         )
     except BaseException:
         if model.is_trained_:  # the weights have moved, and what is known of the modalities with them
-            align(model, counts, rows, held_out)
+            align(model, cells, rows, held_out)
         else:
             model.training_state_ = pretrained
         raise
-    align(model, counts, rows, held_out)
+    align(model, cells, rows, held_out)
 
 
-def _fit_inputs(
-    model: Any, cells: Cells, counts: Mapping[Modality, CountsOf], held_out: np.ndarray, seed: int
-) -> None:
+def _fit_inputs(model: Any, cells: Cells, held_out: np.ndarray, seed: int) -> None:
     """Weights and components, or maxima, from all cells that are not held out, paired or not."""
     rng = np.random.default_rng(seed)
     for name in MODALITIES:
         if model.training_state_.get(PRETRAINED) != name:
             rows = np.setdiff1d(np.flatnonzero(cells.has(name)), held_out)
-            fit_encoder(model.module.encoder_of(name), counts[name], rows, rng, seed)
+            fit_encoder(model.module.encoder_of(name), cells.counts[name], rows, rng, seed)
 
 
-def fit_encoder(
-    encoder: Any, counts: CountsOf, rows: np.ndarray, rng: np.random.Generator, seed: int
-) -> None:
+def fit_encoder(encoder: Any, counts: Counts, rows: np.ndarray, rng: np.random.Generator, seed: int) -> None:
     """Find an encoder's weights and components, or maxima, from some cells."""
     if len(rows) > MAX_FITTED:
         rows = np.sort(rng.choice(rows, MAX_FITTED, replace=False))
     encoder.fit(sp.vstack([counts.read(part) for part in in_parts(rows)], format="csr"), seed=seed % 2**31)
 
 
-def align(
-    model: Any,
-    counts: Mapping[Modality, CountsOf],
-    train: np.ndarray,
-    held_out: np.ndarray | None = None,
-) -> None:
+def align(model: Any, cells: Cells, train: np.ndarray, held_out: np.ndarray | None = None) -> None:
     """Find what the modalities share on training cells, and where they lie on others, if there are enough."""
-    unseen = None if held_out is None or len(held_out) < MIN_UNSEEN else _both(model, counts, held_out)
-    model.module.align(*_both(model, counts, train), unseen=unseen)
+    unseen = None if held_out is None or len(held_out) < MIN_UNSEEN else _both(model, cells, held_out)
+    model.module.align(*_both(model, cells, train), unseen=unseen)
 
 
-def _both(model: Any, counts: Mapping[Modality, CountsOf], rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def _both(model: Any, cells: Cells, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Unit vectors of RNA and ATAC of some cells, or of a part of them."""
     rows = rows[:: -(-len(rows) // MAX_FITTED)]
-    rna, atac = (torch.from_numpy(model._embed(counts[name], rows)) for name in MODALITIES)
+    rna, atac = (torch.from_numpy(model._vectors(cells, name, rows)) for name in MODALITIES)
     return rna, atac
+
+
+def codes_of(obs: pd.DataFrame, key: str | None, *, unlabeled: str | None = None) -> np.ndarray | None:
+    """Number of each cell's category, by first appearance, -1 for ``unlabeled``; None without a key."""
+    if key is None:
+        return None
+    names = read_names(obs, key, frame="mdata.obs")
+    codes, labels = pd.factorize(names)
+    if unlabeled is not None:
+        warn_of_unlabeled(labels, unlabeled, where=f"mdata.obs[{key!r}]")
+    return np.where(names == unlabeled, -1, codes)
 
 
 def in_parts(rows: np.ndarray) -> list[np.ndarray]:
@@ -394,7 +398,7 @@ def in_parts(rows: np.ndarray) -> list[np.ndarray]:
     return np.array_split(rows, -(-len(rows) // ROWS)) if len(rows) else []
 
 
-def _depth(counts: Mapping[Modality, CountsOf], rows: np.ndarray, n_obs: int) -> dict[Modality, np.ndarray]:
+def _depth(counts: Mapping[str, Counts], rows: np.ndarray, n_obs: int) -> dict[Modality, np.ndarray]:
     """Total counts of some cells by modality, 0 for the others ``(n_obs,)``."""
     found: dict[Modality, np.ndarray] = {name: np.zeros(n_obs) for name in MODALITIES}
     for name, depth in found.items():

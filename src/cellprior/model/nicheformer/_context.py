@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import anndata as ad
@@ -13,7 +14,16 @@ from scvi.data.fields import NumericalObsField
 from cellprior._matrix import matrix_of
 from cellprior._obs import read_column, text_of
 from cellprior.genes._table import species_of_most
-from cellprior.model.nicheformer._inputs import ASSAYS, CONTEXT_KEY, MODALITIES, PAD, SPECIES, context_code
+from cellprior.model.data._counts import NotCountsError
+from cellprior.model.nicheformer._inputs import (
+    ASSAYS,
+    CONTEXT_KEY,
+    CONTEXT_TOKENS,
+    MODALITIES,
+    PAD,
+    SPECIES,
+    context_code,
+)
 
 COLUMN = f"_scvi_{CONTEXT_KEY}"
 KINDS = ("species", "assay", "modality")
@@ -37,6 +47,10 @@ NO_ASSAY = (
     "No assay is named: the cells are read as dissociated ones, and the token of their assay is left out, as the "
     'original does. Name it, Nicheformer.setup_anndata(adata, assay="10x 3\' v3"), or assay_key=, a column of '
     'adata.obs; or say modality="dissociated". Known are {known}.'
+)
+DIVIDED = (
+    " Counts of imaging are often divided by the volume or the area of the cell: multiply them by it, and round: "
+    'adata.layers["counts"] = np.rint(adata.X * volume[:, None]).'
 )
 
 
@@ -134,6 +148,31 @@ def warn_without_assay(args: Mapping[str, Any], *, stacklevel: int) -> None:
     if not any(args.get(name) is not None for name in ("assay", "assay_key", "modality", "modality_key")):
         msg = NO_ASSAY.format(known=listed(ASSAYS))
         warnings.warn(msg, UserWarning, stacklevel=stacklevel)
+
+
+def codes_of(adata: ad.AnnData, args: Mapping[str, Any]) -> np.ndarray:
+    """Number of each cell's context ``(cells,)``, by the arguments of the setup; refuses what is not clear."""
+    codes = ContextField(args).codes(adata)
+    refuse_unsaid_mouse(adata, args)
+    return codes
+
+
+@contextmanager
+def explained(codes: np.ndarray) -> Iterator[None]:
+    """Say of fractions in spatial data what they probably are.
+
+    Raises
+    ------
+    NotCountsError
+        As it was raised, with the way back to counts.
+    """
+    try:
+        yield
+    except NotCountsError as error:
+        is_spatial = CONTEXT_TOKENS[codes, -1] == MODALITIES["spatial"]
+        if not is_spatial.any() or "not an integer" not in str(error):
+            raise
+        raise NotCountsError(f"{error}{DIVIDED}") from error
 
 
 def refuse_unsaid_mouse(adata: ad.AnnData, args: Mapping[str, Any]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from cellprior.model.geneformer._floors import RankFloors
+from cellprior.model.learning._rank_floors import RankFloors
 from cellprior.model.nicheformer._inputs import CONTEXT_TECHNOLOGY, FIRST_GENE, TECHNOLOGIES
 
 
 class TechnologyFloors(nn.Module):
-    """:class:`~cellprior.model.geneformer._floors.RankFloors` of the cells of each technology.
+    """:class:`~cellprior.model.learning._rank_floors.RankFloors` of the cells of each technology.
 
     A rank is a place among a cell's tokens, those of its context included.
 

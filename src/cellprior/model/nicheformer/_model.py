@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -16,18 +17,15 @@ from torch import Tensor
 
 from cellprior._arguments import flag, one_of
 from cellprior.model._base import Precision, PretrainedModel
-from cellprior.model.data._counts import NotCountsError
+from cellprior.model.data._cells import Cells
 from cellprior.model.data._fields import CountsManager
-from cellprior.model.data._fingerprint import digest
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.nicheformer._checkpoint import is_official, read_hub, read_lightning
-from cellprior.model.nicheformer._context import ContextField, refuse_unsaid_mouse, warn_without_assay
+from cellprior.model.nicheformer._context import ContextField, codes_of, explained, warn_without_assay
 from cellprior.model.nicheformer._floors import TechnologyFloors
 from cellprior.model.nicheformer._inputs import (
     CONTEXT_KEY,
     CONTEXT_TECHNOLOGY,
-    CONTEXT_TOKENS,
-    MODALITIES,
     GeneScale,
     nonzero_means,
 )
@@ -37,17 +35,6 @@ from cellprior.model.nicheformer._module import POOLINGS, NicheformerModule, Poo
 from cellprior.weights import Bundle, InertCheckpoint
 
 SCALE_CELLS = 10_000  # training cells that means are taken over, at least, where there are so many
-DIVIDED = (
-    " Counts of imaging are often divided by the volume or the area of the cell: multiply them by it, and round: "
-    'adata.layers["counts"] = np.rint(adata.X * volume[:, None]).'
-)
-
-
-class Cells(NamedTuple):
-    """Some cells on their way into the network."""
-
-    counts: Tensor  # over the genes that the data have (cells, genes)
-    context: Tensor  # code of each (cells,)
 
 
 class Nicheformer(PretrainedModel):
@@ -87,7 +74,6 @@ class Nicheformer(PretrainedModel):
     default_batch_size = 512
     _alike = True  # most of a mean over hundreds of genes is the same in all cells
     _input_buffers = ("gene_means",)
-    _covariates = (CONTEXT_KEY,)
     objectives = {"masked": {}}
 
     def __init__(
@@ -179,16 +165,11 @@ class Nicheformer(PretrainedModel):
 
     @staticmethod
     def _manager(adata: ad.AnnData, setup_method_args: dict[str, Any], **kwargs: Any) -> CountsManager:
-        context = ContextField(setup_method_args["setup_args"])
-        codes = context.codes(adata)  # which are refused before anything is registered
-        refuse_unsaid_mouse(adata, setup_method_args["setup_args"])
-        try:
+        args = setup_method_args["setup_args"]
+        codes = codes_of(adata, args)  # which are refused before anything is registered
+        with explained(codes):
             manager = PretrainedModel._manager(adata, setup_method_args, **kwargs)
-        except NotCountsError as error:
-            if (CONTEXT_TOKENS[codes, -1] == MODALITIES["spatial"]).any() and "not an integer" in str(error):
-                raise NotCountsError(f"{error}{DIVIDED}") from error
-            raise
-        manager.register_new_fields([context])
+        manager.register_new_fields([ContextField(args)])
         return manager
 
     @classmethod
@@ -334,26 +315,11 @@ class Nicheformer(PretrainedModel):
         )
         return masked_scores(self.module, counts, fitted, context.cpu(), share=share, rng=rng)
 
-    def _fingerprint(self) -> dict[str, str]:
-        """What the attached data are known again by, the context of the cells among it."""
-        with self._attached(None) as manager:
-            return super()._fingerprint() | {"context": digest(manager.get_from_registry(CONTEXT_KEY))}
-
-    def _submit(
-        self, client: Any, worker: Any, blocks: Any, cells: np.ndarray
-    ) -> list[tuple[Any, np.ndarray]]:
-        msg = "Nicheformer does not embed on a cluster: leave out client=."
-        raise NotImplementedError(msg)
-
-    def _encode(self, chunks: Iterable[Any], gene_index: Tensor | None, **options: Any) -> Iterator[Tensor]:
-        for counts, context in chunks:
-            yield self.module.encode(counts, gene_index=gene_index, context=context, **options)
-
-    def _hidden(self, chunks: Iterable[Any], gene_index: Tensor | None) -> Iterator[Tensor]:
-        for counts, context in chunks:
-            yield self.module.hidden(counts, gene_index=gene_index, context=context)
-
-    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Any]:
-        for batch in loader:
-            (counts,) = super()._counts([batch])
-            yield Cells(counts, batch[CONTEXT_KEY])
+    def _find_cells(self, data: Any) -> Cells:
+        args = self.registry["setup_args"]
+        if data is self.adata:
+            codes = self.adata_manager.get_from_registry(CONTEXT_KEY).ravel()  # as at the setup
+            return replace(super()._find_cells(data), covariates={CONTEXT_KEY: codes})
+        codes = codes_of(data, args)
+        with explained(codes):
+            return replace(super()._find_cells(data), covariates={CONTEXT_KEY: codes})

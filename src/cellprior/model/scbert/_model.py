@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,19 @@ import pandas as pd
 from torch import Tensor
 
 from cellprior._arguments import whole
-from cellprior.model._base import Precision
+from cellprior.model._base import Indices, Precision, PretrainedModel
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.scbert._attention import KeyMax
 from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, GENE_FILE, find_official, read_official
-from cellprior.model.scbert._context import ContextMixin, Indices
+from cellprior.model.scbert._context import attention_between, gene_vectors
+from cellprior.model.scbert._encoder import ScBERTEncoder
 from cellprior.model.scbert._floors import BinFloors
-from cellprior.model.scbert._inputs import cell_depth, loses_single_counts
 from cellprior.model.scbert._masked import masked_scores
 from cellprior.model.scbert._module import TRAINED_POSITIONS, GeneVectors, Pooling, ScBERTModule
 from cellprior.weights import Bundle
 
 
-class ScBERT(ContextMixin):
+class ScBERT(PretrainedModel):
     """ScBERT: binned genes as tokens, linear attention between all genes of a cell [Yang22]_.
 
     A cell's embedding depends on that cell only: the maximum in its attention is taken over the cell itself, where
@@ -58,6 +57,7 @@ class ScBERT(ContextMixin):
     """
 
     _module_cls = ScBERTModule
+    _encoder_cls = ScBERTEncoder
     obsm_key = "X_scbert"
     default_batch_size = 128  # minutes on a CPU with the original's vocabulary
     _alike = True  # a mean over thousands of genes, most of them silent
@@ -153,6 +153,64 @@ class ScBERT(ContextMixin):
         """
         return self._embed(adata, indices, batch_size, precision, pooling=pooling, n_zero_genes=n_zero_genes)
 
+    def get_gene_representation(
+        self, adata: ad.AnnData | None = None, indices: Indices = None, *, precision: Precision = "float32"
+    ) -> pd.DataFrame:
+        """Vectors of genes in context: each gene's hidden state, mean over cells.
+
+        Parameters
+        ----------
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask; a type of cells gives the genes' vectors in that type.
+        precision
+            See :meth:`get_latent_representation`.
+
+        Returns
+        -------
+        Genes of the data that are in the vocabulary, under the data's names, by ``n_hidden``; float32.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells.
+        """
+        return gene_vectors(self, adata, indices, precision)
+
+    def get_attention(
+        self, adata: ad.AnnData | None = None, indices: Indices = None, *, genes: Sequence[str] | None = None
+    ) -> pd.DataFrame | pd.Series:
+        """Attention between genes, mean over heads, layers and cells.
+
+        Each layer's from that layer's own input; the original takes it from an input to which the layer's output has
+        been added already, and rounds to float16.
+
+        Parameters
+        ----------
+        adata
+            Data, by default the attached.
+        indices
+            Cells, as numbers or a mask. One takes about as long as its embedding.
+        genes
+            Names of the data, symbols or Ensembl ids. The result holds their number squared: all genes of a large
+            vocabulary are a gigabyte.
+
+        Returns
+        -------
+        With ``genes``, what these (rows) pay to each other (columns), as shares of all that they pay. Without, what
+        each gene of the data receives, mean over all positions; together 1 with what goes to the other genes of the
+        vocabulary and the class token.
+
+        Raises
+        ------
+        KeyError
+            If a gene is not in the vocabulary.
+        ValueError
+            If there are no cells.
+        """
+        return attention_between(self, adata, indices, genes)
+
     def fine_tune(
         self, labels_key: str | None = None, *, n_zero_genes: int | None = None, **options: Any
     ) -> None:
@@ -210,22 +268,3 @@ class ScBERT(ContextMixin):
         batch: int,
     ) -> MaskedScores:
         return masked_scores(self.module, counts, fitted, share=share, rng=rng, batch=batch)
-
-    def _encode(
-        self, chunks: Iterable[Tensor], gene_index: Tensor | None, **options: Any
-    ) -> Iterator[Tensor]:
-        for counts in chunks:
-            yield self.module.pool(self.module.tokens(counts, gene_index=gene_index), **options)
-
-    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
-        n_deep = 0
-        for counts in super()._counts(loader):
-            n_deep += int(loses_single_counts(cell_depth(counts)).sum())
-            yield counts
-        if n_deep:
-            msg = (
-                f"{n_deep} cells have more than 10,000 counts over the genes of the vocabulary: there, a gene with a "
-                "single count is in bin 0, as if it were not expressed. To compare them with shallower cells, thin "
-                "them first: scanpy.pp.downsample_counts(adata, counts_per_cell=10_000)."
-            )
-            warnings.warn(msg, UserWarning, stacklevel=2)

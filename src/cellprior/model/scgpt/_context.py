@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from cellprior.model._base import PretrainedModel
 from cellprior.model.data._panels import gene_rows
-from cellprior.model.scgpt._inputs import Tokens
-
-Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
+from cellprior.model.engine._encoder import Covariates, Encoder
 
 
 @torch.no_grad()
-def gene_vectors(model: PretrainedModel, adata: ad.AnnData | None) -> pd.DataFrame:
+def gene_vectors(model: Any, adata: Any) -> pd.DataFrame:
     """Vectors that genes have in every cell, of the genes of the data, or of the vocabulary where there are none."""
     if adata is None and model.adata is None:
         names = pd.Index(model.genes["symbol"].where(model.genes["symbol"] != "", model.genes["ensembl_id"]))
@@ -30,12 +26,12 @@ def gene_vectors(model: PretrainedModel, adata: ad.AnnData | None) -> pd.DataFra
     return pd.DataFrame(model.module.gene_encoder(index).cpu().numpy(), index=names)
 
 
-def gene_vectors_in_cells(model: PretrainedModel, adata: ad.AnnData | None, indices: Indices) -> pd.DataFrame:
+def gene_vectors_in_cells(model: Any, adata: Any, indices: Any) -> pd.DataFrame:
     """Hidden states of genes, mean over the cells that express them; NaN where none does."""
     rows, names = model._known_genes(adata)
     module, place = model.module, _places(rows, len(model.genes))
 
-    def add(total: Tensor, n: Tensor, tokens: Tokens) -> None:
+    def add(total: Tensor, n: Tensor, tokens: Any) -> None:
         for cells in module.groups(tokens.length):
             part = module.of(tokens, cells)
             at = place[part.gene.cpu()]
@@ -48,14 +44,12 @@ def gene_vectors_in_cells(model: PretrainedModel, adata: ad.AnnData | None, indi
     return pd.DataFrame(mean[place[rows].numpy()], index=names)
 
 
-def attention_received(
-    model: PretrainedModel, adata: ad.AnnData | None, indices: Indices, layer: int | None
-) -> pd.Series:
+def attention_received(model: Any, adata: Any, indices: Any, layer: int | None) -> pd.Series:
     """Attention that each gene receives, mean over all tokens of a cell and over cells."""
     rows, names = model._known_genes(adata)
     module, place = model.module, _places(rows, len(model.genes))
 
-    def add(total: Tensor, n: Tensor, tokens: Tokens) -> None:
+    def add(total: Tensor, n: Tensor, tokens: Any) -> None:
         for cell in _one_by_one(tokens):
             at = place[cell.gene[0].cpu()]
             received = module.attention(cell, layer).mean(0).cpu().double()
@@ -66,19 +60,18 @@ def attention_received(
 
 
 def attention_between(
-    model: PretrainedModel,
-    adata: ad.AnnData | None,
-    indices: Indices,
+    model: Any,
+    adata: Any,
+    indices: Any,
     genes: Sequence[str],
     layer: int | None,
 ) -> pd.DataFrame:
     """Attention that some genes pay to each other, mean over the cells that express both; NaN where none does."""
-    with model._attached(adata) as manager:
-        chosen = gene_rows(genes, model.genes, model._match_of(manager))
+    chosen = gene_rows(genes, model.genes, model._match_of(adata))
     place = _places(chosen, len(model.genes))
     size = len(np.unique(chosen))
 
-    def add(total: Tensor, n: Tensor, tokens: Tokens) -> None:
+    def add(total: Tensor, n: Tensor, tokens: Any) -> None:
         for cell in _one_by_one(tokens):
             at = place[cell.gene[0].cpu()]
             found = (at >= 0).nonzero()[:, 0]
@@ -101,18 +94,18 @@ def _places(rows: np.ndarray, n_genes: int) -> Tensor:
     return place
 
 
-def _one_by_one(tokens: Tokens) -> Iterator[Tokens]:
+def _one_by_one(tokens: Any) -> Iterator[Any]:
     """Cells without padding."""
     for i, n in enumerate(tokens.length.tolist()):
         yield type(tokens)(tokens.gene[i : i + 1, :n], tokens.value[i : i + 1, :n], tokens.length[i : i + 1])
 
 
 def _summed(
-    model: PretrainedModel,
-    add: Callable[[Tensor, Tensor, Tokens], None],
+    model: Any,
+    add: Callable[[Tensor, Tensor, Any], None],
     shape: tuple[int, ...],
-    adata: ad.AnnData | None,
-    indices: Indices,
+    adata: Any,
+    indices: Any,
     n_shape: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """What ``add`` adds up over cells, float64: a sum, how many it is of, and the number of cells.
@@ -125,12 +118,12 @@ def _summed(
     sizes: Any = (shape, n_shape or shape[:1])
     total, n = (torch.zeros(size, dtype=torch.float64) for size in sizes)
 
-    def add_up(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
+    def add_up(encoder: Encoder, chunks: Iterable[Tensor], covariates: Covariates) -> Iterator[Tensor]:
         of_unit = [
             torch.zeros(size, dtype=torch.float64) for size in sizes
         ]  # begun anew where memory runs out
         for counts in chunks:
-            tokens = model.module.tokens(counts, gene_index=gene_index)
+            tokens = encoder.module.tokens(counts, gene_index=encoder.columns())
             add(of_unit[0], of_unit[1], tokens)
             yield tokens.gene.new_zeros(len(tokens.gene), 1)
         for whole, part in zip((total, n), of_unit, strict=True):

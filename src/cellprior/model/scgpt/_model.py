@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.scgpt import _context
 from cellprior.model.scgpt._checkpoint import (
@@ -23,7 +23,7 @@ from cellprior.model.scgpt._checkpoint import (
     read_official,
     recognises,
 )
-from cellprior.model.scgpt._context import Indices
+from cellprior.model.scgpt._encoder import ScGPTEncoder
 from cellprior.model.scgpt._floors import BinFloors
 from cellprior.model.scgpt._heads import Mvc
 from cellprior.model.scgpt._inputs import N_BINS, PAD, Ties
@@ -68,6 +68,7 @@ class ScGPT(PretrainedModel):
     """
 
     _module_cls = ScGPTModule
+    _encoder_cls = ScGPTEncoder
     obsm_key = "X_scgpt"
     default_batch_size = 256
     objectives = {
@@ -320,20 +321,3 @@ class ScGPT(PretrainedModel):
         batch: int,
     ) -> MaskedScores:
         return masked_scores(self.module, counts, fitted, share=share, rng=rng, batch=batch)
-
-    def _encode(
-        self,
-        chunks: Iterable[Tensor],
-        gene_index: Tensor | None,
-        *,
-        ties: Ties | None = None,
-        seed: int = 0,
-        max_genes: int | None = None,
-        **pool: Any,
-    ) -> Iterator[Tensor]:
-        for counts in chunks:
-            how: dict[str, Any] = {"ties": ties, "seed": seed, "max_genes": max_genes}
-            yield self.module.pool(self.module.tokens(counts, gene_index=gene_index, **how), **pool)
-
-    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
-        return (batch[REGISTRY_KEYS.X_KEY] for batch in loader)  # bins are made on the CPU

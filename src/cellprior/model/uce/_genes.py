@@ -98,12 +98,12 @@ def gene_vectors(model: Any, adata: Any, species: str | None) -> pd.DataFrame:
     return pd.DataFrame(table[torch.from_numpy(rows).to(table.device)].cpu().numpy(), index=names)
 
 
-def expressed(model: Any, rows: np.ndarray, how: dict[str, Any]) -> Any:
+def expressed(rows: np.ndarray) -> Any:
     """What gives the probability that genes are expressed ``(cells, genes)``, of the chunks of one unit."""
 
-    def encode(chunks: Iterable[Tensor], gene_index: Tensor | None) -> Iterator[Tensor]:
-        genes = torch.from_numpy(rows).to(model.module.device)
-        for latent in model._encode(chunks, gene_index, **how):
-            yield model.module.predict(latent, genes).sigmoid()
+    def encode(encoder: Any, chunks: Iterable[Tensor], covariates: Any) -> Iterator[Tensor]:
+        genes = torch.from_numpy(rows).to(encoder.module.device)
+        for latent in encoder.encode(chunks, covariates):
+            yield encoder.module.predict(latent, genes).sigmoid()
 
     return encode

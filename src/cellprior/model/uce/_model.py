@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,33 +12,26 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior._arguments import one_of, whole
-from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel
 from cellprior.model.data._counts import row_numbers
-from cellprior.model.data._minibatches import minibatches
+from cellprior.model.data._minibatches import pieces_of
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.uce._checkpoint import files_beside, find_official, read_official, recognises
-from cellprior.model.uce._draws import average_of_draws
+from cellprior.model.uce._encoder import UCEEncoder
 from cellprior.model.uce._floors import PresenceFloors
 from cellprior.model.uce._genes import expressed, gene_vectors, rows_of_genes
 from cellprior.model.uce._inputs import SAMPLINGS, SENTENCE_LENGTH
 from cellprior.model.uce._masked import masked_scores
-from cellprior.model.uce._module import MIXED, PADDINGS, Padding, UCEModule
+from cellprior.model.uce._module import PADDINGS, Padding, UCEModule
 from cellprior.model.uce._released import released_latents
 from cellprior.model.uce._species import Proteins, Table, with_species
 from cellprior.weights import Bundle, resolve, sha256, write_bundle
 
-Indices = Sequence[int] | Sequence[bool] | np.ndarray | None
 Sampling = Literal["keyed", "systematic", "released"]
 RELEASED_BATCH = 25  # cells, of the original's script
-
-SEVERAL_SPECIES = (
-    "Some cells have more than a tenth of their counts in genes of another species than their own: doublets, or RNA of "
-    "other cells in their droplets. Only the genes of the species with most counts are read."
-)
 
 
 class UCE(PretrainedModel):
@@ -78,6 +70,7 @@ class UCE(PretrainedModel):
     """
 
     _module_cls = UCEModule
+    _encoder_cls = UCEEncoder
     obsm_key = "X_uce"
     default_batch_size = 256
     _input_buffers = ("gene_number", "gene_chromosome", "gene_start", "gene_species", "chromosome_code")
@@ -321,8 +314,7 @@ class UCE(PretrainedModel):
         if n_draws == 1:
             vectors = self._embed(adata, indices, batch_size, precision, **how)
             return vectors, np.full(len(vectors), np.nan, dtype=np.float32)
-        how |= {"with_spread": True, "width": self.module.n_latent + 1}
-        both = self._embed(adata, indices, batch_size, precision, **how)
+        both = self._embed(adata, indices, batch_size, precision, **how, with_spread=True)
         return both[:, :-1].copy(), both[:, -1].copy()
 
     def predict_expressed(
@@ -361,11 +353,16 @@ class UCE(PretrainedModel):
             If a name means no gene, or genes of several species.
         """
         whole(n_draws=n_draws)
-        with self._attached(adata) as manager:
-            rows = rows_of_genes(genes, self.genes, self._match_of(manager), species)
-            names = manager.adata.obs_names[row_numbers(indices, manager.adata.n_obs)]
-        encode = expressed(self, rows, {"n_draws": n_draws, "seed": seed})
-        found = self._embed(adata, indices, batch_size, precision, encode=encode, width=len(rows))
+        cells = self._cells(adata)
+        rows = rows_of_genes(genes, self.genes, cells.counts["rna"].match, species)
+        names = cells.obs.index[row_numbers(indices, cells.n_obs)]
+        how: dict[str, Any] = {
+            "encode": expressed(rows),
+            "width": len(rows),
+            "n_draws": n_draws,
+            "seed": seed,
+        }
+        found = self._embed(adata, indices, batch_size, precision, **how)
         return pd.DataFrame(found, index=names, columns=list(genes))
 
     def get_gene_representation(
@@ -427,24 +424,21 @@ class UCE(PretrainedModel):
         if sampling == "released":
             whole(least=0, most=2**32 - 1, seed=seed)
         self.module.eval()
-        with self._attached(adata) as manager:
-            match = self._match_of(manager)
-            rows = row_numbers(indices, manager.adata.n_obs)
-            used, column = self._columns(match)
-            order = np.zeros(len(self.genes), dtype=np.int64)
-            known = np.flatnonzero(match.index >= 0)[::-1]
-            order[match.index[known]] = known  # the first column of a gene
-            dataset = manager.create_torch_dataset(data_and_attributes=[REGISTRY_KEYS.X_KEY])
-            pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
-            found = released_latents(
-                self.module,
-                self._counts(minibatches(dataset, pieces, column, len(used))),
-                torch.from_numpy(used),
-                order=order,
-                stream=np.random.RandomState(seed) if sampling == "released" else None,
-                seed=seed,
-                padding=padding,
-            )
+        cells = self._cells(adata)
+        match, rows = cells.counts["rna"].match, row_numbers(indices, cells.n_obs)
+        order = np.zeros(len(self.genes), dtype=np.int64)
+        known = np.flatnonzero(match.index >= 0)[::-1]
+        order[match.index[known]] = known  # the first column of a gene
+        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+        found = released_latents(
+            self.module,
+            pieces_of(cells, pieces),
+            torch.from_numpy(np.unique(match.index[match.index >= 0])),
+            order=order,
+            stream=np.random.RandomState(seed) if sampling == "released" else None,
+            seed=seed,
+            padding=padding,
+        )
         return np.concatenate([np.empty((0, self.module.n_latent), dtype=np.float32), *found])
 
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> PresenceFloors:
@@ -461,25 +455,3 @@ class UCE(PretrainedModel):
         batch: int,
     ) -> MaskedScores:
         return masked_scores(self.module, counts, fitted, share=share, rng=rng, measured=measured)
-
-    def _encode(
-        self,
-        chunks: Iterable[Tensor],
-        gene_index: Tensor | None,
-        *,
-        n_draws: int = 1,
-        with_spread: bool = False,
-        **draws: Any,
-    ) -> Iterator[Tensor]:
-        module, mixed = self.module, False
-        for counts in chunks:
-            cells, share = module.cells(counts, gene_index)
-            mixed = mixed or bool((share < MIXED).any())
-            tokens = module.tokens_of(cells, n_draws=n_draws, **draws)
-            latent, spread = average_of_draws(module.latent_of(module.pool(tokens)), n_draws)
-            yield torch.cat([latent, spread[:, None]], dim=1) if with_spread else latent
-        if mixed:
-            warnings.warn(SEVERAL_SPECIES, UserWarning, stacklevel=2)
-
-    def _counts(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
-        return (batch[REGISTRY_KEYS.X_KEY] for batch in loader)  # sentences are made on the CPU

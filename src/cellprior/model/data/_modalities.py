@@ -1,81 +1,44 @@
-"""From a MuData, or an AnnData with one modality, to counts of a model's genes and peaks, cell by cell."""
+"""The modalities of a MuData, or of an AnnData with genes, peaks or both: which is which, and which cells have them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from mudata import MuData
 from scvi.data.fields import BaseMuDataWrapperClass
 
 from cellprior._matrix import RAW, Matrix, is_raw, matrix_of
-from cellprior._obs import read_names, read_presence, warn_of_unlabeled
-from cellprior.genes import GeneMatch, PeakMatch
+from cellprior._obs import read_presence
 from cellprior.genes._intervals import are_peaks, read_peaks
 from cellprior.genes._kinds import GENE, PEAK, kinds_by_type, kinds_of, which_are_genes
 from cellprior.genes._table import ensembl_id
-from cellprior.model.data._counts import by_cell, check_counts, read_rows, select_columns
+from cellprior.model.data._cells import FEATURE, MODALITIES, Cells, Counts
 from cellprior.model.data._fields import CountsField
-from cellprior.model.multiomeclip._module import MODALITIES, Modality
 from cellprior.pp import presence_column
 
 ENOUGH = 20  # features of a modality, as matching asks for; fewer are strays
-FEATURE = {"rna": "gene", "atac": "peak"}
+ALIASES: dict[str, tuple[str, ...]] = {
+    "rna": ("rna", "gex", "geneexpression", "expression", "scrna", "snrna", "transcriptome", "genes"),
+    "atac": ("atac", "peaks", "scatac", "snatac", "chromatin", "chromatinaccessibility", "accessibility"),
+}
 
 
 class ModalityField(BaseMuDataWrapperClass):
     """Raw counts of one modality; a class with a name, which scvi-tools' own wrappers lack, so that it is pickled."""
 
-    def __init__(self, registry_key: str, layer: str | None, key: str, modality: Modality) -> None:
+    def __init__(self, registry_key: str, layer: str | None, key: str, modality: str) -> None:
         super().__init__(mod_key=key, mod_required=True)
         self._adata_field = CountsField(
             registry_key, layer, argument=f"{modality}_layer", feature=FEATURE[modality]
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Cells:
-    """Cells, and where the counts of each are found.
-
-    Attributes
-    ----------
-    obs
-        Annotation, a row per cell.
-    data
-        The modalities that there are.
-    layers
-        Layer of each with the raw counts, None for `X`.
-    rows
-        Row of each cell in a modality, -1 if it has none ``(cells,)``.
-    """
-
-    obs: pd.DataFrame
-    data: dict[Modality, ad.AnnData]
-    layers: dict[Modality, str | None]
-    rows: dict[Modality, np.ndarray]
-
-    @property
-    def n_obs(self) -> int:
-        """Number of cells."""
-        return len(self.obs)
-
-    def has(self, modality: Modality) -> np.ndarray:
-        """Which cells have a modality ``(cells,)``."""
-        return self.rows[modality] >= 0 if modality in self.rows else np.zeros(self.n_obs, dtype=bool)
-
-    @property
-    def complete(self) -> np.ndarray:
-        """Which cells have both modalities ``(cells,)``."""
-        return self.has("rna") & self.has("atac")
-
-
-def cells_of(
+def cells_of_modalities(
     data: MuData | ad.AnnData, setup_args: Mapping[str, Any], *, genes: pd.DataFrame | None = None
 ) -> Cells:
     """Find the modalities of some data.
@@ -144,10 +107,14 @@ def cells_of(
         if column in found[name].obs:  # of a modality of padded data, which may have been taken out of them
             is_there = read_presence(found[name].obs, column, frame=f"mdata[{keys[name]!r}].obs")
             rows[name] = np.where(is_there[rows[name]] & (rows[name] >= 0), rows[name], -1)
-    return Cells(data.obs, found, {name: layers[name] for name in found}, rows)
+    counts = {
+        name: Counts(adata, layers[name], name, f"{name}_layer", matrix_of(adata, layers[name]).x, rows[name])
+        for name, adata in found.items()
+    }
+    return Cells(data.obs, counts, joint=True)
 
 
-def modality_keys(modalities: Mapping[str, str] | None) -> dict[Modality, str]:
+def modality_keys(modalities: Mapping[str, str] | None) -> dict[str, str]:
     """Names that RNA and ATAC have in a MuData.
 
     Raises
@@ -160,12 +127,6 @@ def modality_keys(modalities: Mapping[str, str] | None) -> dict[Modality, str]:
         msg = f'modalities has the keys {sorted(unknown)}; needed: "rna" and "atac", with the names in the MuData.'
         raise ValueError(msg)
     return {name: given.get(name, name) for name in MODALITIES}
-
-
-ALIASES: dict[Modality, tuple[str, ...]] = {
-    "rna": ("rna", "gex", "geneexpression", "expression", "scrna", "snrna", "transcriptome", "genes"),
-    "atac": ("atac", "peaks", "scatac", "snatac", "chromatin", "chromatinaccessibility", "accessibility"),
-}
 
 
 def refuse_other_axis(mdata: MuData) -> None:
@@ -184,7 +145,7 @@ def refuse_other_axis(mdata: MuData) -> None:
         raise ValueError(msg)
 
 
-def say_what_is_left_out(mdata: MuData, keys: Mapping[Modality, str]) -> None:
+def say_what_is_left_out(mdata: MuData, keys: Mapping[str, str]) -> None:
     """Refuse a modality that is there under another name, and name others that are not read in its stead.
 
     Raises
@@ -216,7 +177,7 @@ def say_what_is_left_out(mdata: MuData, keys: Mapping[Modality, str]) -> None:
         warnings.warn(msg, UserWarning, stacklevel=4)
 
 
-def refuse_swapped(adata: ad.AnnData, modality: Modality, key: str) -> None:
+def refuse_swapped(adata: ad.AnnData, modality: str, key: str) -> None:
     """Refuse peaks where genes should be; what are no peaks is left to the matching.
 
     Raises
@@ -243,19 +204,12 @@ def peak_names(var: pd.DataFrame) -> list[str]:
     return [f"chr{c}:{s}-{e}" for c, s, e in zip(peaks.chromosome, peaks.start, peaks.end, strict=True)]
 
 
-def genomic_order(names: list[str]) -> np.ndarray:
-    """Peaks sorted by chromosome and position, those that are no intervals last ``(n_peaks,)``."""
-    peaks = read_peaks(names)
-    number = np.array([int(c) if c.isdigit() else 1000 if c else 2000 for c in peaks.chromosome])
-    return np.lexsort((peaks.start, peaks.chromosome.astype(str), number))
-
-
-def _modalities_of(var: pd.DataFrame, genes: pd.DataFrame | None) -> list[Modality]:
+def _modalities_of(var: pd.DataFrame, genes: pd.DataFrame | None) -> list[str]:
     """Whether features are genes, peaks or some of both: as `var` says, by their names, or by columns with places."""
     kinds, by = kinds_by_type(var)
     if by:
-        kind_of: dict[Modality, str] = {"rna": GENE, "atac": PEAK}
-        said: list[Modality] = [name for name in MODALITIES if (kinds == kind_of[name]).any()]
+        kind_of: dict[str, str] = {"rna": GENE, "atac": PEAK}
+        said: list[str] = [name for name in MODALITIES if (kinds == kind_of[name]).any()]
         if said:
             return said
     kinds = kinds_of(var)
@@ -270,17 +224,17 @@ def _modalities_of(var: pd.DataFrame, genes: pd.DataFrame | None) -> list[Modali
     return ["rna"] if n_genes or not _has_intervals(var) else ["atac"]
 
 
-def features_of(cells: Cells, modality: Modality) -> tuple[np.ndarray, pd.Index]:
+def features_of(cells: Cells, modality: str) -> tuple[np.ndarray, pd.Index]:
     """Columns of the counts that are the genes, or the peaks, of a modality ``(n_features,)``, and their names."""
-    adata = cells.data[modality]
-    var = matrix_of(adata, cells.layers[modality]).var
+    counts = cells.counts[modality]
+    var = counts.matrix.var
     kinds, by = kinds_by_type(var)
     if modality == "rna":
         chosen = which_are_genes(var)
     elif by:
         chosen = (kinds == PEAK) | (kinds == "")
     else:  # of one table with both, the places are the peaks
-        chosen = (kinds_of(var) == PEAK) | (cells.data.get("rna") is not adata)
+        chosen = (kinds_of(var) == PEAK) | (not is_shared(cells))
     found = np.flatnonzero(chosen if chosen.any() else np.ones(len(chosen), dtype=bool))
     return found, var.index[found]
 
@@ -289,82 +243,11 @@ def _has_intervals(var: pd.DataFrame) -> bool:
     return bool(read_peaks(var.iloc[:100]).known.mean() > 0.5) if len(var) else False
 
 
-@dataclass(frozen=True, eq=False)
-class CountsOf:
-    """Counts of one modality in vocabulary order.
-
-    Attributes
-    ----------
-    adata
-        What names cells, features and layers.
-    modality
-        Which one.
-    layer
-        Layer with the counts, None for `X`.
-    x
-        The counts, a row per cell of the modality.
-    row
-        Row of each cell in it, -1 if it has none ``(cells,)``.
-    column
-        Place in the vocabulary of each column, -1 for none.
-    n_features
-        Size of the vocabulary.
-    """
-
-    adata: Any
-    modality: Modality
-    layer: str | None
-    x: Any
-    row: np.ndarray
-    column: np.ndarray
-    n_features: int
-
-    @classmethod
-    def of(cls, cells: Cells, modality: Modality, match: GeneMatch | PeakMatch, n_features: int) -> CountsOf:
-        """Counts of cells, by the match of their features and the vocabulary."""
-        adata, layer = cells.data[modality], cells.layers[modality]
-        x = by_cell(counts_matrix(adata, layer), f"of {modality}")
-        return cls(adata, modality, layer, x, cells.rows[modality], match.index, n_features)
-
-    def read(self, cells: np.ndarray) -> sp.csr_matrix:
-        """Raw counts of some cells, all of which have the modality ``(cells, n_features)``.
-
-        Raises
-        ------
-        NotCountsError
-            If they are not counts.
-        """
-        rows = self.row[cells]
-        counts = read_rows(self.x, rows)
-        of = {"argument": f"{self.modality}_layer", "feature": FEATURE[self.modality]}
-        check_counts(counts, rows, self.adata, self.layer, **of)
-        return select_columns(counts, self.column, self.n_features)
-
-
-def counts_matrix(adata: ad.AnnData, layer: str | None) -> Any:
-    """``X`` or a layer."""
-    return matrix_of(adata, layer).x
-
-
 def _raw_as_layer(adata: ad.AnnData, raw: Matrix) -> ad.AnnData:
     """The cells with the features of ``raw``, whose values stand in a layer of that name; nothing is copied."""
     return ad.AnnData(obs=adata.obs, var=raw.var, layers={RAW: raw.x})
 
 
-def codes_of(obs: pd.DataFrame, key: str | None, *, unlabeled: str | None = None) -> np.ndarray | None:
-    """Number of each cell's category, -1 for ``unlabeled``; None without a key.
-
-    Raises
-    ------
-    KeyError
-        If there is no such column.
-    ValueError
-        If a cell has no value.
-    """
-    if key is None:
-        return None
-    names = read_names(obs, key, frame="mdata.obs")
-    codes, labels = pd.factorize(names)
-    if unlabeled is not None:
-        warn_of_unlabeled(labels, unlabeled, where=f"mdata.obs[{key!r}]")
-    return np.where(names == unlabeled, -1, codes)
+def is_shared(cells: Cells) -> bool:
+    """Whether one table holds the features of both modalities."""
+    return len({id(counts.adata) for counts in cells.counts.values()}) < len(cells.counts)

@@ -1,0 +1,52 @@
+"""What a model class gives to the base, and where that is written down."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cellprior.model import CellPLM, PretrainedModel
+from cellprior.model._hooks import Hooks
+
+PAGE = Path(__file__).parents[2] / "docs" / "user_guide" / "extending.md"
+OWN = {"module", "registry", "_abc_impl"}  # the base's, for the types
+
+
+def test_the_guide_lists_all_that_a_model_can_give_and_nothing_else():
+    text = PAGE.read_text(encoding="utf-8")
+    table = text.partition("| member of the model |")[2].partition("| member of the network |")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    listed = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    members = {name for name in {*vars(Hooks), *Hooks.__annotations__} if not name.startswith("__")}
+    assert listed == members - OWN
+
+
+def test_every_hook_says_what_it_is_for():
+    attributes = (Hooks.__doc__ or "").partition("Attributes")[2]
+    for name in vars(Hooks):
+        if not name.startswith("__") and name not in OWN:
+            member = vars(Hooks)[name]
+            is_method = callable(getattr(Hooks, name)) and not isinstance(getattr(Hooks, name), type)
+            said = (
+                getattr(Hooks, name).__doc__
+                if is_method
+                else member.__doc__
+                if isinstance(member, property)
+                else ""
+            )
+            assert said or name in attributes, name
+
+
+def test_a_model_that_gives_what_nothing_asks_for_any_more_is_told():
+    with pytest.raises(TypeError, match=r"Old gives _encode, which nothing asks for any more.*_encoder_cls"):
+
+        class Old(CellPLM):
+            def _encode(self) -> None: ...
+
+
+def test_a_model_class_inherits_from_the_base_alone():
+    from cellprior.model import MODELS
+
+    assert {model.__bases__ for model in MODELS} == {(PretrainedModel,)}
