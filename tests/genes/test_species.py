@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cellprior.genes import GeneMatchError, match
+from cellprior.genes._table import GeneTable
 
 HUMAN = [f"{stem}{i}" for stem in ("CD", "RPL", "KRT", "ACT") for i in range(2, 32)]
 MOUSE = [name.capitalize() for name in HUMAN[:90]] + [f"Gm{i}" for i in range(1000, 1030)]
@@ -97,6 +98,19 @@ def test_ensembl_ids_say_the_species():
     found = match(var(*(f"X{i}" for i in range(len(ids))), gene_ids=ids), genes)
     assert found.source == "gene_ids"
     assert found.n_matched == len(MOUSE)
+
+
+def test_ids_are_found_in_a_vocabulary_of_symbols_in_capitals_by_the_table_of_the_species(monkeypatch):
+    ids = [f"ENSMUSG{i:011d}" for i in range(len(MOUSE))]
+    table = GeneTable(
+        dict(zip(MOUSE, ids, strict=True)), {i: [name] for i, name in zip(ids, MOUSE, strict=True)}
+    )
+    monkeypatch.setattr(
+        "cellprior.genes._match.load", lambda species: (table if species == "mouse" else None, ())
+    )
+    found = match(var(*ids), IN_CAPITALS)
+    np.testing.assert_array_equal(found.index, len(HUMAN) + np.arange(len(MOUSE)))
+    assert found.routes == {"id_to_symbol": len(MOUSE)}
 
 
 def test_mouse_in_capitals_is_mouse_and_never_human():

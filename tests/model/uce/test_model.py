@@ -203,6 +203,16 @@ def test_whether_genes_are_expressed_is_said_of_any_species_by_any_name(model):
         model.predict_expressed("ACTB")
 
 
+def test_genes_may_be_asked_for_by_the_names_that_the_data_have():
+    adata = blood_cells()[:20].copy()
+    model = UCE.from_pretrained(tiny_uce(), adata)
+    frame = model.gene_match.to_frame()
+    retired = frame[frame["route"] == "retired_symbol"].iloc[0]
+    found = model.predict_expressed([retired["name"], retired["gene"]])
+    np.testing.assert_array_equal(found.iloc[:, 0], found.iloc[:, 1])
+    model.release()
+
+
 def test_a_name_that_several_species_have_needs_the_species(model):
     genes = model.genes
     twice = genes["symbol"].str.lower()

@@ -175,6 +175,7 @@ def sentences(
     by_place = (genome.number, genome.start, genome.chromosome) if systematic else (genome.number,)
     place = np.empty(len(genome.number), dtype=np.int64)
     place[np.lexsort(by_place)] = np.arange(len(place))
+    of_place, of_code = scramble(np.arange(length)), scramble(length + genome.code)  # two kinds of draws
     found = []
     for i, key in enumerate(keys_of_cells(counts, seed, genome.number)):
         part = slice(counts.indptr[i], counts.indptr[i + 1])
@@ -187,22 +188,17 @@ def sentences(
         for draw in range(n_draws):
             of_draw = scramble(key ^ scramble(np.asarray(draw)))
             if not systematic:
-                uniform = unit_interval(_bits(of_draw, np.arange(length)))
+                uniform = unit_interval(scramble(of_place ^ of_draw))
             else:
-                offset = 0.5 if n_draws == 1 else unit_interval(_bits(of_draw, np.arange(1)))
+                offset = 0.5 if n_draws == 1 else unit_interval(scramble(of_place[:1] ^ of_draw))
                 uniform = (np.arange(length) + offset) / length
             genes = gene[drawn_genes(weight, uniform)]
             chromosomes = np.unique(genome.chromosome[genes])
             _refuse_too_many(len(chromosomes), length)
             if not (systematic and n_draws == 1):
-                chromosomes = chromosomes[np.argsort(_bits(of_draw, length + genome.code[chromosomes]))]
+                chromosomes = chromosomes[np.argsort(scramble(of_code[chromosomes] ^ of_draw))]
             found.append(sentence(genes, chromosomes, genome))
     return padded(found, genome.pad)
-
-
-def _bits(key: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """Well mixed bits of one draw, by their numbers, uint64."""
-    return scramble(scramble(number) ^ key)
 
 
 def released_sentences(
