@@ -244,12 +244,12 @@ def annotate(
     import pandas as pd
 
     from cellprior.model import model_class
-    from cellprior.model.learning._annotation import annotates, name_cells
+    from cellprior.model.learning._annotation import name_cells
     from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
     cls.refuse_setup(setup or {})
-    if not annotates(cls):
+    if not cls.can("annotate"):
         msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
         raise ValueError(msg)
     if (reference is None) != (labels_key is None):

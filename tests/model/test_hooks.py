@@ -11,7 +11,7 @@ from cellprior.model import CellPLM, PretrainedModel
 from cellprior.model._hooks import Hooks
 
 PAGE = Path(__file__).parents[2] / "docs" / "user_guide" / "extending.md"
-OWN = {"module", "registry", "_abc_impl"}  # the base's, for the types
+OWN = {"module", "registry", "can", "_abc_impl"}  # the base's, for the types, and what is asked of a model
 
 
 def test_the_guide_lists_all_that_a_model_can_give_and_nothing_else():
@@ -50,3 +50,19 @@ def test_a_model_class_inherits_from_the_base_alone():
     from cellprior.model import MODELS
 
     assert {model.__bases__ for model in MODELS} == {(PretrainedModel,)}
+
+
+def test_evaluation_refuses_by_name_what_a_model_of_two_modalities_cannot_do():
+    from cellprior import evaluate
+    from cellprior.model import MultiomeCLIP
+
+    peaks = [f"chr1:{100 * i}-{100 * i + 50}" for i in range(1, 31)]
+    model = MultiomeCLIP(genes=[f"GENE{i}" for i in range(30)], peaks=peaks, n_components=(4, 4))
+    model.is_trained_ = True
+    with pytest.raises(NotImplementedError, match="stability .* MultiomeCLIP"):
+        evaluate.stability(model)
+    with pytest.raises(NotImplementedError, match="MultiomeCLIP does not predict hidden genes"):
+        evaluate.masked_prediction(model)
+    assert [what for what in ("train", "annotate", "read two modalities") if MultiomeCLIP.can(what)] == [
+        "train", "read two modalities",
+    ]  # fmt: skip

@@ -105,6 +105,8 @@ def masked_prediction(
 
     Raises
     ------
+    NotImplementedError
+        If the model is of another kind.
     RuntimeError
         If the model has neither been trained nor loaded from weights.
     ValueError
@@ -112,6 +114,11 @@ def masked_prediction(
     NotCountsError, GeneMatchError
         If the data are not raw counts, or too few of their genes are known.
     """
+    if not model.can("predict hidden genes"):
+        msg = (
+            f"{type(model).__name__} does not predict hidden genes: masked_prediction is not for this model."
+        )
+        raise NotImplementedError(msg)
     model._check_if_trained(warn=False)
     if wrong := [share for share in (*mask_shares, test_size) if not 0 < share < 1]:
         msg = f"{wrong[0]} is no share of genes or cells: a number between 0 and 1 is needed, such as 0.15."

@@ -115,6 +115,8 @@ def stability(
 
     Raises
     ------
+    NotImplementedError
+        If the model is of another kind.
     RuntimeError
         If the model has neither been trained nor loaded from weights.
     ValueError
@@ -161,6 +163,12 @@ class Cells:
     """Cells as they were, and what can be done to them."""
 
     def __init__(self, model: PretrainedModel, adata: ad.AnnData | None, max_cells: int) -> None:
+        if model.can("read two modalities"):
+            msg = (
+                f"stability changes the counts of an AnnData with genes, and a {type(model).__name__} is set up with a "
+                "MuData: it is not for this model."
+            )
+            raise NotImplementedError(msg)
         args = model.registry["setup_args"]
         self.layer, self.batch_key = args["layer"], args["batch_key"]
         adata = model.adata if adata is None else adata

@@ -78,6 +78,28 @@ class Hooks(ABC):
             )
             raise TypeError(msg)
 
+    @classmethod
+    def can(cls, what: str) -> bool:
+        """Whether the model can do something.
+
+        Parameters
+        ----------
+        what
+            ``"train"`` without labels, ``"annotate"`` (``fine_tune`` and ``predict``), ``"predict hidden genes"``, or
+            ``"read two modalities"``.
+
+        Raises
+        ------
+        KeyError
+            For anything else.
+        """
+        return {
+            "train": bool(cls.objectives) or cls._training_plan_cls is not TrainingPlan,
+            "annotate": hasattr(cls._module_cls, "trainable_parts"),
+            "predict hidden genes": cls._masked_scores is not Hooks._masked_scores,
+            "read two modalities": cls._setup_method == "setup_mudata",
+        }[what]
+
     # weights
 
     @classmethod

@@ -50,11 +50,6 @@ class Names(NamedTuple):
     n_uncertain: int
 
 
-def annotates(model: Any) -> bool:
-    """Whether a model, or a class of models, can learn labels."""
-    return hasattr(model._module_cls, "trainable_parts")
-
-
 def refuse_unless_annotates(model: Any) -> None:
     """Refuse a model that cannot learn labels.
 
@@ -63,7 +58,7 @@ def refuse_unless_annotates(model: Any) -> None:
     NotImplementedError
         With what names cells instead.
     """
-    if not annotates(model):
+    if not model.can("annotate"):
         instead = " It names cells by transfer_labels." if hasattr(model, "transfer_labels") else ""
         msg = f"{type(model).__name__} does not learn labels: its module has no trainable_parts.{instead}"
         raise NotImplementedError(msg)
