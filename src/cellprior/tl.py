@@ -83,7 +83,8 @@ def embed(
         sha256 that the checkpoint file, or the whole folder, must have, see :func:`cellprior.weights.sha256`.
     setup
         What the setup of a model takes besides, by name: for Nicheformer ``{"assay_key": "assay"}`` or ``{"assay":
-        "Xenium", "species": "mouse"}``, see :meth:`cellprior.model.Nicheformer.setup_anndata`.
+        "Xenium", "species": "mouse"}``, see :meth:`cellprior.model.Nicheformer.setup_anndata`; for UCE ``{"species":
+        "mouse"}``, see :meth:`cellprior.model.UCE.setup_anndata`.
 
     Returns
     -------
