@@ -305,6 +305,12 @@ def test_training_learns_means_by_technology_and_beats_chance(cells):
     model.release()
 
 
+def test_minibatches_that_do_not_say_how_their_cells_were_made_are_refused_where_the_setup_does(mixed):
+    batch = {"X": torch.zeros(3, mixed.module.n_genes)}
+    with pytest.raises(ValueError, match="gives assay_key, and the minibatches of a datamodule do not say"):
+        mixed._fit_floor([batch], torch.ones(1, mixed.module.n_genes, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("trainable", ["last", "lora", "head", "all"])
 def test_fine_tuning_knows_the_assay_of_each_cell_trains_its_parts_and_can_be_saved(
     mixed, cells, tmp_path, trainable, monkeypatch

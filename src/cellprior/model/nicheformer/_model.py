@@ -21,7 +21,7 @@ from cellprior.model.data._cells import Cells
 from cellprior.model.data._fields import CountsManager
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.nicheformer._checkpoint import is_official, read_hub, read_lightning
-from cellprior.model.nicheformer._context import ContextField, codes_of, explained, warn_without_assay
+from cellprior.model.nicheformer._context import KINDS, ContextField, codes_of, explained, warn_without_assay
 from cellprior.model.nicheformer._floors import TechnologyFloors
 from cellprior.model.nicheformer._inputs import (
     CONTEXT_KEY,
@@ -275,6 +275,7 @@ class Nicheformer(PretrainedModel):
         return None
 
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> TechnologyFloors:
+        batches = self._of_known_context(batches)
         if not self.is_trained_:
             batches = self._learn_scale(batches)
         module = self.module
@@ -285,6 +286,19 @@ class Nicheformer(PretrainedModel):
                 yield module.tokens(batch[REGISTRY_KEYS.X_KEY].to(module.device), context=context), context
 
         return TechnologyFloors.fit(cells(), n_genes=module.n_genes, n_positions=module.n_positions)
+
+    def _of_known_context(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+        """The same; refuses minibatches of a datamodule where the setup says how cells were made."""
+        args = self.registry["setup_args"]
+        said = [f"{kind}{of}" for kind in KINDS for of in ("", "_key") if args.get(f"{kind}{of}") is not None]
+        for batch in batches:
+            if said and CONTEXT_KEY not in batch:
+                msg = (
+                    f"The setup gives {', '.join(said)}, and the minibatches of a datamodule do not say how cells "
+                    "were made: train on attached data, a backed AnnData if they are large."
+                )
+                raise ValueError(msg)
+            yield batch
 
     def _learn_scale(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
         """Take each gene's mean in each technology from the first minibatches; gives all of them back."""
