@@ -23,11 +23,12 @@ from anndata import AnnData
 from filelock import FileLock
 
 import cellprior as cp
+from cellprior import _outputs as _files
 from cellprior._compat import new_group
-from cellprior.model import CellPLM, _files
+from cellprior.model import CellPLM
 from cellprior.model.cellplm import _hidden
+from cellprior.model.data import _cells as _data
 from cellprior.model.data import _files as _on_disk
-from cellprior.model.data import _minibatches as _data
 from cellprior.model.engine import _stream as _streaming
 from cellprior.model.engine._embedding import Embedding
 from cellprior.model.engine._stream import LatentStore

@@ -510,14 +510,20 @@ class PretrainedModel(LoadableModel):
         cells = self._cells()
         return Embedding(self._encoder(cells), cells, np.arange(cells.n_obs), **options)
 
-    def _stream(self, out: str | os.PathLike[str], *, params: Mapping[str, Any], **options: Any) -> None:
+    def _stream(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        params: Mapping[str, Any],
+        hidden: str | os.PathLike[str] = "memory",
+        client: Any = None,
+        **options: Any,
+    ) -> None:
         """Embed all attached cells into a zarr folder; see :func:`cellprior.model.engine._stream.stream`."""
-        hidden, client = options["hidden"], options["client"]
-        refuse_impossible(
-            type(self).__name__, sees_others=self._encoder_cls.sees_others, hidden=hidden, client=client
-        )
-        record = {**self.provenance(), "params": params}
-        stream(self._embedding, self._cells(), out, weights=self._digest(), record=record, **options)
+        sees_others = self._encoder_cls.sees_others
+        refuse_impossible(type(self).__name__, sees_others=sees_others, hidden=hidden, client=client)
+        options |= {"hidden": hidden, "client": client, "weights": self._digest()}
+        stream(self._embedding, self._cells(), out, record={**self.provenance(), "params": params}, **options)
 
     def _digest(self) -> str:
         """Digest of all that can change the embedding of a cell."""
@@ -570,6 +576,7 @@ class PretrainedModel(LoadableModel):
             refuse_missing_key(data, args)
             refuse_no_counts(data, args["layer"])
             return cells_of_anndata(data, args)
+        self._validate_anndata(data)  # as at the setup, if another model has set it up since
         cells = cells_of_anndata(data, {**args, "batch_key": None})
         if args["batch_key"] is None:
             return cells

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellprior.model.multiomeclip import MultiomeCLIP
+from cellprior.model.multiomeclip import MultiomeCLIP, _matching
 
 from .data import N_CELLS, cells, multiome, part
 
@@ -51,13 +51,13 @@ def test_cells_unlike_those_of_the_reference_are_unknown(trained):
 
 def test_only_cells_that_the_model_was_not_trained_on_are_calibrated_on(trained, monkeypatch):
     asked = []
-    original = MultiomeCLIP._held_out
+    original = _matching._held_out
 
-    def held_out(self, reference, candidates):
-        asked.append(original(self, reference, candidates))
+    def held_out(*args):
+        asked.append(original(*args))
         return asked[-1]
 
-    monkeypatch.setattr(MultiomeCLIP, "_held_out", held_out)
+    monkeypatch.setattr(_matching, "_held_out", held_out)
     for reference in (None, trained.adata):
         trained.transfer_labels(reference, reject=0.2)
         np.testing.assert_array_equal(asked[-1], np.sort(trained.validation_indices))
@@ -72,7 +72,7 @@ def test_held_out_cells_of_a_loaded_model_are_known_by_name_in_whatever_order(tr
     loaded = MultiomeCLIP.from_pretrained(tmp_path / "bundle")
     order = np.random.default_rng(0).permutation(N_CELLS)
     again = multiome({name: adata[order].copy() for name, adata in cells().mod.items()})
-    rows = loaded._held_out(again, np.ones(again.n_obs, dtype=bool))
+    rows = _matching._held_out(loaded, again, loaded._cells(again), np.ones(again.n_obs, dtype=bool))
     held_out = trained.adata.obs_names[trained.validation_indices]
     assert set(again.obs_names[rows]) == set(held_out)
 

@@ -16,7 +16,8 @@ from mudata import MuData
 import cellprior as cp
 from cellprior._compat import without_pulled_columns
 from cellprior.cli import main
-from cellprior.model import NotCountsError, _streaming
+from cellprior.model import NotCountsError
+from cellprior.model.engine import _stream as _streaming
 from cellprior.model.multiomeclip import MultiomeCLIP
 
 from .data import N_CELLS, multiome
@@ -26,7 +27,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def stream(model: MultiomeCLIP, out: object, **options: object) -> None:
-    _streaming.stream(model, out, key="X_multiomeclip", params={}, progress=False, **options)
+    model._stream(out, key="X_multiomeclip", params={}, progress=False, **options)
 
 
 @pytest.fixture

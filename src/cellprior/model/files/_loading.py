@@ -33,6 +33,8 @@ from cellprior.weights._fetch import fetch_beside
 from cellprior.weights._inert import MAX_EXPANSION
 from cellprior.weights._reading import check_genes, model_of
 
+SHARES = ("coverage", "vocabulary_share", "counts_share")  # of a match, for the record
+
 
 class LoadableModel(Hooks, BaseModelClass):
     """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
@@ -315,8 +317,8 @@ class LoadableModel(Hooks, BaseModelClass):
             cells = self._cells(adata)
             for name, counts in cells.counts.items():
                 prefix = f"{name}_" if cells.joint else ""
-                for share in ("coverage", "vocabulary_share", "counts_share"):
-                    read[prefix + share] = getattr(counts.match, share, None)
+                shares = ("coverage", "counts_share") if cells.joint else SHARES
+                read |= {prefix + share: getattr(counts.match, share) for share in shares}
         version_ = {"cellprior_version": version("cellprior")}
         return {"model": type(self).__name__, **(self.pretrained_ or {}), **read, **version_}
 
