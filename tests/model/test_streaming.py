@@ -28,7 +28,7 @@ from cellprior._compat import new_group
 from cellprior.model import CellPLM
 from cellprior.model.cellplm import _hidden
 from cellprior.model.data import _cells as _data
-from cellprior.model.data import _files as _on_disk
+from cellprior.model.data import _fingerprint
 from cellprior.model.engine import _stream as _streaming
 from cellprior.model.engine._embedding import Embedding
 from cellprior.model.engine._stream import LatentStore
@@ -126,11 +126,12 @@ def test_a_layer_of_a_file_is_streamed(adata, tmp_path):
 def test_no_more_than_a_batch_of_the_matrix_is_ever_read(counts, tmp_path, monkeypatch):
     n_read = []
     read_rows = _data.read_rows
-    monkeypatch.setattr(
-        _data, "read_rows", lambda x, rows, **kw: n_read.append(len(rows)) or read_rows(x, rows, **kw)
-    )
+    for place in (_data, _fingerprint):
+        monkeypatch.setattr(
+            place, "read_rows", lambda x, rows, **kw: n_read.append(len(rows)) or read_rows(x, rows, **kw)
+        )
     monkeypatch.setattr(_data, "N_CHECKED", 20)
-    monkeypatch.setattr(_on_disk, "N_SAMPLED", 20)
+    monkeypatch.setattr(_fingerprint, "N_SAMPLED", 20)
     stream(counts, tmp_path / "out.zarr", batch_key="batch", batch_size=20, hidden=tmp_path / "hidden")
     assert max(n_read) <= 20
     assert sum(n_read) == 90 + 20 + 2 * 20  # the first cells, and a sample before and after
