@@ -202,7 +202,7 @@ def report(report: Report, *, figsize: tuple[float, float] = (15.0, 10.0)) -> Fi
     axes = figure.subplot_mosaic("AABBCC;DDDEEE")
     headline = report.zero_shot["split"].iloc[0]
     for name, table, reader in (
-        ("A", report.zero_shot, "15-NN"),
+        ("A", report.zero_shot, "nearest neighbours"),
         ("B", report.linear_probe, "linear probe"),
     ):
         rows = table[(table["split"] == headline) & (table["metric"] == "macro_f1")]
@@ -269,11 +269,11 @@ def _by_label(ax: Axes, table: pd.DataFrame, styles: Mapping[str, dict[str, Any]
     """F1 of each label by its neighbours, and of the logistic regression on genes."""
     n_cells = [f"{label} ({n:,})" for label, n in zip(table["label"], table["cells"], strict=True)]
     for column in table.columns[2:]:
-        method = column.removesuffix(", 15-NN")
+        method = column.removesuffix(", nearest neighbours")
         if method in styles:
             ax.plot(range(len(table)), table[column], linestyle="", label=method, **styles[method])
     ax.set_xticks(range(len(table)), n_cells, rotation=45, ha="right", fontsize=8)
-    ax.set(title="each label, 15-NN (cells)", ylabel="F1", ylim=(-0.03, 1.03))
+    ax.set(title="each label, nearest neighbours (cells)", ylabel="F1", ylim=(-0.03, 1.03))
     ax.grid(axis="y", alpha=0.3)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-__all__ = ["annotate", "embed"]
+__all__ = ["annotate", "embed", "transfer_labels"]
 
 
 def embed(
@@ -304,6 +304,117 @@ def annotate(
     if unlabeled_category != "unknown":
         params["unlabeled_category"] = unlabeled_category
     _note(adata, key, {**record, "params": params})
+    return adata if copy else None
+
+
+def transfer_labels(
+    adata: AnnData,
+    reference: AnnData,
+    labels_key: str,
+    *,
+    use_rep: str,
+    how: Literal["nearest neighbours", "nearest centroid", "ridge"] = "nearest neighbours",
+    reject: float | None = None,
+    unlabeled_category: str = "unknown",
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Name cells after a labelled reference in any embedding that both have, without training a network.
+
+    What :func:`cellprior.evaluate.transfer` measures. The number of neighbours and their distance, or the penalty, is
+    chosen within the reference.
+
+    Parameters
+    ----------
+    adata
+        Cells to name.
+    reference
+        Labelled cells, embedded alike.
+    labels_key
+        Column of ``reference.obs``; cells without a label, or of ``unlabeled_category``, are left out.
+    use_rep
+        Key of ``obsm`` in both.
+    how
+        A vote of the nearest neighbours, the nearest mean of a type, or ridge regression.
+    reject
+        Between 0 and 1: call a cell ``unlabeled_category`` at this rate. A fifth of the reference is named by the rest
+        and then no longer learned from; of cells like these, at most a share ``reject`` is called unknown for lying
+        far from all, and of those that get a name at most a share ``reject`` has a wrong one, with 90 % confidence.
+        ``None`` names every cell.
+    unlabeled_category
+        Name of cells that are rejected.
+    key_added
+        Column of ``obs``; by default ``use_rep`` without ``X_``, and ``_label``.
+    copy
+        Return a copy with the names instead of writing into ``adata``.
+
+    Returns
+    -------
+    ``None``, or with ``copy`` the copy. Written are ``obs[key_added]``, names; ``obs[key_added + "_certainty"]``, share
+    of the votes or of the weight, float32; with ``reject``, ``obs[key_added + "_best_guess"]``; and
+    ``uns["cellprior"][key_added]`` with what was chosen.
+
+    Raises
+    ------
+    KeyError
+        If ``use_rep`` or ``labels_key`` is missing.
+    ValueError
+        If the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot be promised.
+
+    Examples
+    --------
+    >>> cp.tl.embed(adata, "cellplm-starter"), cp.tl.embed(reference, "cellplm-starter")
+    >>> cp.tl.transfer_labels(adata, reference, "cell_type", use_rep="X_cellplm", reject=0.1)
+    """
+    import numpy as np
+    import pandas as pd
+
+    from cellprior.evaluate._naming import name_cells
+    from cellprior.evaluate._splits import label_codes, stratified
+    from cellprior.model.learning._rejection import Calibration, check_reject, explain_unknown, find_limits
+
+    for name, data in (("adata", adata), ("the reference", reference)):
+        if use_rep not in data.obsm:
+            msg = f"{use_rep!r} not found in obsm of {name}; its keys are {list(data.obsm)}. Embed both: cp.tl.embed."
+            raise KeyError(msg)
+    if labels_key not in reference.obs:
+        msg = f"{labels_key!r} not found in obs of the reference; its columns are {list(reference.obs.columns)}."
+        raise KeyError(msg)
+    given = reference.obs[labels_key].astype(object)
+    codes, labels = label_codes(given.where(given.astype(str) != unlabeled_category), 1)
+    rows = np.flatnonzero(codes >= 0)
+    codes, known = codes[rows], np.asarray(reference.obsm[use_rep])[rows]
+    query = np.asarray(adata.obsm[use_rep])
+    options: dict[str, Any] = {"how": how, "n_labels": len(labels)}
+    learned, limits = np.ones(len(rows), dtype=bool), None
+    key = key_added or f"{use_rep.removeprefix('X_')}_label"
+    if reject is not None:
+        learned = stratified(codes, 5, copies=np.arange(len(codes))) > 0
+        check_reject(reject, int((~learned).sum()), "Label more cells of the reference")
+        held_out = name_cells(known[learned], codes[learned], known[~learned], **options)
+        calibration = Calibration(held_out.novelty, held_out.certainty, held_out.codes == codes[~learned])
+        limits = find_limits(*calibration, reject=reject)
+    found = name_cells(known[learned], codes[learned], query, **options)
+    names = np.asarray(labels, dtype=object)[found.codes]
+    if copy:
+        adata = cast("AnnData", _copy(adata))
+    adata.obs[f"{key}_certainty"] = found.certainty.astype(np.float32)
+    record: dict[str, Any] = {
+        "use_rep": use_rep,
+        "labels_key": labels_key,
+        "how": found.words,
+        "reject": reject,
+    }
+    if limits is not None:
+        adata.obs[f"{key}_best_guess"] = pd.Categorical(names)
+        far, uncertain = limits.unknown(found.novelty, found.certainty)
+        record["unknown"] = {"too_far": int(far.sum()), "too_uncertain": int(uncertain.sum())}
+        where = f"in obs[{key + '_best_guess'!r}]"
+        told: dict[str, Any] = {"reject": reject, "unknown": unlabeled_category, "guess": where}
+        explain_unknown(calibration, limits, found.novelty, found.certainty, **told)
+        names = np.where(far | uncertain, unlabeled_category, names)
+    adata.obs[key] = pd.Categorical(names)
+    _note(adata, key, record)
     return adata if copy else None
 
 

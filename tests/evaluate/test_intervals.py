@@ -1,9 +1,19 @@
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from cellprior.evaluate._intervals import Resampling, _take, compared, interval
-from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, batch_splits, label_codes, random_splits
+from cellprior.evaluate._intervals import Resampling, compared, interval
+from cellprior.evaluate._splits import (
+    HELD_OUT,
+    RANDOM,
+    Split,
+    batch_splits,
+    inner_folds,
+    label_codes,
+    random_folds,
+    random_splits,
+)
 from cellprior.evaluate._structure import _half_width
 
 
@@ -18,21 +28,17 @@ def guesses(codes: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.where(rng.random(len(codes)) < share, codes, rng.integers(0, 4, len(codes)))
 
 
-def test_scores_are_those_of_scikit_learn_averaged_over_splits(codes):
-    splits = random_splits(codes, seeds=3, test_size=0.2)
+def test_scores_are_those_of_scikit_learn_on_the_cells_of_all_folds_together(codes):
+    splits = random_folds(codes, seeds=5, test_size=0.2)
     given = guesses(codes, 0.6, 1)
     found = Resampling(len(codes), splits).classification(codes, [given[s.test] for s in splits])
-    truth = [codes[s.test] for s in splits]
-    said = [given[s.test] for s in splits]
     expected = {
-        "macro_f1": [
-            f1_score(t, p, labels=np.unique(t), average="macro") for t, p in zip(truth, said, strict=True)
-        ],
-        "balanced_accuracy": [balanced_accuracy_score(t, p) for t, p in zip(truth, said, strict=True)],
-        "accuracy": [np.mean(t == p) for t, p in zip(truth, said, strict=True)],
+        "macro_f1": f1_score(codes, given, average="macro"),
+        "balanced_accuracy": balanced_accuracy_score(codes, given),
+        "accuracy": np.mean(codes == given),
     }
-    for name, values in expected.items():
-        assert found[name][0] == pytest.approx(np.mean(values))
+    for name, value in expected.items():
+        assert found[name][0] == pytest.approx(value)
 
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_says():
@@ -80,15 +86,48 @@ def test_the_same_seed_gives_the_same_interval(codes):
     assert first != other
 
 
-def test_batches_that_differ_widen_the_interval():
+def test_the_interval_of_held_out_batches_is_that_of_a_t_test_on_their_differences():
     codes = np.zeros(400, dtype=int)
-    right = np.r_[np.ones(200), np.zeros(200)]
-    halves = [np.arange(200), np.arange(200, 400)]
-    of_batches = [
-        Split(HELD_OUT, 0, name, np.arange(0), rows) for name, rows in zip("ab", halves, strict=True)
+    quarters = [np.arange(400)[i * 100 : (i + 1) * 100] for i in range(4)]
+    splits = [
+        Split(HELD_OUT, 0, name, np.arange(0), rows) for name, rows in zip("abcd", quarters, strict=True)
     ]
-    _, low, high = interval(Resampling(len(codes), of_batches).mean([right[rows] for rows in halves]))
-    assert (low, high) == (0, 1)
+    rng = np.random.default_rng(0)
+    right, other = rng.random(400) < 0.8, rng.random(400) < 0.6
+    draws = Resampling(len(codes), splits)
+    difference = draws.mean([right[rows] for rows in quarters]) - draws.mean(
+        [other[rows] for rows in quarters]
+    )
+    each = [right[rows].mean() - other[rows].mean() for rows in quarters]
+    expected = ttest_1samp(each, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(draws.interval(difference), (np.mean(each), *expected))
+    np.testing.assert_allclose(difference[1:], each)
+
+
+def test_an_interval_of_labels_is_wider_than_the_bootstrap_says_and_less_so_with_many_cells():
+    ratios = []
+    for n in (400, 8000):
+        codes = np.random.default_rng(0).integers(0, 3, n)
+        draws = Resampling(n, [Split(RANDOM, 0, "", np.arange(0), np.arange(n))], n_draws=300)
+        given = [guesses(codes, 0.6, 1) % 3]
+        plain, wide = (draws.classification(codes, given, excess=excess)["accuracy"] for excess in (0, 0.6))
+        ratios.append(wide[1:].std() / plain[1:].std())
+        assert plain[0] == wide[0]
+    np.testing.assert_allclose(ratios, [1.6, 1.15], rtol=1e-6)
+
+
+def test_copies_of_all_cells_make_no_interval_narrower(codes):
+    twice = np.tile(codes, 2)
+    alike = np.tile(np.arange(len(codes)), 2)
+    given = np.tile(guesses(codes, 0.6, 1), 2)
+    once, both = (
+        Resampling(len(truth), [Split(RANDOM, 0, "", np.arange(0), np.arange(len(truth)))], copies=of)
+        for truth, of in ((codes, None), (twice, alike))
+    )
+    narrow = interval(both.classification(twice, [given])["accuracy"])
+    assert narrow == pytest.approx(
+        interval(once.classification(codes, [given[: len(codes)]])["accuracy"]), abs=0.01
+    )
 
 
 def test_labels_that_are_missing_or_too_small_are_left_out():
@@ -111,6 +150,34 @@ def test_a_random_split_has_each_label_on_both_sides(codes):
         assert not np.intersect1d(split.train, split.test).size
         assert np.union1d(split.train, split.test).size == len(codes)
         assert set(codes[split.train]) == set(codes[split.test]) == {0, 1, 2, 3}
+
+
+def test_folds_ask_about_every_cell_once_and_keep_copies_on_one_side(codes):
+    alike = np.arange(len(codes)) // 2  # each cell and the next are the same
+    splits = random_folds(codes, seeds=7, test_size=0.2, copies=alike)
+    assert np.array_equal(np.sort(np.concatenate([s.test for s in splits[:5]])), np.arange(len(codes)))
+    assert not np.array_equal(splits[0].test, splits[5].test)  # divided again
+    for split in splits:
+        assert not np.intersect1d(alike[split.train], alike[split.test]).size
+    for split in random_folds(codes, seeds=5, test_size=0.2):
+        assert abs(np.mean(codes[split.test] == 0) - np.mean(codes == 0)) < 0.01
+
+
+def test_a_copy_of_a_held_out_cell_is_not_learned_from_and_rare_labels_are_not_asked_about():
+    codes, batches = np.array([0, 1, 0, 1, 0, 1, 0, 0]), list("aaaabbbb")
+    alike = np.array([0, 1, 2, 3, 0, 5, 6, 7])  # the first of b is the first of a
+    a, b = batch_splits(codes, batches, copies=alike)
+    assert a.train.tolist() == [5, 6, 7] and b.train.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="none shares"):
+        batch_splits(codes, batches, least=3)
+
+
+def test_inner_folds_are_whole_batches_where_batches_are_held_out():
+    codes, batches = np.tile([0, 1], 60), np.repeat(list("abcdef"), 20)
+    folds = inner_folds(codes, copies=np.arange(120), batches=batches, seed=0)
+    assert all(len(set(folds[batches == name])) == 1 for name in "abcdef") and len(set(folds)) == 5
+    one = inner_folds(codes, copies=np.arange(120), batches=np.repeat("a", 120), seed=0)
+    assert np.bincount(one).tolist() == [24] * 5
 
 
 def test_cells_of_a_label_that_only_the_held_out_batch_has_are_not_asked_about():
@@ -156,15 +223,7 @@ def test_fits_of_the_same_held_out_batch_do_not_count_as_batches():
         [right[rows] for rows in thirds for _ in range(2)]
     )
     assert once[0] == twice[0] == pytest.approx(0.5)
-    assert once[1:].std() == pytest.approx(twice[1:].std(), rel=0.1)
-
-
-def test_every_draw_takes_as_many_splits_as_there_are():
-    rng = np.random.default_rng(0)
-    taken = _take(rng, ["a", "a", "b", "b"], 200)
-    assert (taken.sum(axis=1) == 4).all()
-    assert set(taken[:, :2].sum(axis=1)) == {0, 2, 4}  # whole batches
-    assert len(np.unique(taken[:, 0])) > 3  # and fits among them
+    np.testing.assert_array_equal(once, twice)
 
 
 def test_quantiles_are_of_the_cells_and_spread_as_a_bootstrap_does():

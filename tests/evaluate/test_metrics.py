@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
 
-from cellprior.evaluate import accuracy, balanced_accuracy, clustering, knn_predict, macro_f1, silhouette
+from cellprior.evaluate import (
+    _metrics,
+    _structure,
+    accuracy,
+    balanced_accuracy,
+    clustering,
+    knn_predict,
+    macro_f1,
+    silhouette,
+)
 from tests.evaluate.simulated import N_TYPES, Cells, cells, corners, noise
 
 
@@ -151,3 +161,11 @@ def test_equal_cells_sorted_by_label_tell_nothing_of_their_labels():
 def test_types_pushed_into_random_corners_win_the_silhouette(simulated):
     assert silhouette(corners(simulated.types), simulated.types) > 0.95
     assert silhouette(simulated.pca, simulated.types) < 0.8
+
+
+def test_without_igraph_clusters_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(_metrics, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'cellprior[leiden]'")):
+        clustering(np.eye(20), ["a", "b"] * 10)
+    assert np.isnan(list(_structure._clusters(np.eye(20), np.tile([0, 1], 10)).values())).all()
+    assert "cellprior[leiden]" in _structure._reason("ari", "")

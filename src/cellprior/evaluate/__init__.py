@@ -19,6 +19,7 @@ from cellprior.evaluate._report import Report, report
 from cellprior.evaluate._scgraph import scgraph
 from cellprior.evaluate._species import across_species, macrogenes
 from cellprior.evaluate._stability import stability
+from cellprior.evaluate._transfer import transfer
 from cellprior.evaluate._verdict import Verdict
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "scgraph",
     "silhouette",
     "stability",
+    "transfer",
     "zero_shot",
 ]

@@ -239,9 +239,10 @@ def _table(
     rows = []
     for metric in CLASS_SCORES:
         of_metric = {arm: score[metric] for arm, score in scores.items()}
-        parts = [compared({arm: of_metric[arm] for arm in alone})]
+        options: dict[str, Any] = {"of": draws.interval, "within": (0.0, 1.0)}
+        parts = [compared({arm: of_metric[arm] for arm in alone}, **options)]
         for versus, others in comparisons.items():
-            both = compared({arm: of_metric[arm] for arm in (versus, *others)}, versus=versus)
+            both = compared({arm: of_metric[arm] for arm in (versus, *others)}, versus=versus, **options)
             parts.append(both[both["method"] != versus])
         table = pd.concat(parts, ignore_index=True).rename(columns={"method": "arm"})
         table.insert(1, "metric", metric)

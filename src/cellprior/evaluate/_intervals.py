@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 from cellprior.evaluate._metrics import f1
 from cellprior.evaluate._splits import Split
 
 N_DRAWS = 1000
 LEVEL = 0.95
+# By how much an interval of cells is wider than the bootstrap says: the same training cells, and what was chosen within
+# them, speak for all test cells, which no bootstrap of test cells sees. Found by benchmarks/verdict.py.
+EXCESS = 0.4
+UP_TO = 500  # cells; of more, it shrinks as their root grows
 CLASS_SCORES = ("macro_f1", "balanced_accuracy", "accuracy")
 
 Draws: TypeAlias = np.ndarray
-"""The score itself, then that of each draw ``(1 + draws,)``."""
+"""The score itself, then that of each draw, or of each unit of which it is the mean ``(1 + draws,)``."""
 
 
 class Resampling:
-    """A bootstrap of cells within a bootstrap of splits, the same for everything that is compared with it.
+    """How sure a score is, the same draws for everything that is compared.
 
-    A draw weighs each cell by a Poisson variable of mean 1, so that a cell which several splits ask about weighs the
-    same in all of them, and takes as many of the splits (seeds, or held-out batches) as there are, with repeats
-    [Efron and Tibshirani, An Introduction to the Bootstrap, 1993; Oza and Russell, Online bagging, 2001]. Splits that
-    hold out the same batch are taken together, and then drawn again among themselves: two fits are not two batches.
-    The interval is that of percentiles. With two or three held-out batches it is about as wide as they differ, and
-    still rough.
+    Random splits: a bootstrap of cells. A draw weighs each cell by a Poisson variable of mean 1 (copies alike),
+    so that a cell which several splits ask about weighs the same in all of them, and takes as many of the splits as
+    there are, with repeats, for what is a mean over splits [Efron and Tibshirani, An Introduction to the Bootstrap,
+    1993; Oza and Russell, Online bagging, 2001]. Scores of labels are of the cells of all splits together.
+
+    Held-out batches: each batch is a unit (its splits are taken together: two fits are not two batches), and the
+    interval is Student's, of the mean of the units. A bootstrap of two or three units is far too sure.
 
     Parameters
     ----------
@@ -35,25 +42,43 @@ class Resampling:
         Cells of the data.
     splits
         Of one kind.
+    copies
+        Number of each cell, the same for cells with the same counts ``(n_obs,)``.
     n_draws
         Bootstrap draws.
     seed
         Of the draws.
     """
 
-    def __init__(self, n_obs: int, splits: Sequence[Split], *, n_draws: int = N_DRAWS, seed: int = 0) -> None:
+    def __init__(
+        self,
+        n_obs: int,
+        splits: Sequence[Split],
+        *,
+        copies: np.ndarray | None = None,
+        n_draws: int = N_DRAWS,
+        seed: int = 0,
+    ) -> None:
         rng = np.random.default_rng(seed)
-        tested = np.unique(np.concatenate([split.test for split in splits]))
         self.splits = list(splits)
+        self._unit, names = pd.factorize(np.array([split.held_out for split in splits], dtype=object))
+        self.n_units = len(names) if len(names) > 1 else 0
+        """Batches that were held out; 0 if the interval is of cells."""
+        if self.n_units:
+            return
+        tested = np.unique(np.concatenate([split.test for split in splits]))
         self._place = np.full(n_obs, -1, dtype=np.int64)
         self._place[tested] = np.arange(len(tested))
-        drawn = rng.poisson(1.0, (len(tested), n_draws)).astype(np.uint8)
+        alike = np.unique(tested if copies is None else copies[tested], return_inverse=True)[1]
+        drawn = rng.poisson(1.0, (alike.max() + 1, n_draws)).astype(np.uint8)[alike]
         self._weights = np.concatenate([np.ones((len(tested), 1), dtype=np.uint8), drawn], axis=1)
-        taken = _take(rng, [split.held_out or i for i, split in enumerate(splits)], n_draws)
+        taken = rng.multinomial(len(splits), np.full(len(splits), 1 / len(splits)), size=n_draws)
         self._taken = np.concatenate([np.ones((1, len(splits)), dtype=taken.dtype), taken])
 
     def mean(self, values: Sequence[np.ndarray]) -> Draws:
         """Mean of one number per cell, for each split ``(cells,)`` in the order of its ``test``."""
+        if self.n_units:
+            return self._of_units([np.asarray([np.mean(of_cells)]) for of_cells in values])
         return self._over_splits(
             [
                 np.asarray(of_cells, dtype=np.float64)
@@ -72,8 +97,10 @@ class Resampling:
             of_splits.append(np.asarray(of_cells)[order][(up_to >= q * up_to[-1]).argmax(axis=0)])
         return self._over_splits(of_splits)
 
-    def classification(self, codes: np.ndarray, predicted: Sequence[np.ndarray]) -> dict[str, Draws]:
-        """Macro-F1, balanced accuracy and accuracy, over the labels that a split's cells have.
+    def classification(
+        self, codes: np.ndarray, predicted: Sequence[np.ndarray], *, excess: float = EXCESS
+    ) -> dict[str, Draws]:
+        """Macro-F1, balanced accuracy and accuracy, over the labels that the cells have.
 
         Parameters
         ----------
@@ -81,12 +108,37 @@ class Resampling:
             Label of each cell of the data ``(n_obs,)``.
         predicted
             For each split, the labels given to its ``test`` ``(cells,)``.
+        excess
+            See `EXCESS`; neighbours, their distance and components need more.
         """
-        scores = [
-            _class_scores(codes[split.test], given, weights)
-            for split, given, weights in zip(self.splits, predicted, self._by_split(), strict=True)
-        ]
-        return {name: self._over_splits([score[name] for score in scores]) for name in CLASS_SCORES}
+        if self.n_units:
+            once = [
+                _class_scores(codes[split.test], given, np.ones((len(given), 1)))
+                for split, given in zip(self.splits, predicted, strict=True)
+            ]
+            return {name: self._of_units([score[name] for score in once]) for name in CLASS_SCORES}
+        truth = np.concatenate([codes[split.test] for split in self.splits])
+        weights = self._weights[self._place[np.concatenate([split.test for split in self.splits])]]
+        pooled = _class_scores(truth, np.concatenate(list(predicted)), weights)
+        wider = 1 + excess * min(1.0, (UP_TO / len(self._weights)) ** 0.5)
+        return {name: _widened(pooled[name], wider) for name in CLASS_SCORES}
+
+    def interval(self, draws: Draws) -> tuple[float, float, float]:
+        """A score, or a difference of two, and where it lies in 95 % of such data."""
+        if not self.n_units:
+            return interval(draws)
+        half = float(student.ppf((1 + LEVEL) / 2, self.n_units - 1) * self.error(draws))
+        return float(draws[0]), float(draws[0]) - half, float(draws[0]) + half
+
+    def error(self, draws: Draws) -> float:
+        """Standard error of a score, or of a difference of two."""
+        spread = float(np.nanstd(draws[1:], ddof=1))
+        return spread / np.sqrt(self.n_units) if self.n_units else spread
+
+    def sure(self) -> float:
+        """Standard errors between a gain that is found four times of five and none."""
+        of: Any = student(self.n_units - 1) if self.n_units else normal
+        return float(of.ppf((1 + LEVEL) / 2) + of.ppf(0.8))
 
     def _by_split(self) -> Iterator[np.ndarray]:
         """Weights of each split's cells ``(cells, 1 + draws)``."""
@@ -96,37 +148,26 @@ class Resampling:
         """Mean over the splits that a draw takes."""
         return np.asarray((np.stack(scores, axis=1) * self._taken).sum(axis=1) / len(self.splits))
 
+    def _of_units(self, scores: Sequence[np.ndarray]) -> Draws:
+        """Mean of the units, then each of them."""
+        of_splits = np.array([score[0] for score in scores])
+        units = np.array([of_splits[self._unit == unit].mean() for unit in range(self.n_units)])
+        return np.concatenate([[units.mean()], units])
 
-def _take(rng: np.random.Generator, units: Sequence[object], n_draws: int) -> np.ndarray:
-    """How often each split is taken ``(draws, splits)``: units with repeats, and of each unit its splits with repeats.
 
-    Parameters
-    ----------
-    rng
-        Draws.
-    units
-        Of each split; all have as many.
-    n_draws
-        How many.
-    """
-    number = pd.factorize(np.array([str(unit) for unit in units]))[0]
-    n_units = number.max() + 1
-    of_units = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_draws)
-    taken = np.empty((n_draws, len(units)), dtype=of_units.dtype)
-    for unit in range(n_units):
-        of_unit = np.flatnonzero(number == unit)
-        shares = np.full(len(of_unit), 1 / len(of_unit))
-        taken[:, of_unit] = rng.multinomial(of_units[:, unit] * len(of_unit), shares)
-    return taken
+def _widened(draws: np.ndarray, wider: float) -> Draws:
+    """Draws around the score itself, so many times as far from it."""
+    spread = draws[1:]
+    return np.concatenate([draws[:1], draws[0] + wider * (spread - spread.mean())])
 
 
 def _class_scores(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of labels by draw ``(1 + draws,)``; weights are ``(cells, 1 + draws)``."""
-    present = np.unique(truth)
+    present, weights = np.unique(truth), weights.astype(np.float32)
 
     def by_label(label: np.ndarray) -> np.ndarray:
         """Weight of the cells of each label ``(labels, 1 + draws)``."""
-        return np.stack([weights[label == k].sum(axis=0, dtype=np.float64) for k in present])
+        return np.asarray((label == present[:, None]).astype(np.float32) @ weights)
 
     there, given = by_label(truth), by_label(predicted)
     hit = by_label(np.where(truth == predicted, truth, -1))
@@ -151,7 +192,13 @@ def interval(draws: Draws, *, level: float = LEVEL) -> tuple[float, float, float
     return float(draws[0]), float(low), float(high)
 
 
-def compared(draws: Mapping[str, Draws], *, versus: str | None = None) -> pd.DataFrame:
+def compared(
+    draws: Mapping[str, Draws],
+    *,
+    versus: str | None = None,
+    of: Callable[[Draws], tuple[float, float, float]] = interval,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> pd.DataFrame:
     """A row per method: its score and interval, and its paired difference to another.
 
     Parameters
@@ -160,17 +207,22 @@ def compared(draws: Mapping[str, Draws], *, versus: str | None = None) -> pd.Dat
         Of one score, by method.
     versus
         The method that the others are compared with; ``None`` for none.
+    of
+        What gives the interval, :meth:`Resampling.interval`.
+    within
+        Where the score can lie, and so the ends of its interval.
 
     Returns
     -------
     Columns ``method``, ``value``, ``low``, ``high``, ``versus``, ``difference``, ``difference_low``,
     ``difference_high``; the last are NaN for ``versus`` itself.
     """
+    widest = within[1] - within[0]
     rows = []
     for method, of_method in draws.items():
-        row = dict(zip(("value", "low", "high"), interval(of_method), strict=True))
+        row = dict(zip(("value", "low", "high"), np.clip(of(of_method), *within), strict=True))
         other = None if versus in (None, method) else draws[versus]
-        difference = (np.nan,) * 3 if other is None else interval(of_method - other)
+        difference = (np.nan,) * 3 if other is None else np.clip(of(of_method - other), -widest, widest)
         row |= dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
         rows.append({"method": method, "versus": "" if other is None else versus, **row})
     columns = ["method", "value", "low", "high", "versus", "difference", "difference_low", "difference_high"]

@@ -5,53 +5,155 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cache, lru_cache
+from typing import Literal, NamedTuple, TypeAlias
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from sklearn.decomposition import PCA
+from scipy.sparse.linalg import eigsh
 
 from cellprior.evaluate._expression import log_normalised
 
 Kind = Literal["embedding", "baseline", "control"]
-Fit: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
-"""From the rows that may be learned from and a seed to an embedding of all cells ``(cells, dimensions)``."""
+Seen = Literal["no cell", "training cells", "all cells"]
 
-N_COMPONENTS = 50
+SIZES = (50, 30, 20, 10)  # components among which one is chosen
 N_HIGHLY_VARIABLE = 2000
+MOST_CELLS = 6000  # for which products of all cells with all cells, over all genes, are computed
+CHUNK = 2000  # genes of these products at a time
+
+
+class Space(NamedTuple):
+    """One of the embeddings that a method offers; which is used is chosen within the training cells."""
+
+    words: str
+    """What it is, or "" for the only one."""
+    values: np.ndarray
+    """``(cells, dimensions)``"""
+    sizes: tuple[int, ...]
+    """Numbers of leading dimensions to choose from, all of them first."""
+
+
+Fit: TypeAlias = Callable[[np.ndarray, int], list[Space]]
+"""From the rows that may be learned from and a seed to embeddings of all cells."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """An embedding by name."""
+    """Embeddings by name."""
 
     name: str
     kind: Kind
     fit: Fit
+    seen: Seen = "training cells"
+    """What its embedding has learned from, labels aside: weights have not learned from these cells, as far as is
+    known, and an array may have learned from all."""
 
 
-def fixed(name: str, values: np.ndarray) -> Method:
+def fixed(name: str, values: np.ndarray, *, kind: Kind = "embedding", seen: Seen = "all cells") -> Method:
     """An embedding that is there already ``(cells, dimensions)``."""
-    return Method(name, "embedding", lambda rows, seed: values)
+    return Method(name, kind, lambda rows, seed: [Space("", values, values.shape[1:])], seen)
 
 
-def pca(name: str, log: sp.csr_matrix, genes: np.ndarray | None = None) -> Method:
-    """Principal components of training cells; of some genes, or of those that vary most among these cells."""
+class Genes:
+    """Log-normalised expression, and products of cells over sets of genes, each computed once.
 
-    def fit(rows: np.ndarray, seed: int) -> np.ndarray:
-        used = highly_variable(log[rows]) if genes is None else genes
-        chosen = log[:, used]
-        n = min(N_COMPONENTS, len(rows) - 1, chosen.shape[1] - 1)
-        return np.asarray(PCA(n, svd_solver="arpack", random_state=seed).fit(chosen[rows]).transform(chosen))
+    Parameters
+    ----------
+    log
+        Log-normalised expression ``(cells, genes)``.
+    """
 
-    return Method(name, "baseline", fit)
+    def __init__(self, log: sp.csr_matrix) -> None:
+        self.log = log
+        self.sets: dict[str, np.ndarray] = {}
+        """Beside the variable genes, by name; none in large data."""
+        if log.shape[0] <= MOST_CELLS and log.shape[1] > N_HIGHLY_VARIABLE:
+            self.sets["all genes"] = np.arange(log.shape[1])
+        self.products = cache(self._products)
+        self.variable = lru_cache(maxsize=2)(self._variable)  # PCA and the genes themselves, of one split
+
+    def add(self, name: str, genes: np.ndarray) -> None:
+        """A further set, unless it is one of those that are there."""
+        known = [np.arange(self.log.shape[1]), *self.sets.values()]
+        if self.log.shape[0] <= MOST_CELLS and not any(np.array_equal(genes, others) for others in known):
+            self.sets[name] = genes
+
+    def _products(self, name: str) -> np.ndarray:
+        """Products of the cells over a set of genes, float32 ``(cells, cells)``."""
+        genes = self.sets[name]
+        by_gene = self.log[:, genes].tocsc()
+        found = np.zeros((self.log.shape[0],) * 2, dtype=np.float32)
+        for start in range(0, len(genes), CHUNK):
+            part = by_gene[:, start : start + CHUNK].toarray()
+            found += part @ part.T
+        return found
+
+    def _variable(self, rows: tuple[int, ...]) -> np.ndarray:
+        """Expression of the genes that vary most among some cells, of all cells ``(cells, genes)``."""
+        return np.asarray(self.log[:, highly_variable(self.log[list(rows)])].toarray())
 
 
-def variable_genes(log: sp.csr_matrix) -> Method:
+def pca(name: str, genes: Genes, *, seen: Seen = "training cells") -> Method:
+    """Principal components of the training cells, or of all cells; of variable genes, and of each other set."""
+
+    def fit(rows: np.ndarray, seed: int) -> list[Space]:
+        rows = np.arange(genes.log.shape[0]) if seen == "all cells" else rows
+        expression = genes.variable(tuple(rows.tolist()))
+        found = {f"{expression.shape[1]:,} variable genes": _components(expression, rows)}
+        found |= {words: _components_of_products(genes.products(words), rows) for words in genes.sets}
+        return [
+            Space(words, latent, tuple(sorted({min(n, latent.shape[1]) for n in SIZES}, reverse=True)))
+            for words, latent in found.items()
+        ]
+
+    once = cache(lambda: fit(np.empty(0), 0))
+    return Method(name, "baseline", (lambda rows, seed: once()) if seen == "all cells" else fit, seen)
+
+
+def _components(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Principal components of some cells, of all cells, from their expression ``(cells, genes)``."""
+    train = x[rows]
+    mean = train.mean(axis=0)
+    train = train - mean
+    axes = _leading(train.T @ train, min(SIZES[0], len(rows) - 1, x.shape[1] - 1))[1]
+    return np.asarray((x - mean) @ axes, dtype=np.float32)
+
+
+def _components_of_products(products: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The same from products of cells ``(cells, cells)``."""
+    train, test = centred(products, rows)
+    values, vectors = _leading(train, min(SIZES[0], len(rows) - 1))
+    return np.asarray(test @ (vectors / np.sqrt(np.maximum(values, 1e-6 * values.max()))), dtype=np.float32)
+
+
+def centred(products: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Products of some cells with each other, and of all cells with them, the mean of these cells made the origin."""
+    moved = products[:, rows]
+    mean, of_cell = moved[rows].mean(axis=0), moved.mean(axis=1, keepdims=True)
+    moved -= mean
+    moved -= of_cell - mean.mean()
+    return moved[rows], moved
+
+
+def _leading(symmetric: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Largest eigenvalues and their vectors, the largest first."""
+    start = np.random.default_rng(0).standard_normal(len(symmetric)).astype(symmetric.dtype)
+    values, vectors = eigsh(symmetric, k=max(n, 1), v0=start)
+    order = values.argsort()[::-1]
+    return values[order], vectors[:, order]
+
+
+def variable_genes(genes: Genes) -> Method:
     """The genes themselves that vary most among training cells, as an embedding."""
-    return Method("HVG", "baseline", lambda rows, seed: log[:, highly_variable(log[rows])].toarray())
+
+    def fit(rows: np.ndarray, seed: int) -> list[Space]:
+        values = genes.variable(tuple(rows.tolist()))
+        return [Space("", values, values.shape[1:])]
+
+    return Method("HVG", "baseline", fit)
 
 
 def highly_variable(log: sp.csr_matrix) -> np.ndarray:
@@ -72,30 +174,23 @@ def highly_variable(log: sp.csr_matrix) -> np.ndarray:
     return np.flatnonzero(found["highly_variable"])
 
 
-def random_numbers(n_obs: int) -> Method:
-    """No information at all: a normal variable for each cell and dimension."""
-
-    def fit(rows: np.ndarray, seed: int) -> np.ndarray:
-        return np.random.default_rng(seed).standard_normal((n_obs, N_COMPONENTS), dtype=np.float32)
-
-    return Method("random numbers", "control", fit)
-
-
-def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int) -> Method:
+def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int, *, learn_all: bool = False) -> Method:
     """scVI, trained on the highly variable genes of training cells with their batches, as Lopez et al., 2018.
 
-    Its encoder does not read the batch, so that cells of a batch that it has not seen are embedded, too.
+    Its encoder does not read the batch, so that cells of a batch that it has not seen are embedded, too. With
+    ``learn_all`` it is trained on all cells.
     """
     log = log_normalised(counts)
 
-    def fit(rows: np.ndarray, seed: int) -> np.ndarray:
+    def fit(rows: np.ndarray, seed: int) -> list[Space]:
         import scvi as scvi_tools
         import torch
 
         genes = highly_variable(log[rows])
         batch = np.zeros(counts.shape[0], dtype=int) if batches is None else pd.factorize(batches)[0]
-        seen = batch[rows].astype(str)
-        train = ad.AnnData(counts[rows][:, genes], obs={"batch": seen})
+        learned = np.arange(counts.shape[0]) if learn_all else rows
+        seen = batch[learned].astype(str)
+        train = ad.AnnData(counts[learned][:, genes], obs={"batch": seen})
         query = ad.AnnData(counts[:, genes], obs={"batch": np.full(counts.shape[0], seen[0])})
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of Lightning, on workers and loggers
@@ -105,6 +200,7 @@ def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int) -> Metho
             model.train(
                 max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False
             )
-            return np.asarray(model.get_latent_representation(query))
+            latent = np.asarray(model.get_latent_representation(query))
+        return [Space("", latent, latent.shape[1:])]
 
-    return Method("scVI", "baseline", fit)
+    return Method("scVI", "baseline", fit, "all cells" if learn_all else "training cells")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from cellprior._obs import text_of
 from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
 
+NO_IGRAPH = "Leiden clusters need igraph: pip install 'cellprior[leiden]'"
 RESOLUTIONS = tuple(round(0.1 * i, 1) for i in range(1, 21))  # scIB's grid
 
 
@@ -150,6 +152,11 @@ def f1(hit: np.ndarray, there: np.ndarray, said: np.ndarray) -> np.ndarray:
     return np.asarray(2 * hit / np.maximum(there + said, 1))
 
 
+def can_cluster() -> bool:
+    """Whether igraph, which is not part of the package for its licence, is installed."""
+    return find_spec("igraph") is not None
+
+
 def clustering(
     embedding: Any,
     labels: Any,
@@ -188,6 +195,8 @@ def clustering(
 
     Raises
     ------
+    ImportError
+        If igraph is not installed.
     ValueError
         If the embedding is not finite, labels are missing or all the same, there are fewer cells than neighbours, or no
         resolution or one that is not positive is given.
@@ -195,6 +204,8 @@ def clustering(
     import scanpy as sc
     from anndata import AnnData
 
+    if not can_cluster():
+        raise ImportError(NO_IGRAPH)
     embedding = as_embedding(embedding)
     codes, values = as_codes(labels, len(embedding))
     at_least_two(values)

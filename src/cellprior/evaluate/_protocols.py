@@ -10,9 +10,10 @@ from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 import pandas as pd
 from anndata import AnnData
 
+from cellprior.evaluate._ask import PROBES, ZERO_SHOT, ask, tabulate
 from cellprior.evaluate._splits import HELD_OUT
 from cellprior.evaluate._structure import structure
-from cellprior.evaluate._task import PROBES, ZERO_SHOT, Embeddings, Task, ask, make_task, tabulate
+from cellprior.evaluate._task import Embeddings, Task, make_task
 
 N_PER_CLASS = (5, 10, 20, 50)
 Protocol = TypeVar("Protocol", bound=Callable[..., Any])
@@ -36,16 +37,17 @@ PARAMETERS = """Parameters
         What is evaluated: keys of ``obsm``, names of weights, folders or official checkpoints, or arrays
         ``(cells, dimensions)`` by name.
     labels_key
-        Column of ``obs`` with cell types. Cells without one, and types of fewer than 5 cells, are not asked about.
+        Column of ``obs`` with cell types. Cells without one, and types of fewer than 10 cells, are not asked about.
     batch_key
         Column of ``obs`` with the batch or donor. Given, each is held out in turn, and that is the headline; random
         splits come second. For CellPLM's weights it also says which cells see each other.
     layer
         Layer with raw counts; ``None`` for ``X``.
     seeds
-        Random splits, of which each gives its own embedding to what is fitted.
+        Random splits: parts of the cells that are held out in turn. If more are wanted than there are parts, the cells
+        are divided again.
     test_size
-        Share of the cells that a random split asks about.
+        Share of the cells in a part: 0.2 makes five.
     scvi_epochs
         Train scVI on the training cells of each split, for as many epochs, as one more baseline; ``None`` does not,
         as it takes far longer than all the others.
@@ -56,11 +58,11 @@ PARAMETERS = """Parameters
         ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
     progress
         Show a bar."""
-COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated, a ``"baseline"``, or a ``"control"`` that
-    should know nothing; ``reader``, the classifier; ``metric``; ``split``, ``"held-out batches"`` or
-    ``"random cells"``, and ``n_splits``; ``value`` and its 95 % interval, ``low`` to ``high``; ``versus``, the best
-    baseline, and the paired ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; and
-    ``seconds`` that all splits took."""
+COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"baseline"``; ``reader``, the classifier;
+    ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
+    interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
+    ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; ``seen``, what the embedding has
+    learned from, labels aside; and ``seconds`` that all splits took."""
 RAISES = """Raises
     ------
     KeyError
@@ -110,10 +112,13 @@ def zero_shot(
 ) -> pd.DataFrame:
     """What an embedding shows as it is, beside PCA, highly variable genes, scVI and the same network at random.
 
-    Held-out cells are named by the 15 nearest training cells. Without a split, on all cells: agreement of Leiden
+    Held-out cells are named by the nearest training cells; how many, and the distance, is chosen within the training
+    cells, as are the components and genes of the PCA. Without a split, on all cells: agreement of Leiden
     clusters with the labels at resolution 1 (``ari``, ``nmi``), on average over a fixed grid (``ari_mean``,
     ``nmi_mean``), and at the resolution that the labels pick (``ari_picked_by_labels``, an upper bound and no result);
-    ``silhouette``, ``clisi``; with batches ``ilisi``, ``batch_leak`` and ``scgraph``. Batch scores reward noise: read
+    ``silhouette``, ``clisi``; neighbours that are those of expression, within a batch and within its types (1 for all,
+    0 for chance); with batches ``ilisi``, ``batch_leak``, ``scgraph``, and the shares of variance that types and
+    batches explain beyond each other. Batch scores reward noise: read
     them beside the others only. There is no total.
 
     <PARAMETERS>
@@ -122,7 +127,7 @@ def zero_shot(
     -------
     A tidy table: <COLUMNS>
     Rows of ``split`` ``"all cells"`` have no ``versus``; their interval is a jackknife of five times a fifth of the
-    cells left out [Shao and Wu, Ann. Stat. 17:1176, 1989], and ``reason`` says why a score is NaN.
+    cells left out, or all but 1,000 [Shao and Wu, Ann. Stat. 17:1176, 1989], and ``reason`` says why a score is NaN.
 
     <RAISES>
     """
@@ -146,9 +151,9 @@ def linear_probe(
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding, beside logistic regression on genes.
 
-    A logistic regression on one global scale (its penalty chosen within the training cells) and the nearest mean of a
-    label. The bar is L1 logistic regression on log-normalised genes, as in Boiarsky et al., bioRxiv
-    2023.10.19.563100, where it equals fine-tuned scBERT.
+    Ridge or logistic regression on one global scale (which, and its penalty, is chosen within the training cells) and
+    the nearest mean of a label. Beside them ridge on genes, and L1 logistic regression on log-normalised genes as in
+    Boiarsky et al., bioRxiv 2023.10.19.563100, where it equals fine-tuned scBERT.
 
     <PARAMETERS>
 
@@ -203,5 +208,5 @@ def _classified(
     tables = []
     for kind in task.splits:
         answers = ask(task, kind, readers, n_per_class=n_per_class, whole=not n_per_class, progress=progress)
-        tables.append(tabulate(answers.scores(task.codes), answers, readers))
+        tables.append(tabulate(task, answers.scores(task.codes), answers, readers))
     return pd.concat(tables, ignore_index=True)

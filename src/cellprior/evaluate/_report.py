@@ -13,23 +13,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from cellprior.evaluate._ask import KNN, LINEAR, PROBES, ZERO_SHOT, Answers, ask, tabulate
 from cellprior.evaluate._metrics import f1, tally
+from cellprior.evaluate._null import p_value, permuted
 from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol
+from cellprior.evaluate._splits import HELD_OUT
 from cellprior.evaluate._structure import ALL_CELLS, structure
-from cellprior.evaluate._task import (
-    KNN,
-    LINEAR,
-    MAJORITY,
-    PROBES,
-    ZERO_SHOT,
-    Answers,
-    Embeddings,
-    Task,
-    ask,
-    make_task,
-    tabulate,
-)
-from cellprior.evaluate._verdict import METRIC, Verdict, judge
+from cellprior.evaluate._task import CHOSEN, CHOSEN_OF_ALL, MAJORITY, Embeddings, Task, make_task
+from cellprior.evaluate._verdict import METRIC, WITHIN_TYPES, Verdict, judge
 
 VERSIONS = ("cellprior", "numpy", "scanpy", "scikit-learn", "scvi-tools", "torch")
 
@@ -47,7 +38,7 @@ class Report:
     few_shot: pd.DataFrame
     """See :func:`few_shot`."""
     per_label: pd.DataFrame
-    """F1 by 15 nearest neighbours and by linear probe for each label, the largest label first."""
+    """F1 by nearest neighbours and by linear probe for each label, the largest label first."""
     notes: list[str]
     """What the reader should know of the data."""
     provenance: dict[str, Any]
@@ -68,7 +59,10 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _repr_html_(self) -> str:
-        verdict = "".join(f"<p><b>{html.escape(str(verdict))}</b></p>" for verdict in self.verdicts)
+        verdict = "".join(
+            f"<p><b>{html.escape(first)}</b><br>{'<br>'.join(html.escape(line) for line in lines)}</p>"
+            for first, *lines in (verdict.text.split("\n") for verdict in self.verdicts)
+        )
         tables = "".join(
             f"<h4>{html.escape(title)}</h4>{table.to_html(index=False, border=0)}"
             for title, table in self.tables().items()
@@ -81,7 +75,7 @@ class Report:
         """What is shown, as text by title: a score with its interval in each cell, the best baseline's difference."""
         found = {}
         for split in self.zero_shot.loc[self.zero_shot["reader"] == KNN, "split"].unique():
-            found[f"15 nearest neighbours, {split}"] = _wide(self.zero_shot, split, KNN)
+            found[f"Nearest neighbours, {split}"] = _wide(self.zero_shot, split, KNN)
             found[f"Linear probe, {split}"] = _wide(self.linear_probe, split, LINEAR)
         found["Clusters and neighbourhoods, all cells"] = _structure_wide(self.zero_shot)
         if not self.few_shot.empty:
@@ -104,9 +98,10 @@ def report(
 ) -> Report:
     """Whether embeddings help on some data: all of zero shot, linear probe and few shot, with a verdict in words.
 
-    What is fitted (components, variable genes, scVI, probes) is fitted on training cells. Every difference is paired
-    and has an interval; random numbers and permuted labels are always among what is compared, and there is no verdict
-    if one of them beats chance. See :class:`Verdict` for what it says when.
+    What is fitted (components, variable genes, scVI, probes) is fitted on training cells, and what can be chosen (the
+    baseline, its size, genes and distance, the number of neighbours, penalties) is chosen within them. Every difference
+    is paired and has an interval, and there is no verdict if permuted labels are read as well as the labels. See
+    :class:`Verdict` for what it says when.
 
     <PARAMETERS>
     n_per_class
@@ -126,8 +121,17 @@ def report(
     """
     start = time.perf_counter()
     task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
+    headline = next(iter(task.splits))
+    labellings = permuted(task.codes, task.copies, task.batches if headline == HELD_OUT else None)
     answers = {
-        kind: ask(task, kind, (*ZERO_SHOT, *PROBES), n_per_class=n_per_class, progress=progress)
+        kind: ask(
+            task,
+            kind,
+            (*ZERO_SHOT, *PROBES),
+            n_per_class=n_per_class,
+            labellings=labellings if kind == headline else None,
+            progress=progress,
+        )
         for kind in task.splits
     }
     scores = {kind: found.scores(task.codes) for kind, found in answers.items()}
@@ -136,6 +140,7 @@ def report(
         return pd.concat(
             [
                 tabulate(
+                    task,
                     {a: of for a, of in scores[kind].items() if (a.n_per_class is not None) == few},
                     answers[kind],
                     readers,
@@ -145,10 +150,12 @@ def report(
             ignore_index=True,
         )
 
-    headline = next(iter(task.splits))
     evaluated = [method.name for method in task.methods if method.kind == "embedding"]
-    verdicts = [judge(task, answers[headline], scores[headline], name) for name in evaluated]
-    zero_shot = pd.concat([table(ZERO_SHOT), structure(task, progress=progress)], ignore_index=True)
+    signal = p_value(list(answers[headline].by_chance.values()), labellings, task.splits[headline])
+    all_cells = structure(task, progress=progress)
+    zero_shot = pd.concat([table(ZERO_SHOT), all_cells], ignore_index=True)
+    within = all_cells[all_cells["metric"] == WITHIN_TYPES].set_index("method")["value"].to_dict()
+    verdicts = [judge(task, answers[headline], scores[headline], name, signal, within) for name in evaluated]
     return Report(
         verdicts,
         zero_shot,
@@ -162,6 +169,7 @@ def report(
             "labels": len(task.labels),
             "headline": f"{headline}, {len(task.splits[headline])}",
             "seeds": seeds,
+            "signal": f"p = {signal:.2f}, {len(labellings) - 1} permutations of the labels",
             "seconds": round(time.perf_counter() - start),
             "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONS),
         },
@@ -173,7 +181,7 @@ def _per_label(task: Task, answers: Answers) -> pd.DataFrame:
     table = pd.DataFrame({"label": task.labels, "cells": np.bincount(task.codes[task.codes >= 0])})
     for asked, said in answers.said.items():
         shown = asked.kind != "control" and asked.n_per_class is None and asked.reader in (KNN, LINEAR, "")
-        if shown and asked.method != MAJORITY:
+        if shown and asked.method not in (MAJORITY, CHOSEN, CHOSEN_OF_ALL):
             by_split = [
                 np.where(there > 0, f1(hit, there, given), np.nan)
                 for split, codes in zip(answers.splits, said, strict=True)

@@ -14,6 +14,8 @@ from cellprior._obs import numbered
 RANDOM, HELD_OUT = "random cells", "held-out batches"
 MAX_FOLDS = 10  # more batches than these are held out several at a time
 MIN_PER_LABEL = 5  # of a label in the whole data, for it to be asked about
+MIN_LEARNED = 8  # of a label in the training cells: as many make a majority of 15 neighbours
+N_INNER = 5  # folds of the training cells, in which what can be chosen is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,12 @@ class Split:
     test: np.ndarray
 
 
-def label_codes(labels: pd.Series | Sequence[str] | np.ndarray) -> tuple[np.ndarray, list[str]]:
+def label_codes(
+    labels: pd.Series | Sequence[str] | np.ndarray, minimum: int = MIN_PER_LABEL
+) -> tuple[np.ndarray, list[str]]:
     """Number of the label of each cell, -1 for those left out, and the names.
 
-    Left out are cells without a label and labels of fewer than `MIN_PER_LABEL` cells.
+    Left out are cells without a label and labels of fewer than ``minimum`` cells.
 
     Raises
     ------
@@ -43,10 +47,10 @@ def label_codes(labels: pd.Series | Sequence[str] | np.ndarray) -> tuple[np.ndar
     """
     names = _text(labels)
     n_cells = names.value_counts()
-    kept = sorted(n_cells.index[n_cells >= MIN_PER_LABEL])
+    kept = sorted(n_cells.index[n_cells >= minimum])
     if len(kept) < 2:
         msg = (
-            f"{len(kept)} labels have at least {MIN_PER_LABEL} cells, of {len(n_cells)}; at least two are needed. "
+            f"{len(kept)} labels have at least {minimum} cells, of {len(n_cells)}; at least two are needed. "
             "Merge small labels, or give another labels_key."
         )
         raise ValueError(msg)
@@ -88,10 +92,85 @@ def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Sp
     return found
 
 
-def batch_splits(codes: np.ndarray, batches: pd.Series | Sequence[str] | np.ndarray) -> list[Split]:
+def random_folds(
+    codes: np.ndarray, *, seeds: int, test_size: float, copies: np.ndarray | None = None
+) -> list[Split]:
+    """Stratified folds, each held out in turn; if more splits are wanted than there are folds, of further divisions.
+
+    Parameters
+    ----------
+    codes
+        Label of each cell, -1 for those left out ``(cells,)``.
+    seeds
+        How many splits.
+    test_size
+        Share of the cells in a fold, taken as one of a whole number.
+    copies
+        Number of each cell, the same for cells with the same counts, which stay on one side ``(cells,)``.
+
+    Raises
+    ------
+    ValueError
+        If there is no seed, or the share is not between 0 and 1.
+    """
+    if seeds < 1 or not 0 < test_size < 1:
+        msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
+        raise ValueError(msg)
+    n_folds = max(2, round(1 / test_size))
+    rows = np.flatnonzero(codes >= 0)
+    alike = rows if copies is None else copies[rows]
+    found = []
+    for seed in range(seeds):
+        division, fold = divmod(seed, n_folds)
+        held_out = stratified(codes[rows], n_folds, copies=alike, seed=division) == fold
+        train = rows[~held_out]
+        test = rows[held_out]
+        found.append(Split(RANDOM, seed, "", train, test[np.isin(codes[test], codes[train])]))
+    return found
+
+
+def stratified(codes: np.ndarray, n_folds: int, *, copies: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Fold of each cell ``(cells,)``: of each label about as many cells in each, copies of a cell in one."""
+    rng = np.random.default_rng(seed)
+    first, of_cell = np.unique(copies, return_index=True, return_inverse=True)[1:]
+    shuffled = rng.permutation(len(first))
+    by_label = shuffled[np.argsort(codes[first][shuffled], kind="stable")]
+    fold = np.empty(len(first), dtype=np.int64)
+    fold[by_label] = np.arange(len(first)) % n_folds
+    return np.asarray(fold[of_cell])
+
+
+def inner_folds(
+    codes: np.ndarray, *, copies: np.ndarray, batches: np.ndarray | None, seed: int
+) -> np.ndarray:
+    """Fold of each training cell, to choose in ``(cells,)``: whole batches if they are held out outside, too."""
+    if batches is not None and len(np.unique(batches)) > 1:
+        return _together(pd.Series(batches), N_INNER)
+    return stratified(codes, N_INNER, copies=copies, seed=seed)
+
+
+def _together(batches: pd.Series, n_folds: int) -> np.ndarray:
+    """Fold of each cell: whole batches, the largest first, each to the smallest fold."""
+    n_cells = batches.value_counts()
+    sizes = np.zeros(min(len(n_cells), n_folds))
+    fold = {}
+    for name, n in n_cells.items():
+        fold[name] = int(sizes.argmin())
+        sizes[fold[name]] += n
+    return np.asarray(batches.map(fold), dtype=np.int64)
+
+
+def batch_splits(
+    codes: np.ndarray,
+    batches: pd.Series | Sequence[str] | np.ndarray,
+    *,
+    copies: np.ndarray | None = None,
+    least: int = 1,
+) -> list[Split]:
     """Each batch held out in turn; of more than `MAX_FOLDS` batches several at a time, of about as many cells.
 
-    A cell whose label no other batch has is not asked about: nothing could be learned of it.
+    A cell whose label the other batches do not have is not asked about: nothing could be learned of it. A cell that
+    is in a held-out batch, too, is not learned from.
 
     Parameters
     ----------
@@ -99,6 +178,10 @@ def batch_splits(codes: np.ndarray, batches: pd.Series | Sequence[str] | np.ndar
         Label of each cell, -1 for those left out ``(cells,)``.
     batches
         Batch or donor of each cell ``(cells,)``.
+    copies
+        As of :func:`random_folds`.
+    least
+        Training cells that a label needs for its cells to be asked about.
 
     Raises
     ------
@@ -113,19 +196,19 @@ def batch_splits(codes: np.ndarray, batches: pd.Series | Sequence[str] | np.ndar
     if len(n_cells) < 2:
         msg = f"Only the batch {n_cells.index.tolist()} has labelled cells; to hold one out, two are needed."
         raise ValueError(msg)
-    folds: list[list[str]] = [[] for _ in range(min(len(n_cells), MAX_FOLDS))]
-    sizes = np.zeros(len(folds))
-    for name, n in n_cells.items():  # the largest first, each to the smallest fold
-        smallest = int(sizes.argmin())
-        folds[smallest].append(str(name))
-        sizes[smallest] += n
+    fold = _together(names, MAX_FOLDS)
     found = []
-    for fold in folds:
-        held_out = names.isin(fold).to_numpy()
-        train = np.flatnonzero((codes >= 0) & ~held_out)
-        test = np.flatnonzero(held_out & np.isin(codes, np.unique(codes[train])) & (codes >= 0))
-        if len(test) and len(np.unique(codes[train])) > 1:
-            found.append(Split(HELD_OUT, 0, ", ".join(sorted(fold)), train, test))
+    for number in range(fold.max() + 1):
+        held_out = fold == number
+        learned = (codes >= 0) & ~held_out
+        if copies is not None:
+            learned &= ~np.isin(copies, copies[held_out])
+        train = np.flatnonzero(learned)
+        enough = np.flatnonzero(np.bincount(codes[train], minlength=codes.max() + 1) >= least)
+        test = np.flatnonzero(held_out & np.isin(codes, enough))
+        if len(test) and len(enough) > 1:
+            name = ", ".join(sorted(names[held_out & (codes >= 0)].unique()))
+            found.append(Split(HELD_OUT, 0, name, train, test))
     if not found:
         msg = "No batch can be held out: none shares its labels with the others. Leave out batch_key."
         raise ValueError(msg)

@@ -13,24 +13,27 @@ from tqdm.auto import tqdm
 from cellprior.evaluate import _metrics as metrics
 from cellprior.evaluate._leak import batch_leak
 from cellprior.evaluate._lisi import clisi, ilisi
+from cellprior.evaluate._preserved import preserved
 from cellprior.evaluate._scgraph import scgraph
-from cellprior.evaluate._task import N_NEIGHBORS, Task
+from cellprior.evaluate._task import Task
 
 ALL_CELLS = "all cells"
+N_NEIGHBORS = 15
 N_LISI = 90  # neighbours, of which the perplexity is a third; fewer in data as small
-KEPT, N_SUBSAMPLES = 0.8, 5  # of the jackknife
-RESOLUTIONS = metrics.RESOLUTIONS[1::2]  # 0.2 to 2, 1 among them
+KEPT, MOST_KEPT, N_SUBSAMPLES = 0.8, 1000, 5  # of the jackknife: a share of the cells, or as many
+CLUSTERS = ("ari", "nmi", "ari_mean", "nmi_mean", "ari_picked_by_labels", "nmi_picked_by_labels")
+RESOLUTIONS = metrics.RESOLUTIONS[1::4]  # 0.2 to 1.8, 1 among them
 
 
 def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
     """A row per method and score, on all labelled cells; for the columns see :func:`cellprior.evaluate.zero_shot`."""
     rows = np.flatnonzero(task.codes >= 0)
-    n_kept = round(KEPT * len(rows))
+    n_kept = min(round(KEPT * len(rows)), MOST_KEPT)
     parts = [np.sort(np.random.default_rng(i).permutation(rows)[:n_kept]) for i in range(N_SUBSAMPLES)]
     latents, seconds = {}, {}
     for method in task.methods:
         start = time.perf_counter()
-        latents[method.name] = method.fit(rows, 0)
+        latents[method.name] = method.fit(rows, 0)[0].values
         seconds[method.name] = time.perf_counter() - start
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in latents}
     reasons: dict[str, str] = {}
@@ -49,11 +52,18 @@ def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
                 samples[name].append(found)
                 seconds[name] += time.perf_counter() - start
                 bar.update()
+    batches = None if task.batches is None else task.batches.to_numpy()
+    kept = preserved(latents, task.counts, task.codes, batches) if task.counts is not None else {}
     table = []
     for method in task.methods:
         whole, *subsamples = samples[method.name]
-        for metric, value in whole.items():
-            half = _half_width([found[metric] for found in subsamples])
+        alone = kept.get(method.name, {})  # of a sample of the cells, without an interval
+        for metric, value in {**whole, **alone}.items():
+            half = (
+                np.nan
+                if metric in alone
+                else _half_width([found[metric] for found in subsamples], n_kept / len(rows))
+            )
             table.append(
                 {
                     "method": method.name,
@@ -65,28 +75,24 @@ def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
                     "low": value - half,
                     "high": value + half,
                     "seconds": round(seconds[method.name], 1),
-                    "reason": reasons.get(method.name, "") if metric == "scgraph" else "",
+                    "reason": _reason(metric, reasons.get(method.name, "")),
                 }
             )
     return pd.DataFrame(table)
+
+
+def _reason(metric: str, of_scgraph: str) -> str:
+    if metric in CLUSTERS and not metrics.can_cluster():
+        return metrics.NO_IGRAPH
+    return of_scgraph if metric == "scgraph" else ""
 
 
 def _scores(latent: np.ndarray, task: Task, rows: np.ndarray) -> dict[str, float]:
     codes = task.codes[rows]
     n_neighbors = min(N_LISI, len(rows) - 1)
     size: dict[str, Any] = {"n_neighbors": n_neighbors, "perplexity": n_neighbors / 3}
-    clusters = metrics.clustering(
-        latent, codes, resolutions=RESOLUTIONS, n_neighbors=min(N_NEIGHBORS, len(rows) - 1)
-    )
-    fixed = clusters.loc[clusters["resolution"] == 1.0].iloc[0]
-    picked = clusters.loc[clusters["picked_by_labels"]].iloc[0]
     found = {
-        "ari": fixed["ari"],
-        "nmi": fixed["nmi"],
-        "ari_mean": clusters["ari"].mean(),
-        "nmi_mean": clusters["nmi"].mean(),
-        "ari_picked_by_labels": picked["ari"],
-        "nmi_picked_by_labels": picked["nmi"],
+        **_clusters(latent, codes),
         "silhouette": metrics.silhouette(latent, codes),
         "clisi": clisi(latent, codes, **size),
     }
@@ -97,8 +103,21 @@ def _scores(latent: np.ndarray, task: Task, rows: np.ndarray) -> dict[str, float
     return {name: float(value) for name, value in found.items()}
 
 
-def _half_width(samples: list[float]) -> float:
+def _clusters(latent: np.ndarray, codes: np.ndarray) -> dict[str, float]:
+    if not metrics.can_cluster():
+        return dict.fromkeys(CLUSTERS, np.nan)
+    n_neighbors = min(N_NEIGHBORS, len(codes) - 1)
+    clusters = metrics.clustering(latent, codes, resolutions=RESOLUTIONS, n_neighbors=n_neighbors)
+    fixed = clusters.loc[clusters["resolution"] == 1.0].iloc[0]
+    found: dict[str, float] = {}
+    for metric in ("ari", "nmi"):
+        of_grid = fixed[metric], clusters[metric].mean(), clusters[metric].max()
+        found |= dict(zip((metric, f"{metric}_mean", f"{metric}_picked_by_labels"), of_grid, strict=True))
+    return {metric: found[metric] for metric in CLUSTERS}
+
+
+def _half_width(samples: list[float], kept: float = KEPT) -> float:
     """Of a 95 % interval, from scores of the data without a share of the cells [Shao and Wu, 1989]."""
     spread = np.asarray(samples)
-    variance = KEPT / (1 - KEPT) * np.mean((spread - spread.mean()) ** 2)
+    variance = kept / (1 - kept) * np.mean((spread - spread.mean()) ** 2)
     return float(student.ppf(0.975, len(samples) - 1) * np.sqrt(variance))

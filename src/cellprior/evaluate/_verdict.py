@@ -2,126 +2,202 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from cellprior.evaluate._intervals import Draws, interval
-from cellprior.evaluate._task import KNN, LINEAR, ON_GENES, Answers, Asked, Task
+from cellprior.evaluate._ask import KNN, LINEAR, Answers, Asked
+from cellprior.evaluate._intervals import Draws
+from cellprior.evaluate._null import N_PERMUTATIONS
+from cellprior.evaluate._splits import HELD_OUT
+from cellprior.evaluate._task import Task
 
-Outcome = Literal["helps", "no better", "worse", "cannot tell", "no signal", "no verdict"]
+Outcome = Literal[
+    "helps",
+    "no better",
+    "worse",
+    "cannot tell",
+    "helps on these donors",
+    "worse on these donors",
+    "no signal",
+    "no verdict",
+]
 
 METRIC = "macro_f1"
 TIE = 0.02  # a gain below this is none that one would change a method for
-SURE = 0.999  # that a control is above chance; there are many controls, and an alarm ends everything
+SIGNAL = 0.01  # chance that labels without any signal are said to have one
+FEW_DONORS = 4  # fewer stand for themselves only
+WITHIN_TYPES = "neighbours_kept_within_types"
+BY_CHANCE = (
+    0.02  # of the neighbours within types, beyond chance, that an embedding keeps at least if it knows more
+)
+CEILING = 0.995  # of both scores: nothing is left to gain
+WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether an embedding helps on some data.
 
-    The outcome of a question is ``"helps"`` if the paired 95 % interval of the difference in macro-F1 to the best
-    baseline is above 0, ``"worse"`` if below; if it holds 0, ``"no better"`` when a gain of 0.02 or more is ruled out,
-    and otherwise ``"cannot tell"``. ``"no signal"``: nothing tells the labels apart. ``"no verdict"``: a control that
-    should know nothing beats chance, so that no number can be believed.
+    The outcome of a question is ``"helps"`` if the paired 95 % interval of the difference in macro-F1 to the baseline
+    is above 0, ``"worse"`` if below; if it holds 0, ``"no better"`` when a gain of 0.02 or more is ruled out, and
+    otherwise ``"cannot tell"``. With fewer than four batches held out the first two are said of ``"these donors"``
+    alone. ``"no signal"``: no method reads the labels better than permuted ones. ``"no verdict"``: one split only.
     """
 
     embedding: str
     neighbours: Outcome
-    """Of the embedding as it is: names by 15 nearest neighbours, against the best baseline embedding."""
+    """Of the embedding as it is: names by nearest neighbours, against the baseline embedding."""
     naming: Outcome
-    """Of labels learned from it: a linear probe, against the best of the same on baselines and on genes."""
+    """Of labels learned from it: a linear probe, against the same on baselines and on genes."""
     text: str
     """Both in words, with numbers."""
 
     def __str__(self) -> str:
-        return self.text
+        return _wrapped(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The outcome of one question, in words, and what to do."""
+
+    outcome: Outcome
+    words: str
+    advice: str
 
 
 def judge(
-    task: Task, answers: Answers, scores: Mapping[Asked, Mapping[str, Draws]], embedding: str
+    task: Task,
+    answers: Answers,
+    scores: Mapping[Asked, Mapping[str, Draws]],
+    embedding: str,
+    p_value: float | None = None,
+    within_types: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """The verdict on one embedding, from the headline splits."""
-    chance = float(np.mean([1 / len(np.unique(task.codes[split.test])) for split in answers.splits]))
-    whole = {asked: of for asked, of in scores.items() if asked.n_per_class is None}
-    if alarm := _above_chance(whole, chance):
-        text = (
-            f"{embedding}: no verdict, as a control beats chance: {alarm}. Something leaks from the training to the "
-            "test cells, such as cells that are there twice; find it first."
-        )
+    """The verdict on one embedding, from the headline splits.
+
+    Parameters
+    ----------
+    task, answers
+        What was asked, and what the answers were.
+    scores
+        Of ``answers``.
+    embedding
+        Which.
+    p_value
+        Of the test that there is a signal, see :func:`~cellprior.evaluate._null.p_value`; ``None`` if not tested.
+    within_types
+        Of each method, neighbours kept within types, see :func:`~cellprior.evaluate._preserved.neighbors_kept`.
+    """
+    if len(answers.splits) == 1 and answers.splits[0].kind != HELD_OUT:
+        text = f"{embedding}: no verdict, as one split says too little.\nNext: ask for at least two, seeds=5."
         return Verdict(embedding, "no verdict", "no verdict", text)
-    if not _any_signal(whole, chance):
+    if p_value is not None and p_value > SIGNAL:
         text = (
-            f"{embedding}: no signal. Neither it nor any baseline tells the labels apart better than chance "
-            f"(balanced accuracy {chance:.2f}), so nothing can be said of pretraining. Are these the right labels?"
+            f"{embedding}: no signal. No method reads these labels clearly better than labels drawn again at random "
+            f"(p = {p_value:.2f}, {N_PERMUTATIONS} permutations), so nothing can be said of pretraining.\n"
+            "Next: look whether these are the labels of these cells."
         )
         return Verdict(embedding, "no signal", "no signal", text)
-    neighbours, first = _compare(whole, embedding, KNN, f"{KNN} macro-F1")
-    naming, second = _compare(whole, embedding, LINEAR, "linear probe macro-F1")
-    short = neighbours if neighbours == naming else f"{neighbours} as an embedding, {naming} to name cells"
-    text = (
-        f"{embedding}: {short}. As an embedding, {first}. To name cells, {second}. ({_where(answers)}; intervals of "
-        "95 %.)"
+    whole = {asked: of[METRIC] for asked, of in scores.items() if asked.n_per_class is None}
+    neighbours = compare(task, answers, whole, embedding, KNN)
+    naming = compare(task, answers, whole, embedding, LINEAR)
+    same = neighbours.outcome == naming.outcome
+    short = (
+        neighbours.outcome
+        if same
+        else f"{neighbours.outcome} as an embedding, {naming.outcome} to name cells"
     )
-    return Verdict(embedding, neighbours, naming, text)
+    lines = [
+        f"{embedding}: {short}.",
+        f"- As an embedding: {neighbours.words}.",
+        f"- To name cells: {naming.words}.",
+        f"- {_where(answers)}; intervals of 95 %.",
+    ]
+    if any(f"{embedding} is an array" in note for note in task.notes):
+        lines.append("- It is an array: if it was made with these labels, this proves nothing.")
+    own, of_pca = ((within_types or {}).get(name, np.nan) for name in (embedding, "PCA"))
+    if own < BY_CHANCE and of_pca > 2 * BY_CHANCE:
+        lines.append(
+            f"- Within types its neighbours are those of chance ({own:.2f}; of PCA {of_pca:.2f}): it knows the types "
+            "and nothing else of these cells, as labels and noise would."
+        )
+    advice = dict.fromkeys([neighbours.advice, naming.advice])
+    return Verdict(
+        embedding, neighbours.outcome, naming.outcome, "\n".join([*lines, f"Next: {'; '.join(advice)}."])
+    )
 
 
-def _compare(
-    scores: Mapping[Asked, Mapping[str, Draws]], embedding: str, reader: str, metric: str
-) -> tuple[Outcome, str]:
+def compare(
+    task: Task, answers: Answers, scores: Mapping[Asked, Draws], embedding: str, reader: str
+) -> Answer:
     """Outcome of one question, and its sentence."""
-    baselines = {
-        asked.method: of[METRIC]
-        for asked, of in scores.items()
-        if asked.kind == "baseline" and (asked.reader == reader or (reader == LINEAR and not asked.reader))
-    }
-    best = max(baselines, key=lambda name: baselines[name][0])
-    own = next(of[METRIC] for a, of in scores.items() if a.method == embedding and a.reader == reader)
-    difference, low, high = interval(own - baselines[best])
-    use = f"a linear probe on {best}" if reader == LINEAR and best != ON_GENES else best
+    rival = task.rival(embedding)
+    own, best = (
+        next(of for asked, of in scores.items() if asked.method == name and asked.reader == reader)
+        for name in (embedding, rival)
+    )
+    again = answers.resampling
+    difference, low, high = again.interval(own - best)
+    baseline = answers.words(rival, reader)
+    numbers = (
+        f"macro-F1 {_plus_minus(answers, own)} by {reader} "
+        f"({answers.words(embedding, reader)}) against {_plus_minus(answers, best)} ({baseline}), "
+        f"difference {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+    )
+    few = answers.splits[0].kind == HELD_OUT and again.n_units < FEW_DONORS
+    if again.n_units:
+        each = ", ".join(f"{gain:+.2f}" for gain in own[1:] - best[1:])
+        numbers += f"; of each held-out batch {each}"
+    shown = again.sure() * again.error(own - best)
+    more = "label cells of more donors" if again.n_units or few else "label more cells"
     outcome: Outcome
     if low > 0:
-        outcome, said, advice = "helps", f"better than {best}", ""
+        outcome = "helps on these donors" if few else "helps"
+        said, advice = "better than the baseline", f"{more}, at least four" if few else "use it"
     elif high < 0:
-        outcome, said, advice = "worse", f"worse than {best}", f"; use {use}"
+        outcome = "worse on these donors" if few else "worse"
+        said, advice = "worse than the baseline", f"use {_name(baseline)}"
+    elif min(own[0], best[0]) >= CEILING:
+        outcome, said = "no better", "both name every cell: these labels are too easy to show a gain"
+        advice = "take finer labels, or cells of other donors"
     elif high < TIE:
-        outcome, said, advice = "no better", f"no better than {best}", f"; use {use}"
+        outcome, said, advice = "no better", "no better than the baseline", f"use {_name(baseline)}"
     else:
-        outcome, said, advice = (
-            "cannot tell",
-            f"perhaps better than {best}, perhaps not",
-            "; label more cells",
-        )
-    numbers = f"{metric} {_plus_minus(own)} against {_plus_minus(baselines[best])}"
-    return outcome, f"{said}: {numbers}, difference {difference:+.2f} [{low:+.2f}, {high:+.2f}]{advice}"
+        outcome, said = "cannot tell", "perhaps better than the baseline, perhaps not"
+        advice = f"{more}, or use {_name(baseline)}"
+    if low <= 0 <= high and outcome != "no better":
+        said += f" (a gain of {max(shown, 0.01):.2f} would have been found four times of five)"
+    return Answer(outcome, f"{said}: {numbers}", advice)
 
 
-def _plus_minus(draws: Draws) -> str:
-    value, low, high = interval(draws)
-    return f"{value:.2f} ± {(high - low) / 2:.2f}"
+def _name(baseline: str) -> str:
+    return baseline.split(":")[0]
+
+
+def _plus_minus(answers: Answers, draws: Draws) -> str:
+    value, low, high = answers.resampling.interval(draws)
+    return f"{value:.2f} ± {(min(high, 1.0) - max(low, 0.0)) / 2:.2f}"
 
 
 def _where(answers: Answers) -> str:
     n_test = len(np.unique(np.concatenate([split.test for split in answers.splits])))
     held_out = answers.splits[0].held_out
-    splits = f"{len(answers.splits)} {'batches held out in turn' if held_out else 'random splits'}"
+    splits = f"{len(answers.splits)} {'batches held out in turn' if held_out else 'parts held out in turn'}"
     return f"{splits}, {n_test:,} test cells"
 
 
-def _above_chance(scores: Mapping[Asked, Mapping[str, Draws]], chance: float) -> str:
-    """The control that is surely above chance, in words, or "" if none is."""
-    for asked, of in scores.items():
-        draws = of["balanced_accuracy"]
-        if asked.kind == "control" and np.quantile(draws[1:], 1 - SURE) > chance:
-            return f"{asked.method}, {asked.reader}, balanced accuracy {draws[0]:.2f} where chance is {chance:.2f}"
-    return ""
-
-
-def _any_signal(scores: Mapping[Asked, Mapping[str, Draws]], chance: float) -> bool:
-    return any(
-        interval(of["balanced_accuracy"])[1] > chance
-        for asked, of in scores.items()
-        if asked.kind != "control"
-    )
+def _wrapped(text: str) -> str:
+    """Lines of a page's width, an interval on one."""
+    together = re.sub(r"\[([^\[\]]+), ([^\[\]]+)\]", "[\\1,\xa0\\2]", text.replace(" ± ", "\xa0±\xa0"))
+    lines = [
+        textwrap.fill(
+            line, WIDTH, subsequent_indent="  " if line.startswith("- ") else "", break_on_hyphens=False
+        )
+        for line in together.split("\n")
+    ]
+    return "\n".join(lines).replace("\xa0", " ")

@@ -1,0 +1,75 @@
+"""Whether there is anything to be found: the same readings of labels that were drawn again at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cellprior.evaluate._neighbors import macro_f1
+from cellprior.evaluate._splits import Split
+
+N_PERMUTATIONS = 100
+
+
+def permuted(codes: np.ndarray, copies: np.ndarray, batches: pd.Series | None) -> np.ndarray:
+    """The labels, and then permutations of them ``(1 + permutations, cells)``.
+
+    Within each batch, if there are batches; copies of a cell keep one label among them.
+
+    Parameters
+    ----------
+    codes
+        Label of each cell, -1 for those left out, which stay so ``(cells,)``.
+    copies
+        Number of each cell, the same for cells with the same counts ``(cells,)``.
+    batches
+        Of each cell, or ``None``.
+    """
+    rng = np.random.default_rng(0)
+    rows = np.flatnonzero(codes >= 0)
+    first, of_cell = np.unique(copies[rows], return_index=True, return_inverse=True)[1:]
+    labels = codes[rows][first]
+    batch = np.zeros(len(first), dtype=int) if batches is None else pd.factorize(batches.iloc[rows[first]])[0]
+    order = np.argsort(batch, kind="stable")
+    found = np.repeat(codes[None], 1 + N_PERMUTATIONS, axis=0)
+    for again in found[1:]:
+        within = order[np.lexsort((rng.random(len(order)), batch[order]))]
+        drawn = np.empty_like(labels)
+        drawn[order] = labels[within]
+        again[rows] = drawn[of_cell]
+    return found
+
+
+def p_value(said: Sequence[Sequence[np.ndarray]], labellings: np.ndarray, splits: Sequence[Split]) -> float:
+    """How often the best of all readings of permuted labels is at least as good as that of the labels.
+
+    Each reading is measured in its own standard deviations from its own mean over the permutations, and of these the
+    largest counts: one test, however many readings there are [Westfall and Young, Resampling-Based Multiple Testing,
+    1993].
+
+    Parameters
+    ----------
+    said
+        For each reading and split, the names of its test cells under each labelling ``(labellings, cells)``.
+    labellings
+        As :func:`permuted` gives them.
+    splits
+        As of ``said``.
+    """
+    test = np.concatenate([split.test for split in splits])
+    n_labels = int(labellings.max()) + 1
+    scores = np.array(
+        [
+            [
+                macro_f1(truth[test], names, n_labels)
+                for truth, names in zip(labellings, np.concatenate(list(of_reading), axis=1), strict=True)
+            ]
+            for of_reading in said
+        ]
+    )
+    by_chance = scores[:, 1:]
+    spread = np.maximum(by_chance.std(axis=1, keepdims=True), 1e-9)
+    best = ((scores - by_chance.mean(axis=1, keepdims=True)) / spread).max(axis=0)
+    return float(np.mean(best >= best[0]))

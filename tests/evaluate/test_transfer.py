@@ -1,0 +1,103 @@
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import cellprior as cp
+from cellprior.evaluate._transfer import CENTRED, JOINT, _pair
+
+from .test_protocols import told
+
+
+@pytest.fixture(scope="module")
+def studies(cells) -> list[AnnData]:
+    """Three studies; the last has a type that the others lack."""
+    adata = cells(n_cells=400, n_types=4)
+    adata.obsm["X_told"] = np.hstack([told_4(adata), told_4(adata)])
+    of = np.random.default_rng(5).integers(0, 3, 400)
+    parts = [adata[of == i].copy() for i in range(3)]
+    return [*(part[part.obs["type"] != "type 3"].copy() for part in parts[:2]), parts[2]]
+
+
+def told_4(adata: AnnData) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return pd.get_dummies(adata.obs["type"]).to_numpy(float) + 0.2 * rng.standard_normal((adata.n_obs, 4))
+
+
+def test_labels_of_one_study_are_read_on_another_beside_centred_genes(studies):
+    reference, _, query = studies
+    table = cp.evaluate.transfer(reference, query, "X_told", "type", progress=False)
+    assert set(table["method"]) >= {"X_told", CENTRED, "PCA", JOINT}
+    assert set(table["reader"]) == {"nearest neighbours", "nearest centroid", "linear probe"}
+    assert set(table["n_cells"]) == {int((query.obs["type"] != "type 3").sum())}
+    f1 = table[table["metric"] == "macro_f1"].set_index(["method", "reader"])["value"]
+    assert f1["X_told", "nearest neighbours"] > 0.9
+    assert set(table.loc[table["method"] != CENTRED, "versus"]) == {CENTRED}
+
+
+def test_the_mean_of_each_study_is_at_the_origin_and_distances_within_it_stay(studies):
+    reference, _, query = studies
+    task = _pair(reference, query, "type", "query", layer=None, batch_key=None, scvi_epochs=None)
+    n = reference.n_obs
+    [space] = task.methods[0].fit(np.arange(n), 0)
+    log = task.log.toarray()
+    for rows in (slice(None, n), slice(n, None)):
+        np.testing.assert_allclose(space.values[rows].mean(axis=0), 0, atol=1e-5)
+        np.testing.assert_allclose(space.values[rows], log[rows] - log[rows].mean(axis=0), atol=1e-5)
+
+
+def test_several_studies_are_summed_with_the_studies_as_units(studies):
+    reference, first, second = studies
+    queries = {"first": first, "second": second}
+    table = cp.evaluate.transfer(reference, queries, {"told": "X_told"}, "type", progress=False)
+    rows = table[(table["method"] == "told") & (table["metric"] == "accuracy")]
+    values = rows[rows["reader"] == "nearest centroid"].set_index("study")["value"]
+    assert list(values.index) == ["all", "first", "second"]
+    assert values["all"] == pytest.approx(values[["first", "second"]].mean())
+
+
+def test_studies_that_do_not_fit_are_refused_with_what_to_do(studies):
+    reference, query, _ = studies
+    other = query.copy()
+    other.var_names = [f"ENSG{i:011d}" for i in range(other.n_vars)]
+    with pytest.raises(ValueError, match="the same kind of name"):
+        cp.evaluate.transfer(reference, other, "X_told", "type", progress=False)
+    other = query.copy()
+    other.obs["type"] = "neuron"
+    with pytest.raises(ValueError, match="Name the types alike"):
+        cp.evaluate.transfer(reference, other, "X_told", "type", progress=False)
+    with pytest.raises(KeyError, match="nope"):
+        cp.evaluate.transfer(reference, query, "X_told", "nope", progress=False)
+
+
+@pytest.mark.parametrize("how", ["nearest neighbours", "nearest centroid", "ridge"])
+def test_cells_are_named_after_a_reference_in_any_embedding_and_strangers_are_unknown(studies, how):
+    reference, _, query = studies
+    many = ad.concat([reference] * 4, index_unique="-")
+    many.obsm["X_told"] = many.obsm["X_told"] + 0.05 * np.random.default_rng(0).standard_normal(
+        many.obsm["X_told"].shape
+    )
+    with pytest.warns(UserWarning, match="cells are called 'unknown'"):
+        named = cp.tl.transfer_labels(query, many, "type", use_rep="X_told", how=how, reject=0.2, copy=True)
+    assert "told_label" not in query.obs
+    known = named.obs["type"] != "type 3"
+    guess = named.obs["told_label_best_guess"].astype(str)
+    assert (guess[known] == named.obs["type"][known]).mean() > 0.9
+    unknown = named.obs["told_label"] == "unknown"
+    assert unknown[~known].mean() > 0.8 > 0.5 > unknown[known].mean()
+    assert named.obs["told_label_certainty"].between(0, 1).all()
+    assert named.uns["cellprior"]["told_label"]["use_rep"] == "X_told"
+
+
+def test_labels_cannot_be_transferred_between_embeddings_that_differ(cells):
+    adata = cells(60)
+    adata.obsm["X_a"] = told(adata)
+    other = adata.copy()
+    other.obsm["X_a"] = np.hstack([told(adata)] * 2)
+    with pytest.raises(ValueError, match="embed both with the same weights"):
+        cp.tl.transfer_labels(adata, other, "type", use_rep="X_a")
+    with pytest.raises(KeyError, match="X_b"):
+        cp.tl.transfer_labels(adata, other, "type", use_rep="X_b")
+    with pytest.raises(ValueError, match="choose among"):
+        cp.tl.transfer_labels(adata, adata, "type", use_rep="X_a", how="tarot")
