@@ -124,7 +124,7 @@ def embed(
     from cellprior.model.engine._embedding import in_memory
 
     cls = model_class(weights, known_hash=known_hash)
-    cls.refuse_setup(setup or {})
+    cls._refuse_setup(setup or {})
     if client is not None:
         await_workers(client)
     source = None
@@ -249,7 +249,7 @@ def annotate(
     from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
-    cls.refuse_setup(setup or {})
+    cls._refuse_setup(setup or {})
     if not cls.can("annotate"):
         msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
         raise ValueError(msg)

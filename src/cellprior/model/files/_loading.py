@@ -144,7 +144,7 @@ class LoadableModel(Hooks, BaseModelClass):
                 cls.register_manager(users)
 
     @classmethod
-    def refuse_setup(cls, setup: Mapping[str, Any]) -> None:
+    def _refuse_setup(cls, setup: Mapping[str, Any]) -> None:
         """Refuse what the setup of this model does not take besides what all models take.
 
         Raises
