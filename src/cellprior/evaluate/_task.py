@@ -255,6 +255,9 @@ def _from_weights(
             task.methods.append(methods.fixed(name, latent, seen="no cell"))
         seconds = round(time.perf_counter() - start, 1)
         task.provenance[name] = {**model.provenance(), "seconds": seconds}
+        if model.gene_match is None:
+            msg = f"{name} reads no genes of these data, and the baselines are made of genes."
+            raise ValueError(msg)
         genes = np.flatnonzero(model.gene_match.index >= 0)
         twin = random_twin(model, cells, seed=0)
         try:

@@ -38,14 +38,22 @@ def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> Pretra
         )
         raise TypeError(msg)
     cls = type(model)
-    if adata.uns.get("_scvi_uuid") not in cls._setup_adata_manager_store:
-        adata = adata.copy() if adata.is_view else adata
-        cls.setup_anndata(adata, **model.registry["setup_args"])
-    adata = cls._set_up(adata)
+    vocabulary = {"genes": model.genes} | ({} if model.peaks is None else {"peaks": model.peaks})
+    attached: ad.AnnData | None = (
+        None  # cells with genes alone are read by a model of two modalities, not set up
+    )
+    if not cls.can("read two modalities"):
+        if adata.uns.get("_scvi_uuid") not in cls._setup_adata_manager_store:
+            adata = adata.copy() if adata.is_view else adata
+            cls.setup_anndata(adata, **model.registry["setup_args"])
+        attached = cls._set_up(adata)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin = cls(adata, genes=model.genes, min_coverage=model.min_coverage, **model._network())
-    for name in cls._input_buffers:
+        twin = cls(attached, min_coverage=model.min_coverage, **vocabulary, **model._network())
+    if attached is None:
+        twin.registry["setup_args"].update(model.registry["setup_args"])
+        twin._opened = adata
+    for name in model._input_buffers:
         twin.module.get_buffer(name).copy_(model.module.get_buffer(name))
     twin.pretrained_ = {"weights": RANDOM_WEIGHTS, "seed": str(seed)}
     twin.is_trained_ = True

@@ -628,6 +628,14 @@ class MultiomeCLIP(PretrainedModel):
 
     # what the base asks for
 
+    @property
+    def _input_buffers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Components, their weights, or maxima, which are found before the layers are trained."""
+        encoders = {name: self.module.encoder_of(name) for name in MODALITIES}
+        return tuple(
+            f"{name}.{key}" for name, encoder in encoders.items() for key, _ in encoder.named_buffers()
+        )
+
     def _find_cells(self, data: Any) -> Cells:
         genes = getattr(self, "genes", None)  # not known yet while the vocabulary is taken from the data
         cells = cells_of_modalities(data, self.registry["setup_args"], genes=genes)
