@@ -237,9 +237,14 @@ def test_a_run_that_is_stopped_says_in_one_line_how_it_goes_on(
         os.kill(os.getpid(), getattr(signal, name))
 
     before = signal.getsignal(signal.SIGTERM)
+    # a shell has it ignored by what it runs in the background
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(cp.model.engine._stream.LatentStore, "write", stopped)
-        assert main([*arguments, "--overwrite"]) == code
+        try:
+            assert main([*arguments, "--overwrite"]) == code
+        finally:
+            signal.signal(signal.SIGINT, inherited)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("cellprior embed: ")
     assert last.endswith(f"kept in out.zarr.part: cellprior {' '.join(arguments)}")

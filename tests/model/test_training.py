@@ -9,6 +9,7 @@ import scvi
 import torch
 
 import cellprior as cp
+from cellprior.model._hooks import Hooks
 from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.data._minibatches import SentenceSampler
 from cellprior.model.learning._plan import adamw
@@ -315,7 +316,7 @@ def test_a_model_that_does_not_say_what_it_learns_is_refused_in_words_and_nothin
     if missing == "training_losses":
         monkeypatch.delattr(type(model.module), missing)
     else:
-        monkeypatch.setattr(type(model), missing, vars(cp.model.PretrainedModel)[missing])
+        monkeypatch.setattr(type(model), missing, vars(Hooks)[missing])
     monkeypatch.setattr(type(model), "_attached_cells", None)
     with pytest.raises(NotImplementedError, match=f"CellPLM cannot be trained: it does not give {missing}"):
         model.train(max_epochs=1, **QUIET)
