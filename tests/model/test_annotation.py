@@ -212,6 +212,13 @@ def test_dropout_is_on_in_the_parts_that_train_only(weights, adata):
     assert all(on == last | {"annotation.dropout"} for on in watch.on)
 
 
+def test_a_network_whose_hidden_state_cannot_be_made_an_embedding_is_refused(weights, adata, monkeypatch):
+    model = attach(weights, adata)
+    monkeypatch.delattr(type(model.module), "latent_of")
+    with pytest.raises(NotImplementedError, match=r"CellPLM cannot call .* its module has no latent_of"):
+        model.fine_tune(max_epochs=1)
+
+
 def test_the_embedding_stays_as_it_was_when_only_the_head_is_trained(weights, adata):
     model = attach(weights, adata)
     before = model.get_latent_representation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -125,3 +126,13 @@ def test_what_fits_is_a_quarter_of_the_memory_or_up_to_half_less():
         n_cells = fitting(int(n_bytes), 16 * 20_000 + 64 * 1024)
         used = n_cells * (16 * 20_000 + 64 * 1024)
         assert n_bytes / 8 <= used <= n_bytes / 4 or n_cells == MAX_CHUNK
+
+
+@pytest.mark.parametrize(("cells", "columns", "shape"), [(1, None, "(1, 16)"), (None, 4, "(150, 4)")])
+def test_a_network_that_does_not_give_a_row_per_cell_is_refused(adata, monkeypatch, cells, columns, shape):
+    model = ScBERT.from_pretrained(tiny_scbert(), adata)
+    pool = model.module.pool
+    monkeypatch.setattr(model.module, "pool", lambda *args, **how: pool(*args, **how)[:cells, :columns])
+    said = f"ScBERTModule and its ScBERTEncoder give numbers of shape {shape} for 150 cells, instead of (150, 16)"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        model.get_latent_representation(batch_size=150)

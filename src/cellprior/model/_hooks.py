@@ -172,7 +172,7 @@ class Hooks(ABC):
         if lacking := [member for member, is_there in needed.items() if not is_there]:
             msg = (
                 f"{type(self).__name__} cannot be trained: it does not give {', '.join(lacking)}. What a model gives "
-                "to be trained is listed in the user guide, under 'Add a model'."
+                "to be trained is listed in the user guide, under 'Adding a model'."
             )
             raise NotImplementedError(msg)
         if name not in (None, *self.objectives):

@@ -178,6 +178,10 @@ class CellPLMModule(BaseModuleClass):
         (hidden,) = self.hidden_chunks([counts], gene_index=gene_index)
         return hidden
 
+    def latent_of(self, hidden: Tensor) -> Tensor:
+        """Embedding ``(cells, n_latent)`` of hidden states."""
+        return self.latent.mean(hidden)
+
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         """What fine-tuning trains besides the annotation head, by the name of the choice."""
         # the original leaves pre_latent_norm out, by oversight: it names the others one by one

@@ -98,16 +98,27 @@ class Embedding:
         ------
         DivergedError
             If a latent is not finite.
+        ValueError
+            If the encoder does not give a row per cell, of ``width`` columns.
         """
         queue = deque(range(len(self.units)) if pending is None else pending)
         self.encoder.module.eval()
         for part in self._on_cluster(queue) if self.client is not None else self._here(queue):
+            if part.latent.shape != (len(part.cells), self.width):
+                self._refuse_shape(len(part.cells), part.latent.shape)
             if (
                 not np.isfinite(part.latent).all()
                 and not np.isfinite(part.latent[self._known[part.cells]]).all()
             ):
                 raise DivergedError(NOT_FINITE)
             yield part
+
+    def _refuse_shape(self, n_cells: int, found: tuple[int, ...]) -> None:
+        msg = (
+            f"{type(self.encoder.module).__name__} and its {type(self.encoder).__name__} give numbers of shape {found} "
+            f"for {n_cells} cells, instead of {(n_cells, self.width)}: a row per cell, in the order of the cells."
+        )
+        raise ValueError(msg)
 
     @cached_property
     def _known(self) -> np.ndarray:
@@ -140,6 +151,8 @@ class Embedding:
                 start += len(latent)
                 self.progress(len(latent))
                 yield Part(queue[0], cells, latent, start == len(unit))
+            if start < len(unit):
+                self._refuse_shape(len(unit), (start, self.width))
             queue.popleft()
         for _ in flow or ():  # as the last cells were asked for, nothing is left
             pass

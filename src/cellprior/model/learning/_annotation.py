@@ -81,8 +81,8 @@ def fine_tune(
 ) -> None:
     """See :meth:`cellprior.model._base.PretrainedModel.fine_tune`.
 
-    The module gives ``n_hidden``, ``n_latent``, ``hidden``, ``trainable_parts`` and ``adapted_layers``, and
-    ``latent_of`` unless its hidden state is the embedding.
+    The module gives ``n_hidden``, ``n_latent``, ``hidden`` and ``trainable_parts``; ``adapted_layers`` if "lora" is
+    among these; and ``latent_of`` unless its hidden state is the embedding.
     """
     refuse_unless_annotates(model)
     refuse_unseeded(trainer_kwargs.get("strategy"))
@@ -156,6 +156,13 @@ def _refuse_impossible(model: Any, trainable: str, sizes: list[float]) -> None:
         known = ", ".join(f'"{name}"' for name in model.module.trainable_parts())
         msg = f"trainable={trainable!r} is not known; choose one of {known}."
         raise ValueError(msg)
+    n_hidden, n_latent = model.module.n_hidden, model.module.n_latent
+    if n_hidden != n_latent and not hasattr(model.module, "latent_of"):
+        msg = (
+            f"{type(model).__name__} cannot call cells unknown: its hidden state ({n_hidden} columns) is not its "
+            f"embedding ({n_latent}), and its module has no latent_of, which makes the one of the other."
+        )
+        raise NotImplementedError(msg)
 
 
 def labels_of(model: Any, labels_key: str | None) -> tuple[list[str], np.ndarray]:
@@ -228,9 +235,7 @@ def _calibrate(model: Any, code: np.ndarray, split: Split, transductive: bool) -
 def _latent_of(model: Any, hidden: Tensor) -> Tensor:
     """Embedding of hidden states, ``(cells, n_latent)``."""
     module = model.module
-    if hasattr(module, "latent_of"):
-        return module.latent_of(hidden)
-    return module.latent.mean(hidden) if hasattr(module, "latent") else hidden
+    return module.latent_of(hidden) if hasattr(module, "latent_of") else hidden
 
 
 def _hidden_states(encoder: Any, chunks: Iterable[Tensor], covariates: Any) -> Iterable[Tensor]:
