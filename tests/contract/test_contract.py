@@ -101,6 +101,13 @@ def test_any_format_can_be_a_query(entry, model, reference, tmp_path, how):
     np.testing.assert_allclose(model.get_latent_representation(query), reference, **CLOSE)
 
 
+def test_an_embedding_that_is_written_as_it_is_made_is_the_one_in_memory(entry, reference, tmp_path):
+    """No option is given there: each has the same default in the encoder."""
+    cp.tl.embed(entry.make_data(), entry.weights, out=tmp_path / "out.zarr", progress=False)
+    found = ad.read_zarr(tmp_path / "out.zarr").obsm[entry.model.obsm_key]
+    np.testing.assert_allclose(found, reference, **CLOSE)
+
+
 def test_counts_in_a_layer_are_as_good_as_in_x(entry, reference):
     adata = entry.make_data()
     adata.layers["counts"], adata.X = adata.X, adata.layers["log"]
