@@ -12,6 +12,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import scanpy as sc
+import torch
 
 import cellprior as cp
 from cellprior.cli import main
@@ -100,6 +101,26 @@ def test_a_plugin_learns_labels_and_calls_cells_unknown_with_our_code(site, use)
     known = named != "unknown"
     assert 0 < known.mean() < 1
     assert (named == adata.obs["label"])[known].mean() > 0.9
+
+
+def test_the_model_of_the_documentation_that_learns_beats_its_floor(site, use, tmp_path):
+    use(site)
+    from reference_pca._training import TrainedPCA
+
+    adata = blood_cells()
+    TrainedPCA.setup_anndata(adata, batch_key="batch")
+    model = TrainedPCA(adata, n_latent=8)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        measured = {"a": list(adata.var_names), "b": list(adata.var_names)}
+        options = {"plan_kwargs": {"lr": 0.02}, "measured": measured, "accelerator": "cpu", **quiet}
+        model.train(max_epochs=15, batch_size=128, **options)
+    error = model.history["validation_error"].iloc[-1].item()
+    assert error < 0.9 * model.history["validation_error_floor_gene_mean"].iloc[-1].item()
+    model.save_pretrained(tmp_path / "bundle")
+    again = TrainedPCA.from_pretrained(tmp_path / "bundle", adata)
+    np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class PretrainedModel(LoadableModel):
     """Base of the model classes.
 
     A subclass gives what :class:`~cellprior.model._hooks.Hooks` lists, and an ``__init__`` that calls
-    :meth:`_finish_init`.
+    :meth:`_finish_init`; see :doc:`/user_guide/extending`.
     """
 
     _data_loader_cls = VocabularyLoader
@@ -93,7 +93,11 @@ class PretrainedModel(LoadableModel):
         }
 
     def _finish_init(self, init_locals: dict[str, Any]) -> None:
-        """Last line of a subclass's ``__init__``: keep what is needed to build the model again, and match the data."""
+        """Keep what is needed to build the model again, and match the data.
+
+        Called with ``locals()`` in a subclass's ``__init__``, after that of the base and before the network is made:
+        :meth:`_network` gives the network's arguments from then on.
+        """
         vocabulary = {"genes": self.genes} | ({} if self.peaks is None else {"peaks": self.peaks})
         self.init_params_ = self._get_init_params({**init_locals, **vocabulary})
         sizes = ", ".join(f"{len(names):,} {what}" for what, names in vocabulary.items())

@@ -29,7 +29,9 @@ class Encoder:
     default_batch_size
         Cells at a time on a CPU.
     options
-        To ``module.encode``: those of ``get_latent_representation``.
+        To ``module.encode``: those of ``get_latent_representation``. Only that gives any: each needs a default, the
+        same here, as :func:`cellprior.tl.embed` with ``out=`` or on a cluster gives none, and neither does
+        ``fine_tune``, which asks for :meth:`hidden`.
     """
 
     sees_others: ClassVar[bool] = False  # whether the cells of a unit see each other

@@ -23,13 +23,16 @@ class TrainingPlan(Plan):
     Parameters
     ----------
     module
-        With ``training_losses(batch, floor=..., measured=..., rng_seed=..., **objective)``, a dict of scalars:
-        ``loss``, its parts, and beside a part ``<part>_floor_<predictor>``.
+        With ``training_losses(batch, floor=..., measured=..., rng_seed=..., **objective)``, a dict of scalar tensors:
+        ``loss``, its parts, and beside a part ``<part>_floor_<predictor>``. ``batch["X"]`` holds raw counts over the
+        whole vocabulary, dense ``(cells, n_genes)``, and 0 for genes that the data lack; ``batch["batch"]``, if the
+        data have batches, the code of the one that all the cells are of ``(cells, 1)``; not with a datamodule.
+        ``rng_seed`` is for what is drawn, such as a mask: another in each step, the same in each validation.
     floor
-        Predictors that know no biology, fitted to the training cells.
+        Predictors that know no biology, fitted to the training cells. A module, as it moves to where the network is.
     measured
         Which vocabulary genes were measured, once, or by category of ``batch_key`` ``(1 or n_batches, n_genes)``; only
-        they count in the loss.
+        they are to count in the loss.
     schedule
         ``"cosine"``: the learning rate rises, and then falls to 0 along a cosine, step by step. ``"restarts"``: epoch
         by epoch, see :func:`~cellprior.model.learning._plan.restarts`.

@@ -43,4 +43,4 @@ class ReferencePCA(PretrainedModel):
     ) -> None:
         super().__init__(adata, registry, genes, min_coverage)
         self._finish_init(locals())
-        self.module = ReferencePCAModule(len(self.genes), **self._network())
+        self.module = self._module_cls(len(self.genes), **self._network())

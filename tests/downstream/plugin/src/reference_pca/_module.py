@@ -38,10 +38,13 @@ class ReferencePCAModule(BaseModuleClass):
             Vocabulary row of each column; ``None`` if the columns are the vocabulary.
         """
         rows = slice(None) if gene_index is None else gene_index
+        return (self.logarithms(counts) - self.mean[rows]) @ self.loadings[rows]
+
+    def logarithms(self, counts: Tensor) -> Tensor:
+        """Logarithms of scaled counts ``(cells, genes)``."""
         counts = counts.to_dense()
         depth = counts.sum(dim=1, keepdim=True).clamp(min=1.0)  # an empty cell stays finite
-        log = torch.log1p(counts / depth * self.target_sum)  # (cells, genes)
-        return (log - self.mean[rows]) @ self.loadings[rows]
+        return torch.log1p(counts / depth * self.target_sum)
 
     # The rest is for fine_tune and predict: what the classifier reads, and what may train besides it.
 
