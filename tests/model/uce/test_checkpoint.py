@@ -232,7 +232,7 @@ def test_a_species_can_be_added_and_the_others_stay_as_they_were(tmp_path):
     vectors = torch.tensor(proteins().to_numpy(np.float32))
     encoded = model.module.token_encoder(torch.nn.functional.normalize(vectors, dim=1))
     found = model.get_gene_representation(species="rat")
-    np.testing.assert_allclose(found.to_numpy(), encoded.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.to_numpy(), encoded.numpy(), rtol=1e-6, atol=1e-5)
     torch.manual_seed(10116)
     drawn = torch.normal(mean=0, std=1, size=(5, 48))
     encoded = model.module.token_encoder(torch.nn.functional.normalize(drawn, dim=1))

@@ -141,7 +141,7 @@ def read_official(
     rows = np.concatenate([genes["number"], first_chromosome + used, [CLOSE, CLS, PAD]])
     tensors |= tables(tensors, table, rows, len(genes))
     for column in ("number", "start"):
-        tensors[f"gene_{column}"] = torch.from_numpy(genes[column].to_numpy(np.int64))
+        tensors[f"gene_{column}"] = torch.tensor(genes[column].to_numpy(np.int64))  # pandas may give a view
     tensors["gene_chromosome"] = torch.from_numpy(np.searchsorted(used, genes["code"]))
     tensors["gene_species"] = torch.from_numpy(pd.factorize(genes["species"])[0].astype(np.int64))
     tensors["chromosome_code"] = torch.from_numpy(used.astype(np.int64))
