@@ -9,7 +9,7 @@ import numpy as np
 from cellprior.evaluate import _probes as probes
 from cellprior.evaluate._inputs import as_embedding
 from cellprior.evaluate._methods import Space
-from cellprior.evaluate._neighbors import Chosen, asked_within, choose, macro_f1, nearest, pools
+from cellprior.evaluate._neighbors import Chosen, asked_within, choose, nearest, pools
 from cellprior.evaluate._splits import RANDOM, Split, inner_folds
 
 How = Literal["nearest neighbours", "nearest centroid", "ridge"]
@@ -103,7 +103,6 @@ def _by_centroids(space: Space, split: Split, codes: np.ndarray, n_labels: int) 
 
 def _by_ridge(space: Space, split: Split, codes: np.ndarray, n_labels: int) -> tuple[np.ndarray, str]:
     ridge = probes.Ridge(space.values[split.train], space.values[split.test])
-    scores = [macro_f1(codes, said, n_labels) for said in ridge.within(codes, _folds(codes), n_labels)]
-    penalty = probes.PENALTIES[int(np.argmax(scores))]
+    penalty, _ = probes.best_penalty(ridge, codes, _folds(codes), n_labels)
     weight = np.clip(ridge.scores(codes[None], n_labels, penalty)[0], 1e-9, None)
     return weight / weight.sum(axis=1, keepdims=True), f"ridge, penalty {penalty:g}"

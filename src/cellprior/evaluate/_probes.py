@@ -155,11 +155,17 @@ def _targets(codes: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
     return one - mean, mean
 
 
-def best_ridge(ridge: Ridge, codes: np.ndarray, folds: np.ndarray, n_labels: int) -> Chosen:
-    """Names of the test cells, with the penalty that names the training cells best."""
+def best_penalty(ridge: Ridge, codes: np.ndarray, folds: np.ndarray, n_labels: int) -> tuple[float, float]:
+    """The penalty that names the training cells best, and its macro-F1."""
     scores = [macro_f1(codes, said, n_labels) for said in ridge.within(codes, folds, n_labels)]
     best = int(np.argmax(scores))
-    return Chosen(ridge.predict(codes, n_labels, PENALTIES[best]), scores[best], "ridge regression")
+    return PENALTIES[best], scores[best]
+
+
+def best_ridge(ridge: Ridge, codes: np.ndarray, folds: np.ndarray, n_labels: int) -> Chosen:
+    """Names of the test cells, with the penalty that names the training cells best."""
+    penalty, score = best_penalty(ridge, codes, folds, n_labels)
+    return Chosen(ridge.predict(codes, n_labels, penalty), score, "ridge regression")
 
 
 def best_linear(
