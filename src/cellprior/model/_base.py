@@ -67,7 +67,7 @@ class PretrainedModel(LoadableModel):
         if adata is None and genes is None:
             msg = "A model without data needs its vocabulary: pass genes=."
             raise ValueError(msg)
-        super().__init__(adata, registry or (None if genes is None else self._registry_without_data(genes)))
+        super().__init__(adata, registry or (self._registry_without_data(genes) if adata is None else None))
         if genes is None:
             var = self._find_cells(adata).counts["rna"].matrix.var
             gene_key = self.registry["setup_args"].get("gene_key")
@@ -487,7 +487,7 @@ class PretrainedModel(LoadableModel):
 
     def _embed(
         self,
-        adata: Data | None,
+        adata: Data | Cells | None,
         indices: Indices,
         batch_size: int | None,
         precision: Precision = "float32",
@@ -548,14 +548,18 @@ class PretrainedModel(LoadableModel):
         gene_index = None if len(used) == len(self.genes) else used
         return self._encoder_cls(self.module, gene_index, self.default_batch_size, options)
 
-    def _cells(self, adata: Data | None = None) -> Cells:
+    def _cells(self, adata: Data | Cells | None = None) -> Cells:
         """Some cells, by default the attached, and where their counts are, in the order of the vocabulary.
+
+        What was found once can be given in the place of the data.
 
         Raises
         ------
         GeneMatchError
             If too few genes match.
         """
+        if isinstance(adata, Cells):
+            return adata
         data = next((found for found in (adata, self._opened, self.adata) if found is not None), None)
         if data is None:
             msg = "The model was loaded without data: pass adata=."

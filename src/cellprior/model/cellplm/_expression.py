@@ -31,8 +31,9 @@ def normalized_expression(
     batch_size: int | None,
 ) -> pd.DataFrame:
     """See :meth:`cellprior.model.CellPLM.get_normalized_expression`."""
-    latent = model._embed(adata, indices, batch_size)
+    model._check_if_trained(warn=False)
     cells = model._cells(adata)
+    latent = model._embed(cells, indices, batch_size)
     match, rows = cells.counts["rna"].match, row_numbers(indices, cells.n_obs)
     names, columns = _named(gene_list, model.genes, match)
     seen = measured_genes(None, model.genes, match)
@@ -54,8 +55,9 @@ def impute(
     batch_size: int | None,
 ) -> pd.DataFrame:
     """See :meth:`cellprior.model.CellPLM.impute`."""
-    latent = model._embed(adata, indices, batch_size)
+    model._check_if_trained(warn=False)
     cells = model._cells(adata)
+    latent = model._embed(cells, indices, batch_size)
     of_genes, rows = cells.counts["rna"], row_numbers(indices, cells.n_obs)
     names, columns = _named(genes, model.genes, of_genes.match)
     seen = measured_genes(measured, model.genes, of_genes.match, cells)

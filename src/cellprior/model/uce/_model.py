@@ -362,7 +362,7 @@ class UCE(PretrainedModel):
             "n_draws": n_draws,
             "seed": seed,
         }
-        found = self._embed(adata, indices, batch_size, precision, **how)
+        found = self._embed(cells, indices, batch_size, precision, **how)
         return pd.DataFrame(found, index=names, columns=list(genes))
 
     def get_gene_representation(
