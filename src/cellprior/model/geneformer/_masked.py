@@ -9,8 +9,9 @@ from torch import Tensor
 from cellprior.model.geneformer._inputs import mask_tokens
 from cellprior.model.geneformer._loss import gene_scores
 from cellprior.model.geneformer._module import GeneformerModule
-from cellprior.model.learning._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.learning._rank_floors import RankFloors
+from cellprior.model.learning._ranked import scores_by_cell
 
 
 @torch.no_grad()
@@ -43,21 +44,5 @@ def masked_scores(
         swap=0.0,
     )
     shown, selected = (torch.from_numpy(part).to(tokens.device) for part in drawn)
-    scores = gene_scores(module, tokens, shown, selected)
-    logs, hits = floor.predict(tokens, selected, first=module.first_gene)
-    cell = selected.nonzero()[:, 0].cpu()
-
-    def by_cell(values: Tensor) -> Tensor:
-        return torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, cell, values.cpu().double())
-
-    measures = {
-        "accuracy": {MODEL: scores[:, 1]} | hits,
-        "cross_entropy": {MODEL: -scores[:, 0]} | {name: -value for name, value in logs.items()},
-    }
-    return MaskedScores(
-        selected.sum(1),
-        {
-            measure: {name: by_cell(values) for name, values in of_measure.items()}
-            for measure, of_measure in measures.items()
-        },
-    )
+    found = gene_scores(module, tokens, shown, selected)
+    return scores_by_cell(found, floor.predict(tokens, selected, first=module.first_gene), selected)

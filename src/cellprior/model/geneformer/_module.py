@@ -19,9 +19,10 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from cellprior._arguments import flag, share, whole
+from cellprior.model.engine._groups import of_like_length
 from cellprior.model.geneformer._inputs import first_gene, rank_tokens, token_counts
-from cellprior.model.geneformer._loss import TRAINED_TOKENS, masked_losses
-from cellprior.model.learning._contrast import in_micro_batches
+from cellprior.model.geneformer._loss import masked_losses
+from cellprior.model.learning._ranked import pooled
 
 # tokens that go through the network together: what a core's cache likes, and what keeps a GPU busy
 CPU_TOKENS, GPU_TOKENS = 4096, 2**17
@@ -204,12 +205,7 @@ class GeneformerModule(BaseModuleClass):
         Gradients are those of all cells, with the memory of a few.
         """
         tokens = self.tokens(counts, gene_index=gene_index)
-        if not torch.is_grad_enabled():
-            return self.pool(tokens, "mean")
-        order = token_counts(tokens).argsort(descending=True)
-        back = order.argsort()
-        size = max(TRAINED_TOKENS // max(tokens.shape[1], 1), 1)
-        return in_micro_batches(lambda cells: self.pool(cells, "mean"), tokens[order], size=size)[back]
+        return pooled(lambda cells: self.pool(cells, "mean"), tokens, token_counts(tokens))
 
     @torch.no_grad()
     def attention(self, tokens: Tensor) -> Tensor:
@@ -291,16 +287,8 @@ class GeneformerModule(BaseModuleClass):
         if tokens.ndim != 2 or tokens.shape[1] > self.n_positions:
             msg = f"tokens are {tuple(tokens.shape)}, needed (cells, positions), {self.n_positions} at most."
             raise ValueError(msg)
-        length, order = token_counts(tokens).sort(descending=True, stable=True)
         room = CPU_TOKENS if tokens.device.type == "cpu" else GPU_TOKENS
-        lengths, start = length.tolist(), 0
-        for i, n in enumerate([*lengths, 0]):
-            longest = lengths[start] if start < len(lengths) else 0
-            if i > start and ((i + 1 - start) * longest > room or n < LEAST_FILLED * longest):
-                yield order[start:i], longest
-                start = i
-            if n == 0:
-                return
+        return of_like_length(token_counts(tokens), room, filled=LEAST_FILLED)
 
     def _encode(self, tokens: Tensor, layer: int, *, read: slice = EVERYTHING) -> Tensor:
         """Hidden states of the positions ``read`` of some cells, padded to the longest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model.learning._contrast import in_micro_batches
+from cellprior.model.learning import _ranked as ranked
 from cellprior.model.nicheformer._floors import TechnologyFloors
 from cellprior.model.nicheformer._inputs import CONTEXT_KEY, mask_tokens, token_counts
 
-TRAINED_TOKENS = 4096  # of the cells whose gradient is computed at a time
+gene_scores = partial(ranked.gene_scores, token_counts)
 
 
 def masked_losses(
@@ -60,9 +61,6 @@ def masked_losses(
     ValueError
         If ``micro_batch_size`` is below 1.
     """
-    if micro_batch_size is not None and micro_batch_size < 1:
-        msg = f"micro_batch_size={micro_batch_size}; at least one cell at a time is needed."
-        raise ValueError(msg)
     context = context_of(batch)
     tokens = module.tokens(batch[REGISTRY_KEYS.X_KEY], context=context)
     order = token_counts(tokens).argsort(descending=True, stable=True)
@@ -72,57 +70,9 @@ def masked_losses(
     masked = mask_tokens(tokens.cpu().numpy(), rng, n_tokens=module.n_tokens, rate=mask_rate, **plain)
     shown, selected = (torch.from_numpy(part).to(tokens.device) for part in masked)
     found = gene_scores(module, tokens, shown, selected, micro_batch_size=micro_batch_size)
-    if not len(found):  # of cells with a handful of genes
-        found = found.new_zeros(1, 2) + 0.0 * module.gene_logits.bias.sum()
-    loss, hit = -found[:, 0].mean(), found[:, 1].detach().mean()
     with torch.no_grad():
-        logs, hits = floor.predict(tokens, selected, context)
-    return {
-        "loss": loss,
-        "masked": loss,
-        "masked_accuracy": hit,
-        **{f"masked_floor_{name}": -_mean(value) for name, value in logs.items()},
-        **{f"masked_accuracy_floor_{name}": _mean(value) for name, value in hits.items()},
-    }
-
-
-def gene_scores(
-    module: Any,
-    tokens: Tensor,
-    shown: Tensor,
-    selected: Tensor,
-    *,
-    micro_batch_size: int | None = None,
-) -> Tensor:
-    """Log-probability of the right gene at each selected place, and whether it is the most likely ``(places, 2)``.
-
-    The logits of all genes are there for the places of a few cells at a time only.
-
-    Parameters
-    ----------
-    module
-        The network, a :class:`~cellprior.model.nicheformer._module.NicheformerModule`.
-    tokens
-        Of cells ``(cells, positions)``.
-    shown
-        What the network sees.
-    selected
-        Which places are asked for.
-    micro_batch_size
-        See :func:`masked_losses`.
-    """
-
-    def score(tokens: Tensor, shown: Tensor, selected: Tensor) -> Tensor:
-        longest = int(token_counts(tokens).max())
-        tokens, shown, selected = (part[:, :longest] for part in (tokens, shown, selected))
-        log_probability = module.predict_genes(module.states(shown)[selected]).float().log_softmax(1)
-        right = tokens[selected][:, None]
-        hit = log_probability.argmax(1, keepdim=True) == right
-        return torch.cat([log_probability.gather(1, right), hit.float()], dim=1)
-
-    if micro_batch_size is None:
-        micro_batch_size = max(TRAINED_TOKENS // max(tokens.shape[1], 1), 1)
-    return in_micro_batches(score, tokens, shown, selected, size=micro_batch_size)
+        floors = floor.predict(tokens, selected, context)
+    return ranked.losses_beside(found, floors, module.gene_logits.bias)
 
 
 def context_of(batch: Mapping[str, Tensor]) -> Tensor:
@@ -130,7 +80,3 @@ def context_of(batch: Mapping[str, Tensor]) -> Tensor:
     if CONTEXT_KEY not in batch:
         return torch.zeros(len(batch[REGISTRY_KEYS.X_KEY]), dtype=torch.long)
     return batch[CONTEXT_KEY].reshape(-1).long().cpu()
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else values.sum()

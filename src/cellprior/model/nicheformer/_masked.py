@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model.learning._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MaskedScores
+from cellprior.model.learning._ranked import scores_by_cell
 from cellprior.model.nicheformer._floors import TechnologyFloors
 from cellprior.model.nicheformer._inputs import mask_tokens
 from cellprior.model.nicheformer._loss import gene_scores
@@ -43,21 +44,5 @@ def masked_scores(
     tokens = module.tokens(counts, context=context)
     drawn = mask_tokens(tokens.cpu().numpy(), rng, n_tokens=module.n_tokens, rate=share, hide=1.0, swap=0.0)
     shown, selected = (torch.from_numpy(part).to(tokens.device) for part in drawn)
-    scores = gene_scores(module, tokens, shown, selected)
-    logs, hits = floor.predict(tokens, selected, context)
-    cell = selected.nonzero()[:, 0].cpu()
-
-    def by_cell(values: Tensor) -> Tensor:
-        return torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, cell, values.cpu().double())
-
-    measures = {
-        "accuracy": {MODEL: scores[:, 1]} | hits,
-        "cross_entropy": {MODEL: -scores[:, 0]} | {name: -value for name, value in logs.items()},
-    }
-    return MaskedScores(
-        selected.sum(1),
-        {
-            measure: {name: by_cell(values) for name, values in of_measure.items()}
-            for measure, of_measure in measures.items()
-        },
-    )
+    found = gene_scores(module, tokens, shown, selected)
+    return scores_by_cell(found, floor.predict(tokens, selected, context), selected)

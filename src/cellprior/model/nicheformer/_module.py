@@ -20,7 +20,8 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from cellprior._arguments import one_of, share, whole
-from cellprior.model.learning._contrast import in_micro_batches
+from cellprior.model.engine._groups import of_like_length
+from cellprior.model.learning._ranked import pooled
 from cellprior.model.nicheformer._inputs import (
     FIRST_GENE,
     N_CONTEXT,
@@ -32,7 +33,7 @@ from cellprior.model.nicheformer._inputs import (
     rank_tokens,
     token_counts,
 )
-from cellprior.model.nicheformer._loss import TRAINED_TOKENS, masked_losses
+from cellprior.model.nicheformer._loss import masked_losses
 
 # tokens that go through the network together: what a core's cache likes, and what keeps a GPU busy
 CPU_TOKENS, GPU_TOKENS = 4096, 2**17
@@ -215,12 +216,7 @@ class NicheformerModule(BaseModuleClass):
         Gradients are those of all cells, with the memory of a few.
         """
         tokens = self.tokens(counts, gene_index=gene_index, context=context)
-        if not torch.is_grad_enabled():
-            return self.pool(tokens, "genes")
-        order = token_counts(tokens).argsort(descending=True)
-        back = order.argsort()
-        size = max(TRAINED_TOKENS // max(tokens.shape[1], 1), 1)
-        return in_micro_batches(lambda cells: self.pool(cells, "genes"), tokens[order], size=size)[back]
+        return pooled(lambda cells: self.pool(cells, "genes"), tokens, token_counts(tokens))
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         """What fine-tuning trains besides the annotation head."""
@@ -286,17 +282,9 @@ class NicheformerModule(BaseModuleClass):
         if tokens.ndim != 2 or tokens.shape[1] > self.n_positions:
             msg = f"tokens are {tuple(tokens.shape)}, needed (cells, positions), {self.n_positions} at most."
             raise ValueError(msg)
-        length, order = token_counts(tokens).sort(descending=True, stable=True)
         room = CPU_TOKENS if tokens.device.type == "cpu" else GPU_TOKENS
-        lengths, start = length.tolist(), 0
-        for i, n in enumerate([*lengths, 0]):
-            longest = lengths[start] if start < len(lengths) else 0
-            n_computed = self.n_positions if padded else longest
-            if i > start and ((i + 1 - start) * n_computed > room or n < LEAST_FILLED * longest):
-                yield order[start:i], longest
-                start = i
-            if n == 0:
-                return
+        least = self.n_positions if padded else 0
+        return of_like_length(token_counts(tokens), room, filled=LEAST_FILLED, least=least)
 
     def _encode(self, tokens: Tensor, n_layers: int, n_read: int) -> Tensor:
         """States ``(cells, n_read, n_hidden)`` of some cells, padded to the longest; what is behind it is padding."""

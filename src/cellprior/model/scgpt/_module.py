@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cellprior._arguments import flag, one_of, positive, share, whole
 from cellprior.model.data._entries import entries_of
+from cellprior.model.engine._groups import by_length
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
 from cellprior.model.scgpt._inputs import MASK, N_BINS, PAD, Ties, Tokens, tokenize
@@ -404,15 +405,7 @@ class ScGPTModule(BaseModuleClass):
 
     def groups(self, length: Tensor) -> Iterator[Tensor]:
         """Cells in the order of their length, as many at a time as are worth it."""
-        budget = CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS
-        order = torch.argsort(length, stable=True)
-        sizes, start = length[order].tolist(), 0
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * sizes[end] <= budget:
-                end += 1
-            yield order[start:end]
-            start = end
+        return by_length(length, CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS)
 
     def of(self, tokens: Tokens, cells: Tensor) -> Tokens:
         """Some cells, without the padding that none of them needs."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cellprior._arguments import share, whole
 from cellprior.model.data._entries import Counts, entries_of
+from cellprior.model.engine._groups import by_length
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.uce._inputs import (
     SENTENCE_LENGTH,
@@ -333,15 +334,7 @@ class UCEModule(BaseModuleClass):
 
     def groups(self, length: Tensor) -> Iterator[Tensor]:
         """Sentences in the order of their length, as many at a time as are worth it."""
-        budget = CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS
-        order = torch.argsort(length, stable=True)
-        sizes, start = length[order].tolist(), 0
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * sizes[end] <= budget:
-                end += 1
-            yield order[start:end]
-            start = end
+        return by_length(length, CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS)
 
     def of(self, tokens: Tokens, some: Tensor) -> Tokens:
         """Some sentences, without the padding that none of them needs."""
