@@ -7,8 +7,9 @@ puts each minibatch into vocabulary order: no copy of the data's matrix is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,19 @@ def pieces_of(cells: Cells, pieces: Sequence[np.ndarray]) -> DataLoader:
 
 def _as_it_is(counts: Any) -> Any:
     return counts
+
+
+def first_cells(
+    batches: Iterable[Mapping[str, Tensor]], n_cells: int
+) -> tuple[list[Mapping[str, Tensor]], Iterable[Mapping[str, Tensor]]]:
+    """The first minibatches, of so many cells if there are as many; and all of them, read no second time."""
+    waiting, read, n_read = iter(batches), [], 0
+    for batch in waiting:
+        read.append(batch)
+        n_read += len(batch[REGISTRY_KEYS.X_KEY])
+        if n_read >= n_cells:
+            break
+    return read, chain(read, waiting)
 
 
 class VocabularySplitter(DataSplitter):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior.model._base import Indices, Precision, PretrainedModel
+from cellprior.model.data._minibatches import first_cells
 from cellprior.model.geneformer._checkpoint import FILES, find_official, read_official
 from cellprior.model.geneformer._context import attention_between, gene_vectors
 from cellprior.model.geneformer._inputs import nonzero_medians
@@ -312,15 +312,10 @@ class Geneformer(PretrainedModel):
 
     def _learn_scale(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
         """Take each gene's median from the first minibatches; gives all of them back."""
-        waiting, read, n_cells = iter(batches), [], 0
-        for batch in waiting:
-            read.append(batch)
-            n_cells += len(batch[REGISTRY_KEYS.X_KEY])
-            if n_cells >= SCALE_CELLS:
-                break
+        read, everything = first_cells(batches, SCALE_CELLS)
         medians = nonzero_medians([batch[REGISTRY_KEYS.X_KEY] for batch in read], len(self.genes))
         self.module.gene_scale.copy_(torch.from_numpy(medians))
-        return chain(read, waiting)
+        return everything
 
     def _masked_scores(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from cellprior._arguments import flag, one_of
 from cellprior.model._base import Precision, PretrainedModel
 from cellprior.model.data._cells import Cells
 from cellprior.model.data._fields import CountsManager
+from cellprior.model.data._minibatches import first_cells
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.nicheformer._checkpoint import is_official, read_hub, read_lightning
 from cellprior.model.nicheformer._context import KINDS, ContextField, codes_of, explained, warn_without_assay
@@ -302,16 +302,11 @@ class Nicheformer(PretrainedModel):
 
     def _learn_scale(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
         """Take each gene's mean in each technology from the first minibatches; gives all of them back."""
-        waiting, read, n_cells = iter(batches), [], 0
-        for batch in waiting:
-            read.append(batch)
-            n_cells += len(batch[REGISTRY_KEYS.X_KEY])
-            if n_cells >= SCALE_CELLS:
-                break
+        read, everything = first_cells(batches, SCALE_CELLS)
         technology = [CONTEXT_TECHNOLOGY[context_of(batch)] for batch in read]
         means = nonzero_means([batch[REGISTRY_KEYS.X_KEY] for batch in read], technology, len(self.genes))
         self.module.gene_means.copy_(means)
-        return chain(read, waiting)
+        return everything
 
     def _masked_scores(
         self,
