@@ -123,6 +123,30 @@ def test_the_model_of_the_documentation_that_learns_beats_its_floor(site, use, t
     np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
 
 
+def test_a_plugin_that_forgets_what_the_base_needs_is_told_what(site, use, adata, monkeypatch):
+    use(site)
+    from reference_pca._training import TrainedPCA
+
+    TrainedPCA.setup_anndata(adata, labels_key="bulk_labels")
+    model = TrainedPCA(adata, n_latent=8)
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+
+    monkeypatch.setattr(model.module, "trainable_parts", lambda: {"last": [model.module.loadings]})
+    with pytest.raises(
+        TypeError, match=r"trainable_parts\(\)\['last'\] of TrainedPCAModule has a Parameter; modules"
+    ):
+        model.fine_tune(**quiet)
+    monkeypatch.setattr(model.module, "training_losses", lambda batch, **kwargs: {"error": batch["X"].mean()})
+    with pytest.raises(KeyError, match="training_losses of TrainedPCAModule gives error, and no"):
+        model.train(log_every_n_steps=1, **quiet)
+    monkeypatch.setattr(TrainedPCA, "_finish_init", lambda self, init_locals: None)
+    with pytest.raises(
+        NotImplementedError, match=r"TrainedPCA.__init__ does not call self._finish_init\(locals"
+    ):
+        TrainedPCA(adata, n_latent=8)
+    model.release()
+
+
 @pytest.mark.parametrize(
     ("code", "value", "reason"),
     [

@@ -107,7 +107,19 @@ class PretrainedModel(LoadableModel):
             self._cells()
 
     def _network(self) -> dict[str, Any]:
-        """Arguments of the network."""
+        """Arguments of the network.
+
+        Raises
+        ------
+        NotImplementedError
+            If ``__init__`` has not kept them.
+        """
+        if not hasattr(self, "init_params_"):
+            msg = (
+                f"{type(self).__name__}.__init__ does not call self._finish_init(locals()): without it the model "
+                "cannot be built again. It comes after that of the base, and before the network is made."
+            )
+            raise NotImplementedError(msg)
         params = self.init_params_["non_kwargs"]
         others = ("genes", "peaks", "min_coverage")
         return {name: value for name, value in params.items() if name not in others}

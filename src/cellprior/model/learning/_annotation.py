@@ -12,7 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cellprior._obs import read_names, text_of, warn_of_unlabeled
 from cellprior.model.data._ranks import from_first
@@ -156,6 +156,16 @@ def _refuse_impossible(model: Any, trainable: str, sizes: list[float]) -> None:
         known = ", ".join(f'"{name}"' for name in model.module.trainable_parts())
         msg = f"trainable={trainable!r} is not known; choose one of {known}."
         raise ValueError(msg)
+    if bare := [
+        type(part).__name__
+        for part in model.module.trainable_parts()[trainable]
+        if not isinstance(part, nn.Module)
+    ]:
+        msg = (
+            f"trainable_parts()[{trainable!r}] of {type(model.module).__name__} has a {bare[0]}; modules are needed. "
+            "Make it part of one."
+        )
+        raise TypeError(msg)
     n_hidden, n_latent = model.module.n_hidden, model.module.n_latent
     if n_hidden != n_latent and not hasattr(model.module, "latent_of"):
         msg = (

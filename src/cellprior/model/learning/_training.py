@@ -77,6 +77,12 @@ class TrainingPlan(Plan):
         losses = self.module.training_losses(
             batch, floor=self.floor, measured=self.measured, rng_seed=rng_seed, **self.objective
         )
+        if "loss" not in losses:
+            msg = (
+                f"training_losses of {type(self.module).__name__} gives {', '.join(losses) or 'nothing'}, and no "
+                '"loss": what is minimised.'
+            )
+            raise KeyError(msg)
         named = {f"{stage}_{name}": value.detach() for name, value in losses.items()}
         self.log_epoch(named, len(batch[REGISTRY_KEYS.X_KEY]), shown=f"{stage}_loss")
         return losses["loss"]
