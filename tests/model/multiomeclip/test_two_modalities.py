@@ -1,12 +1,8 @@
-"""What every model promises, point by point, for the one that reads a MuData."""
+"""What tests/contract asks of RNA, of ATAC and of both together."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,21 +15,18 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from mudata import MuData
-from safetensors.torch import load_file, save_file
 
 from cellprior._compat import without_pulled_columns
-from cellprior.genes import GeneMatchError, PeakMatchError
+from cellprior.genes import PeakMatchError
 from cellprior.model import NotCountsError
 from cellprior.model.multiomeclip import MultiomeCLIP
-from cellprior.weights import WeightsError, read_bundle, sha256, write_bundle
+from cellprior.weights import WeightsError
 from tests.contract.shared import (
     FORMATS,
     NOT_COUNTS,
-    Bomb,
     fingerprint,
     in_memory,
     no_network,  # noqa: F401  a fixture for every test
-    zarr_backed,
 )
 
 from .data import N_CELLS, QUIET, cells, multiome, part, peak_names
@@ -43,38 +36,29 @@ SOME = np.array([5, 3, 3, N_CELLS - 1, 0, 100, 101, 102, 5])  # unsorted and rep
 OLD_BUNDLE = Path(__file__).parent / "stored" / "bundle_with_peaks_in_config"
 pytestmark = pytest.mark.filterwarnings("ignore:After training:UserWarning")
 
-both = pytest.mark.parametrize("modality", ["rna", "atac"])
-
 
 def attach(bundle: Path, mdata: MuData, **setup: Any) -> MultiomeCLIP:
     MultiomeCLIP.setup_mudata(mdata, **setup)
     return MultiomeCLIP.from_pretrained(bundle, mdata)
 
 
-# 1. formats
+# formats
 
 
-@pytest.mark.parametrize("how", FORMATS)
-def test_any_format_of_a_modality_gives_the_same_embedding(trained, latent, mdata, tmp_path, how):
+@pytest.mark.parametrize("how", ["csc_array", "backed view", "backed csr", "dask csr"])
+def test_any_format_of_atac_gives_the_same_embedding(trained, latent, mdata, tmp_path, how):
     place, convert = FORMATS[how]
-    for modality, adata in mdata.mod.items():
-        (tmp_path / modality).mkdir()
-        query = place(adata, tmp_path / modality, convert(adata.X))
-        np.testing.assert_allclose(trained.get_latent_representation(query), latent[modality], **CLOSE)
-        some = trained.get_latent_representation(query, indices=SOME, batch_size=4)
-        np.testing.assert_allclose(some, latent[modality][SOME], **CLOSE)
+    query = place(mdata.mod["atac"], tmp_path, convert(mdata.mod["atac"].X))
+    np.testing.assert_allclose(trained.get_latent_representation(query), latent["atac"], **CLOSE)
+    some = trained.get_latent_representation(query, indices=SOME, batch_size=4)
+    np.testing.assert_allclose(some, latent["atac"][SOME], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "how", [how for how, (place, _) in FORMATS.items() if place in (in_memory, zarr_backed)]
-)
-def test_any_format_can_be_in_the_mudata_that_is_set_up(bundle, latent, mdata, tmp_path, how):
+@pytest.mark.parametrize("how", ["csc", "dense F float32", "dask dense", "zarr csr"])
+def test_any_format_of_atac_can_be_in_the_mudata_that_is_set_up(bundle, latent, mdata, tmp_path, how):
     place, convert = FORMATS[how]
-    formatted = {}
-    for name, adata in mdata.mod.items():
-        (tmp_path / name).mkdir()
-        formatted[name] = place(adata, tmp_path / name, convert(adata.X))
-    model = attach(bundle, multiome(formatted))
+    atac = place(mdata.mod["atac"], tmp_path, convert(mdata.mod["atac"].X))
+    model = attach(bundle, multiome({"rna": mdata.mod["rna"], "atac": atac}))
     np.testing.assert_allclose(model.get_latent_representation(batch_size=50), latent["joint"], **CLOSE)
     model.release()
 
@@ -115,7 +99,7 @@ def test_counts_in_a_layer_are_as_good_as_in_x(trained, latent, mdata):
     np.testing.assert_allclose(model.get_latent_representation(), latent["joint"], **CLOSE)
 
 
-# 2. batch size and order
+# batch size and order
 
 
 @pytest.mark.parametrize("setup", [{}, {"batch_key": "batch"}], ids=["one group", "two batches"])
@@ -138,7 +122,7 @@ def test_cells_in_another_order_have_the_same_embedding(bundle, latent, mdata):
     model.release()
 
 
-# 3. genes and peaks
+# genes and peaks
 
 
 def with_names(adata: AnnData, names: Any, x: Any = None) -> AnnData:
@@ -149,14 +133,14 @@ def shuffled(adata: AnnData) -> AnnData:
     return adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
 
 
-def others(adata: AnnData, n: int) -> list[str]:
-    """Names of as many features that the vocabulary lacks."""
-    return [f"chr17:{i}000-{i}100" if ":" in adata.var_names[0] else f"OTHER{i}" for i in range(n)]
+def others(n: int) -> list[str]:
+    """Names of as many peaks that the vocabulary lacks."""
+    return [f"chr17:{i}000-{i}100" for i in range(n)]
 
 
-def with_unknown_features(adata: AnnData) -> AnnData:
+def with_unknown_peaks(adata: AnnData) -> AnnData:
     unknown = sp.random(adata.n_obs, 50, 0.3, "csr", random_state=np.random.default_rng(0)).ceil() * 5
-    return with_names(adata, [*adata.var_names, *others(adata, 50)], sp.hstack([adata.X, unknown], "csr"))
+    return with_names(adata, [*adata.var_names, *others(50)], sp.hstack([adata.X, unknown], "csr"))
 
 
 def with_repeated_names(adata: AnnData) -> AnnData:
@@ -166,17 +150,15 @@ def with_repeated_names(adata: AnnData) -> AnnData:
     return with_names(adata, [*adata.var_names] * 2, sp.hstack([half, adata.X - half], "csr"))
 
 
-@both
 @pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
-@pytest.mark.parametrize("change", [shuffled, with_unknown_features, with_repeated_names])
-def test_features_are_found_wherever_they_are(trained, latent, mdata, change, modality):
-    changed = change(mdata.mod[modality])
-    np.testing.assert_allclose(trained.get_latent_representation(changed), latent[modality], **CLOSE)
+@pytest.mark.parametrize("change", [shuffled, with_unknown_peaks, with_repeated_names])
+def test_peaks_are_found_wherever_they_are(trained, latent, mdata, change):
+    changed = change(mdata.mod["atac"])
+    np.testing.assert_allclose(trained.get_latent_representation(changed), latent["atac"], **CLOSE)
 
 
-@both
-def test_a_feature_that_is_missing_counts_as_zero(trained, mdata, modality):
-    adata = mdata.mod[modality]
+def test_a_peak_that_is_missing_counts_as_zero(trained, mdata):
+    adata = mdata.mod["atac"]
     missing = np.arange(adata.n_vars) % 4 == 0
     zeroed = with_names(adata, adata.var_names, sp.csr_matrix(adata.X.multiply(~missing)))
     np.testing.assert_allclose(
@@ -184,45 +166,6 @@ def test_a_feature_that_is_missing_counts_as_zero(trained, mdata, modality):
         trained.get_latent_representation(zeroed),
         **CLOSE,
     )
-
-
-NAMES: dict[str, tuple[str, Callable[[int], str]]] = {
-    "symbols": ("symbol", lambda i: f"GENE{i}"),
-    "ids": ("ensembl_id", lambda i: f"ENSG{i:011}"),
-    "ids with version": ("ensembl_id", lambda i: f"ENSG{i:011}.7"),
-    "retired symbols": ("retired_symbol", lambda i: f"FORMER{i}"),
-}
-
-
-@pytest.mark.parametrize("kind", NAMES)
-def test_genes_may_go_by_any_of_their_names(bundle, latent, mdata, tmp_path, kind):
-    stored = read_bundle(bundle)
-    genes = pd.DataFrame(
-        {
-            "ensembl_id": [f"ENSG{i:011}" for i in range(60)],
-            "symbol": stored.genes["symbol"],
-            "previous_symbols": [f"FORMER{i}|OLDER{i}" for i in range(60)],
-        }
-    )
-    parts = {"state_dict": stored.state_dict, "config": stored.config, "card": "", "peaks": stored.peaks}
-    model = MultiomeCLIP.from_pretrained(write_bundle(tmp_path / "named", genes=genes, **parts))
-    route, name = NAMES[kind]
-    names = [name(i) for i in range(60)]
-    in_the_index = with_names(mdata.mod["rna"], names)
-    in_a_column = with_names(mdata.mod["rna"], [f"row{i}" for i in range(60)])
-    in_a_column.var["names"] = names
-    for rna in (in_the_index, in_a_column):
-        query = multiome({"rna": rna, "atac": mdata.mod["atac"]})
-        assert model.feature_match(query)["rna"].routes == {route: 60}
-        np.testing.assert_allclose(model.get_latent_representation(query), latent["joint"], **CLOSE)
-
-
-def test_gene_names_may_be_in_a_column(trained, latent, mdata):
-    query = mdata.mod["rna"].copy()
-    query.var["symbol"] = query.var_names
-    query.var_names = [f"feature {i}" for i in range(query.n_vars)]
-    assert trained.feature_match(query)["rna"].source == "symbol"
-    np.testing.assert_allclose(trained.get_latent_representation(query), latent["rna"], **CLOSE)
 
 
 def test_genes_whose_places_are_known_are_no_peaks(trained, latent, mdata):
@@ -235,43 +178,27 @@ def test_genes_whose_places_are_known_are_no_peaks(trained, latent, mdata):
     np.testing.assert_allclose(trained.get_latent_representation(rna), latent["rna"], **CLOSE)
 
 
-@both
-@pytest.mark.parametrize("n", [0, 1, 10])
-def test_too_few_features_are_an_error_that_says_what_was_found_and_needed(
-    bundle, trained, mdata, n, modality
-):
-    adata = mdata.mod[modality]
-    names = [*adata.var_names[:n], *others(adata, adata.n_vars - n)]
-    mdata = multiome({**mdata.mod, modality: with_names(adata, names)})
-    what, where = ("genes", "vocabulary") if modality == "rna" else ("peaks", "reference")
+@pytest.mark.parametrize("n", [0, 10])
+def test_too_few_peaks_are_an_error_that_says_what_was_found_and_needed(bundle, trained, mdata, n):
+    atac = mdata.mod["atac"]
+    names = [*atac.var_names[:n], *others(atac.n_vars - n)]
+    mdata = multiome({"rna": mdata.mod["rna"], "atac": with_names(atac, names)})
     for attempt in (lambda: attach(bundle, mdata), lambda: trained.get_latent_representation(mdata)):
-        with pytest.raises((GeneMatchError, PeakMatchError)) as error:
+        with pytest.raises(PeakMatchError) as error:
             attempt()
-        assert str(error.value).startswith(f"{n} of {adata.n_vars} {what} match the {where}")
-        assert f"needed: 20 {what} and a coverage of 0.25" in str(error.value)
+        assert str(error.value).startswith(f"{n} of {atac.n_vars} peaks match the reference")
+        assert "needed: 20 peaks and a coverage of 0.25" in str(error.value)
 
 
-def test_the_least_coverage_can_be_set(bundle, mdata):
-    rna = mdata.mod["rna"]
-    few = multiome({"rna": with_names(rna, [*rna.var_names[:30], *(f"OTHER{i}" for i in range(30))])})
-    strict, lenient = (MultiomeCLIP.from_pretrained(bundle, min_coverage=share) for share in (0.6, 0.4))
-    with pytest.raises(GeneMatchError, match="a coverage of 0.6"):
-        strict.get_latent_representation(few)
-    assert np.isfinite(lenient.get_latent_representation(few)).all()
-
-
-# 4. raw counts
+# raw counts
 
 PLACES = ("X", "a layer", "a sparse query", "a dense query")
 
 
-@both
 @pytest.mark.parametrize(("kind", "place"), [*zip(NOT_COUNTS, cycle(PLACES), strict=False)])
-def test_what_is_not_raw_counts_is_refused_with_the_cell_the_feature_and_the_way_out(
-    bundle, trained, kind, place, modality
-):
+def test_what_is_no_raw_atac_is_refused_with_the_cell_the_peak_and_the_way_out(bundle, trained, kind, place):
     mdata = cells(410)
-    adata = mdata.mod[modality]
+    adata = mdata.mod["atac"]
     x = NOT_COUNTS[kind][0](adata.X.toarray())
     with np.errstate(invalid="ignore"):
         cell, feature = np.argwhere(~((x >= 0) & (x == np.rint(x)) & np.isfinite(x)))[0]
@@ -283,17 +210,17 @@ def test_what_is_not_raw_counts_is_refused_with_the_cell_the_feature_and_the_way
         if "query" in place:
             trained.get_latent_representation(mdata, batch_size=150)
         else:
-            setup = {f"{modality}_layer": "other"} if place == "a layer" else {}
+            setup = {"atac_layer": "other"} if place == "a layer" else {}
             attach(bundle, mdata, **setup).get_latent_representation()
     message = str(error.value)
     assert ("layers['other']" if place == "a layer" else "X") in message.split()[0]
     value = x[cell, feature]
-    place = f"{'gene' if modality == 'rna' else 'peak'} {adata.var_names[feature]!r} is {value:g}"
+    place = f"peak {adata.var_names[feature]!r} is {value:g}"
     assert f"cell {adata.obs_names[cell]!r}, {place}" in message
     assert (
         "not finite" if not np.isfinite(value) else "negative" if value < 0 else "not an integer"
     ) in message
-    assert f"{modality}_layer=" in message and "recover_counts" in message
+    assert "atac_layer=" in message and "recover_counts" in message
 
 
 def test_a_cell_without_counts_has_a_finite_row(bundle, mdata):
@@ -308,16 +235,15 @@ def test_a_cell_without_counts_has_a_finite_row(bundle, mdata):
     model.release()
 
 
-@both
-@pytest.mark.parametrize("shape", [(0, None), (None, 0)], ids=["no cells", "no features"])
-def test_data_without_cells_or_features_are_refused(bundle, trained, mdata, modality, shape):
-    adata = mdata.mod[modality][: shape[0], : shape[1]].copy()
+@pytest.mark.parametrize("shape", [(0, None), (None, 0)], ids=["no cells", "no peaks"])
+def test_atac_without_cells_or_peaks_is_refused(bundle, trained, mdata, shape):
+    adata = mdata.mod["atac"][: shape[0], : shape[1]].copy()
     needed = f"has {adata.n_obs} cells and {adata.n_vars} (genes|peaks); at least one of each is needed"
     with pytest.raises(ValueError, match=needed):
         trained.get_latent_representation(adata)
     if shape[0] is None:
         with pytest.raises(ValueError, match=needed):
-            attach(bundle, multiome({**mdata.mod, modality: adata}))
+            attach(bundle, multiome({"rna": mdata.mod["rna"], "atac": adata}))
 
 
 def test_data_without_a_matrix_are_refused_with_the_layers_that_there_are(trained, mdata):
@@ -330,7 +256,7 @@ def test_data_without_a_matrix_are_refused_with_the_layers_that_there_are(traine
         MultiomeCLIP.setup_mudata(multiome({"rna": empty, "atac": mdata.mod["atac"]}))
 
 
-# 5. the user's objects
+# the user's objects
 
 
 def everything_in(mdata: MuData) -> dict[str, Any]:
@@ -347,7 +273,7 @@ def everything_in(mdata: MuData) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "how",
-    ["csc", "csr of int64", "csr with repeated and unsorted indices", "dense F float32", "a file", "a view"],
+    ["csr with repeated and unsorted indices", "a file", "a view"],
 )
 def test_the_users_data_are_left_as_they_were(bundle, trained, mdata, tmp_path, how):
     if how == "a file":
@@ -409,57 +335,7 @@ def test_a_copy_or_a_part_of_data_that_are_set_up_is_set_up_alike(trained, laten
     assert not MultiomeCLIP._per_instance_manager_store.get(model.id)
 
 
-# 6. saving
-
-
-FRESH_PROCESS = """
-import sys
-import mudata as md
-import numpy as np
-from cellprior._compat import without_pulled_columns
-from cellprior.model import MultiomeCLIP
-folder = sys.argv[1]
-with without_pulled_columns():
-    read = lambda: md.read_h5mu(f"{folder}/cells.h5mu")
-    models = {
-        "without_data": MultiomeCLIP.load(f"{folder}/saved", False),
-        "attached": MultiomeCLIP.load(f"{folder}/saved", read()),
-        "bundle": MultiomeCLIP.from_pretrained(f"{folder}/bundle"),
-        "bundle_attached": MultiomeCLIP.from_pretrained(f"{folder}/bundle", read()),
-    }
-    np.savez(
-        f"{folder}/latents.npz",
-        **{name: m.get_latent_representation(None if "attached" in name else read()) for name, m in models.items()},
-        rna=models["bundle"].get_latent_representation(read()["rna"]),
-    )
-"""
-
-
-def test_a_saved_model_gives_the_same_embedding_in_a_fresh_process(trained, latent, mdata, tmp_path):
-    trained.save(str(tmp_path / "saved"))
-    trained.save_pretrained(tmp_path / "bundle")
-    with without_pulled_columns():
-        mdata.write(tmp_path / "cells.h5mu")
-    command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)]
-    environment = {**os.environ, "CELLPRIOR_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    with np.load(tmp_path / "latents.npz") as latents:
-        assert len(latents) == 5
-        for name, found in latents.items():
-            np.testing.assert_allclose(
-                found, latent["rna" if name == "rna" else "joint"], **CLOSE, err_msg=name
-            )
-
-
-def test_a_model_saved_with_its_data_finds_them_again(bundle, latent, mdata, tmp_path):
-    model = attach(bundle, mdata)
-    with without_pulled_columns():
-        model.save(str(tmp_path / "model"), save_anndata=True)
-        again = MultiomeCLIP.load(str(tmp_path / "model"))
-    np.testing.assert_allclose(again.get_latent_representation(), latent["joint"], **CLOSE)
-    assert again.pretrained_ == model.pretrained_
-    model.release()
+# saving
 
 
 def test_the_bundle_of_an_older_version_with_its_peaks_in_the_config_is_read_for_ever(mdata, tmp_path):
@@ -481,53 +357,12 @@ def test_the_bundle_of_an_older_version_with_its_peaks_in_the_config_is_read_for
     )
 
 
-# 7. offline, and damaged
-
-
-def test_weights_with_another_hash_than_the_known_one_are_refused(bundle, latent, mdata):
-    digest = sha256(bundle)
-    with pytest.raises(WeightsError, match=f"it has sha256 {digest}, needed is {'0' * 64}"):
-        MultiomeCLIP.from_pretrained(bundle, known_hash="0" * 64)
-    right = MultiomeCLIP.from_pretrained(bundle, known_hash=digest)
-    np.testing.assert_allclose(right.get_latent_representation(mdata), latent["joint"], **CLOSE)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "peaks.tsv", "genes.tsv", "config.json"])
-def test_a_bundle_of_which_a_file_is_cut_short_is_refused(trained, tmp_path, name):
+def test_a_bundle_whose_peaks_are_cut_short_is_refused(trained, tmp_path):
     trained.save_pretrained(tmp_path / "bundle")
-    path = tmp_path / "bundle" / name
+    path = tmp_path / "bundle" / "peaks.tsv"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(WeightsError, match="truncated|contradicts itself|not JSON"):
+    with pytest.raises(WeightsError, match="truncated|contradicts itself"):
         MultiomeCLIP.from_pretrained(tmp_path / "bundle")
-
-
-# 8. strict loading, no pickle
-
-
-def test_every_tensor_of_a_bundle_has_its_place_or_the_error_lists_it(trained, tmp_path):
-    trained.save_pretrained(tmp_path / "bundle")
-    path = tmp_path / "bundle" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["atac.components"]
-    save_file({**tensors, "extra": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match="atac.components is missing; extra has no place"):
-        MultiomeCLIP.from_pretrained(tmp_path / "bundle")
-
-
-@pytest.mark.parametrize("name", ["scclip.ckpt", "bundle/model.safetensors"])
-def test_nothing_in_a_file_of_weights_is_executed(trained, tmp_path, name):
-    trained.save_pretrained(tmp_path / "bundle")
-    path = tmp_path / name
-    torch.save({"state_dict": Bomb(tmp_path / "exploded")}, path)
-    with pytest.raises(WeightsError):
-        MultiomeCLIP.from_pretrained(path.parent if name.startswith("bundle") else path)
-    assert not (tmp_path / "exploded").exists()
-    with path.open("rb") as file:
-        torch.load(file, weights_only=False)  # the bomb is live
-    assert (tmp_path / "exploded").exists()
-
-
-# 9. training
 
 
 def test_training_changes_the_layers_and_the_alignment_and_no_fitted_inputs(bundle, mdata):
@@ -547,9 +382,6 @@ def test_training_changes_the_layers_and_the_alignment_and_no_fitted_inputs(bund
 
     first, second = tensors(), tensors()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-# 10. "unknown" is in test_rejection.py
 
 
 # what it is for
