@@ -10,7 +10,7 @@ _NO = frozenset({"", "0", "false", "no", "off"})
 
 
 class Settings:
-    """Three settings, each with an environment variable behind it.
+    """Four settings, each with an environment variable behind it.
 
     The environment is read at every access. A value that has been assigned wins over the environment
     until `None` is assigned in its place.
@@ -26,6 +26,7 @@ class Settings:
         self._cache_dir: Path | None = None
         self._offline: bool | None = None
         self._mirror: str | None = None
+        self._n_jobs: int | None = None
 
     @property
     def cache_dir(self) -> Path:
@@ -82,8 +83,40 @@ class Settings:
     def mirror(self, mirror: str | os.PathLike[str] | None) -> None:
         self._mirror = None if mirror is None else os.fspath(mirror)
 
+    @property
+    def n_jobs(self) -> int | None:
+        """Cores that cells are embedded on; `CELLPRIOR_N_JOBS`, or else `None`.
+
+        `None` is as many as PyTorch uses (``OMP_NUM_THREADS``, :func:`torch.set_num_threads`), of those that the
+        process is bound to and that a container grants, 16 at most. Never changes a number.
+
+        Raises
+        ------
+        ValueError
+            If it is not a whole number from 1 on.
+        """
+        return self._n_jobs or _cores(os.environ.get("CELLPRIOR_N_JOBS") or None)
+
+    @n_jobs.setter
+    def n_jobs(self, n_jobs: int | None) -> None:
+        self._n_jobs = _cores(n_jobs)
+
     def __repr__(self) -> str:
-        return f"Settings(cache_dir={str(self.cache_dir)!r}, offline={self.offline}, mirror={self.mirror!r})"
+        return (
+            f"Settings(cache_dir={str(self.cache_dir)!r}, offline={self.offline}, mirror={self.mirror!r}, "
+            f"n_jobs={self.n_jobs})"
+        )
+
+
+def _cores(n_jobs: int | str | None) -> int | None:
+    try:
+        n_cores = None if n_jobs is None else int(n_jobs)
+    except ValueError:
+        n_cores = 0
+    if n_cores is not None and n_cores < 1:
+        msg = f"n_jobs={n_jobs!r}: a whole number of cores from 1 on is needed, or None."
+        raise ValueError(msg)
+    return n_cores
 
 
 settings = Settings()

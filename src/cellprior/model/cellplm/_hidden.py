@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cellprior._outputs import write_file
+from cellprior.model.engine._cores import on_cores
 
 BLOCK_BYTES = 64 * 2**20  # of hidden states in one piece of memory
 
@@ -78,14 +79,22 @@ class HiddenStates:
 
     def replace(self, function: Callable[[int, Tensor], Tensor]) -> None:
         """Replace every chunk by a function of its number and itself."""
-        for i, chunk in enumerate(self._chunks):
-            replaced = function(i, chunk)
+        numbers = range(len(self._chunks))
+        device = self._chunks[0].device if self._chunks else torch.device("cpu")
+        for i, replaced in zip(numbers, self._replaced(function, numbers, device), strict=True):
+            chunk = self._chunks[i]
             if torch.is_grad_enabled():
                 self._chunks[i] = replaced
             else:
                 chunk.copy_(replaced)
             self.step(len(chunk))
         self.stage += 1
+
+    def _replaced(
+        self, function: Callable[[int, Tensor], Tensor], numbers: Sequence[int], device: torch.device
+    ) -> Iterator[Tensor]:
+        """What takes the place of chunks."""
+        return on_cores(lambda i: function(i, self[i]), numbers, device)
 
     def sums(self, compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """What the cells of this stage know of each other, numbers and tensors, before any is replaced."""
@@ -185,9 +194,9 @@ class StoredStates(HiddenStates):
     def replace(self, function: Callable[[int, Tensor], Tensor]) -> None:
         """Replace every chunk that has not been replaced before the run was cut short."""
         stage = self.stage
-        for i in range(len(self)):
-            if self._stages[i] == stage:
-                self._write(i, stage + 1, function(i, self[i]))
+        numbers = [i for i in range(len(self)) if self._stages[i] == stage]
+        for i, replaced in zip(numbers, self._replaced(function, numbers, self.device), strict=True):
+            self._write(i, stage + 1, replaced)
         self._update()
         self._sums(stage).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from cellprior._arguments import one_of, positive, share, whole
 from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
+from cellprior.model.engine._cores import on_cores
 
 FLOW_EPS = 1e-6
 N_STREAMS = 3  # times that attention reads a sentence to find what its cells know of each other
@@ -165,7 +167,8 @@ class CellPLMModule(BaseModuleClass):
         hidden = HiddenStates() if states is None else states
         if hidden.stage < 0:
             table = self.embedder.table(gene_index)
-            hidden.fill(self.embedder(counts, table) for counts in chunks)
+            embed = partial(self.embedder, table=table)
+            hidden.fill(on_cores(embed, chunks, self.embedder.gene_embedding.device))
         for number, layer in enumerate(self.encoder):
             if hidden.stage == number:
                 layer(hidden)
@@ -354,7 +357,11 @@ class FlowAttention(nn.Module):
         names = (("query", "key"), ("query", "key"), ("key", "value"))[len(known)]
         functions: tuple[Callable[..., Pair], ...] = (self._totals, self._flows, self._competition)
         function = functions[len(known)]
-        return add_up(function(*projected.of(i, *names), *known) for i in range(len(projected)))
+
+        def of_chunk(i: int) -> Pair:
+            return function(*projected.of(i, *names), *known)
+
+        return add_up(on_cores(of_chunk, range(len(projected)), self.query.weight.device))
 
     @staticmethod
     def sums(n_cells: int, known: Sequence[Pair]) -> FlowSums:

@@ -19,6 +19,7 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from cellprior._arguments import flag, share, whole
+from cellprior.model.engine._cores import on_cores
 from cellprior.model.engine._groups import of_like_length
 from cellprior.model.geneformer._inputs import first_gene, rank_tokens, token_counts
 from cellprior.model.geneformer._loss import masked_losses
@@ -166,8 +167,9 @@ class GeneformerModule(BaseModuleClass):
         """
         pooling = self.checked_pooling(pooling)
         read = slice(0, 1) if pooling == "cls" else EVERYTHING
-        order, pooled = [], [tokens.new_zeros(0, self.n_hidden, dtype=torch.float32)]
-        for cells, length in self._groups(tokens):
+
+        def pooled(some: tuple[Tensor, int]) -> tuple[Tensor, Tensor]:
+            cells, length = some
             group = tokens[cells, :length]
             hidden = self._encode(group, layer, read=read)
             if pooling == "mean":
@@ -177,10 +179,12 @@ class GeneformerModule(BaseModuleClass):
                 share = share / share.sum(1, keepdim=True).clamp(min=1)
                 with torch.autocast(tokens.device.type, enabled=False):
                     hidden = torch.bmm(share[:, None].float(), hidden.float())
-            pooled.append(hidden[:, 0].float())
-            order.append(cells)
+            return cells, hidden[:, 0].float()
+
         found = torch.zeros(len(tokens), self.n_hidden, device=tokens.device)
-        return found.index_copy(0, torch.cat([*order, tokens.new_zeros(0)]), torch.cat(pooled))
+        for cells, of_cells in on_cores(pooled, self._groups(tokens), tokens.device):
+            found = found.index_copy(0, cells, of_cells)
+        return found
 
     def states(self, tokens: Tensor, *, layer: int = 0) -> Tensor:
         """Hidden states of all positions ``(cells, positions, n_hidden)``, zeros behind each cell's tokens.

@@ -20,6 +20,7 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from cellprior._arguments import one_of, share, whole
+from cellprior.model.engine._cores import on_cores
 from cellprior.model.engine._groups import of_like_length
 from cellprior.model.learning._ranked import pooled
 from cellprior.model.nicheformer._inputs import (
@@ -172,8 +173,9 @@ class NicheformerModule(BaseModuleClass):
         """
         one_of(POOLINGS, pooling=pooling)
         n_layers = self.checked_layer(layer)
-        found = torch.zeros(len(tokens), self.n_hidden, device=tokens.device)
-        for cells, length in self._groups(tokens, padded=pooling == "all"):
+
+        def pooled(some: tuple[Tensor, int]) -> tuple[Tensor, Tensor]:
+            cells, length = some
             group = tokens[cells, :length]
             n_read = self.n_positions if pooling == "all" else length
             hidden = self._encode(group, n_layers, n_read)
@@ -183,7 +185,10 @@ class NicheformerModule(BaseModuleClass):
                 part = part & ~is_context(group)
             weight = part / part.sum(1, keepdim=True).clamp(min=1)
             with torch.autocast(tokens.device.type, enabled=False):
-                mean = torch.bmm(weight[:, None].float(), hidden.float())[:, 0]
+                return cells, torch.bmm(weight[:, None].float(), hidden.float())[:, 0]
+
+        found = torch.zeros(len(tokens), self.n_hidden, device=tokens.device)
+        for cells, mean in on_cores(pooled, self._groups(tokens, padded=pooling == "all"), tokens.device):
             found = found.index_copy(0, cells, mean)
         return found
 

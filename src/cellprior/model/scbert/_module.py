@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cellprior._arguments import one_of, share, whole
+from cellprior.model.engine._cores import on_cores
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scbert._attention import FavorAttention, KeyMax, KeySums
 from cellprior.model.scbert._inputs import counts_to_bins
@@ -181,7 +183,8 @@ class ScBERTModule(BaseModuleClass):
             )
             raise ValueError(msg)
         self._check(tokens)
-        return torch.cat([self._pool(group, pooling, n_zero_genes) for group in self._groups(tokens)])
+        pooled = partial(self._pool, pooling=pooling, n_zero_genes=n_zero_genes)
+        return torch.cat(list(on_cores(pooled, self._groups(tokens), tokens.device)))
 
     def hidden(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
         """Mean over the genes ``(cells, n_hidden)`` from raw counts, what the annotation head reads.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cellprior._arguments import flag, one_of, positive, share, whole
 from cellprior.model.data._entries import entries_of
+from cellprior.model.engine._cores import on_cores
 from cellprior.model.engine._groups import by_length
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scgpt._heads import CellExpression, Classifier, Expression, Mvc, linear_expression
@@ -254,8 +255,12 @@ class ScGPTModule(BaseModuleClass):
             msg = f'pooling={pooling!r} is not known; choose "cls", "mean" or "weighted".'
             raise ValueError(msg)
         found = torch.empty(len(tokens.gene), self.n_hidden, device=self._device)
-        for cells in self.groups(tokens.length):
-            found[cells] = self._pool(self.of(tokens, cells), pooling, domain).float()
+
+        def pooled(cells: Tensor) -> tuple[Tensor, Tensor]:
+            return cells, self._pool(self.of(tokens, cells), pooling, domain).float()
+
+        for cells, of_cells in on_cores(pooled, self.groups(tokens.length), self._device):
+            found[cells] = of_cells
         return F.normalize(found, dim=1) if unit_length else found
 
     def hidden(

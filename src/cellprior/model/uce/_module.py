@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cellprior._arguments import share, whole
 from cellprior.model.data._entries import Counts, entries_of
+from cellprior.model.engine._cores import on_cores
 from cellprior.model.engine._groups import by_length
 from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.uce._inputs import (
@@ -255,8 +256,12 @@ class UCEModule(BaseModuleClass):
         if padding == "released":
             return self._encode(tokens, padding, CLS)[:, 0].float()
         found = torch.empty(len(tokens.token), self.n_hidden, device=self._device)
-        for some in self.groups(tokens.length):
-            found[some] = self._encode(self.of(tokens, some), padding, CLS)[:, 0].float()
+
+        def of_cls(some: Tensor) -> tuple[Tensor, Tensor]:
+            return some, self._encode(self.of(tokens, some), padding, CLS)[:, 0].float()
+
+        for some, states in on_cores(of_cls, self.groups(tokens.length), self._device):
+            found[some] = states
         return found
 
     def latent_of(self, hidden: Tensor) -> Tensor:
