@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
@@ -129,6 +128,8 @@ def blood_cells() -> AnnData:
 
 @cache
 def _blood_cells() -> AnnData:
+    import scanpy as sc  # takes seconds, and fresh processes that read other data need none of it
+
     adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
     counts = pp.recover_counts(adata)
     obs = adata.obs[["bulk_labels"]].assign(batch=np.where(np.arange(adata.n_obs) % 3, "a", "b"))
