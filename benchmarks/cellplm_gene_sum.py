@@ -2,7 +2,7 @@
 
     python benchmarks/cellplm_gene_sum.py [--genes 17000] [--hidden 1024] [--cells 512]
 
-The result stands as BREAK_EVEN_DENSITY in cellprior/model/cellplm/_kernels.py.
+The result stands as BREAK_EVEN_DENSITY in cellprior/model/engine/_kernels.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from cellprior.model.cellplm._kernels import _sparse_product, to_dense
 from cellprior.model.data._counts import csr_tensor
+from cellprior.model.engine._kernels import _sparse_product, to_dense
 
 DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3)
 

@@ -86,4 +86,6 @@ def test_the_empty_string_switches_a_mirror_of_the_environment_off(monkeypatch):
 def test_the_repr_shows_the_values_in_force(tmp_path):
     cp.settings.cache_dir = tmp_path
     cp.settings.offline = True
-    assert repr(cp.settings) == f"Settings(cache_dir={str(tmp_path)!r}, offline=True, mirror=None, n_jobs=None)"
+    assert (
+        repr(cp.settings) == f"Settings(cache_dir={str(tmp_path)!r}, offline=True, mirror=None, n_jobs=None)"
+    )

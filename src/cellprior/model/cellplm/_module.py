@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from cellprior._arguments import one_of, positive, share, whole
 from cellprior.model.cellplm._hidden import HiddenStates
-from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
 from cellprior.model.engine._cores import on_cores
+from cellprior.model.engine._kernels import log_counts, weighted_gene_sum
 
 FLOW_EPS = 1e-6
 N_STREAMS = 3  # times that attention reads a sentence to find what its cells know of each other

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cellprior._arguments import flag, one_of, pair, share, whole
 from cellprior.model.data._counts import csr_tensor
+from cellprior.model.engine._kernels import weighted_gene_sum
 from cellprior.model.learning._contrast import in_micro_batches, similarities
 from cellprior.model.learning._processes import gather_cells
 from cellprior.model.multiomeclip._inputs import (
@@ -335,7 +336,7 @@ class MLPEncoder(nn.Module):
     def inputs(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
         """Place of each cell on the components, its own or others ``(cells, n_components)``."""
         components = self.components if components is None else components
-        return (self._weigh(counts) @ components - self.mean) / self.spread
+        return (weighted_gene_sum(self._weigh(counts), components) - self.mean) / self.spread
 
     def _weigh(self, counts: Tensor) -> Tensor:
         if not self.is_atac:

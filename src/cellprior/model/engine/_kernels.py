@@ -1,4 +1,4 @@
-"""The gene sum at the bottom of CellPLM: the one product that touches the count matrix."""
+"""Sums of the vectors of features, weighted by counts: the one product that touches the count matrix."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cellprior.model.cellplm import _kernels
-from cellprior.model.cellplm._kernels import log_counts, weighted_gene_sum
 from cellprior.model.data._counts import csr_tensor
+from cellprior.model.engine import _kernels
+from cellprior.model.engine._kernels import log_counts, weighted_gene_sum
 
 DENSITIES = [0.0, 0.01, 0.1, 0.5, 1.0]
 
