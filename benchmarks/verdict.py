@@ -1,6 +1,6 @@
 """Can the verdict be believed? How often it says that an embedding helps when it does not, and misses one that does.
 
-    python benchmarks/verdict.py FOLDER [--repetitions 200] [--out rates.csv] [--jobs 2]
+    python benchmarks/verdict.py FOLDER KEPT [--repetitions 200] [--first 0] [--sizes 150 500 2000] [--donors 2 3 5 10]
 
 FOLDER holds pbmc_facs_zheng2017.h5ad, raw counts of 3,874 blood cells with labels in ``obs["cell_type"]``. The counts
 of each cell are split in two at random, gene by gene (a binomial draw of each count). Components of one half are the
@@ -8,19 +8,20 @@ candidate, those of the other the baseline: two methods of which neither is bett
 true gain, the counts of the baseline are thinned further. With donors, cells are dealt to them at random, and each
 donor's counts are thinned for each method by as much as chance says, so that gains differ from donor to donor.
 
-Printed are the rates of the outcomes, how often the interval holds the true difference (the mean over all repetitions
-where there is a gain, 0 where there is none), and its mean half-width. With fewer than four donors, "helps" and
-"worse" are said of these donors only.
+What both say of each cell is written to the folder KEPT, a file for each repetition; what is there already is not drawn
+again. Printed, from all files with numbers of the range that is asked for, are the rates of the outcomes, how often the
+interval holds the true difference (the mean over all repetitions where there is a gain, 0 where there is none), and its
+mean half-width. With fewer than four donors, "helps" and "worse" are said of these donors only. Constants of the
+intervals are chosen with one range of numbers and looked at with another.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
+import pickle
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from joblib import Parallel, delayed
+from tqdm import tqdm
 
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._ask import KNN, LINEAR, Answers, Asked, Fold
 from cellprior.evaluate._expression import log_normalised
+from cellprior.evaluate._intervals import Resampling
+from cellprior.evaluate._neighbors import Chosen
 from cellprior.evaluate._splits import HELD_OUT, MIN_LEARNED, RANDOM, batch_splits, label_codes, random_folds
 from cellprior.evaluate._task import CHOSEN, Task
 from cellprior.evaluate._verdict import compare
@@ -65,8 +68,8 @@ def components(name: str, kind: methods.Kind, counts: sp.csr_matrix) -> methods.
 
 def one(
     counts: sp.csr_matrix, codes: np.ndarray, seed: int, *, n: int, donors: int, kept: tuple[float, ...]
-) -> list[dict[str, Any]]:
-    """What the verdict says of one draw, for no gain and for each gain."""
+) -> dict[str, Any]:
+    """What candidate and baselines say of the cells of one draw, without gain and for each gain."""
     warnings.simplefilter("ignore")
     rng = np.random.default_rng((seed, n, donors))
     rows = rng.permutation(len(codes))[:n]
@@ -92,40 +95,44 @@ def one(
     task = Task(
         drawn, labels, batches, methods.Genes(log_normalised(first)), np.arange(n), made, {kind: splits}
     )
-    answers = {share: Answers(splits, task.copies) for share in (EQUAL, *kept)}
+    said: dict[tuple[str, str], list[np.ndarray]] = {}
     for split in splits:
         fold = Fold(task, split, None)
         for method in made:
-            spaces = method.fit(split.train, 0)
+            spaces = list(method.fit(split.train, 0))
             for reader in (KNN, LINEAR):
-                if reader == LINEAR and method.name not in ("candidate", str(EQUAL)):
-                    continue  # gains are simulated for neighbours only
-                chosen = fold.read(reader, spaces)[0]
-                for share, of_pair in answers.items():
-                    if method.name == "candidate":
-                        of_pair.add(Asked("candidate", "embedding", reader), chosen)
-                    elif method.name == str(share):
-                        of_pair.add(Asked(CHOSEN, "baseline", reader), chosen)
-    return [row | {"seed": seed, "n": n, "donors": donors} for row in _rows(task, answers)]
+                if reader == KNN or method.name in ("candidate", str(EQUAL)):  # gains are of neighbours only
+                    said.setdefault((method.name, reader), []).append(fold.read(reader, spaces)[0].said)
+    return {"n": n, "donors": donors, "seed": seed, "codes": drawn, "splits": splits, "said": said}
 
 
-def _rows(task: Task, answers: dict[float, Answers]) -> Iterator[dict[str, Any]]:
-    for share, of_pair in answers.items():
-        scores = {asked: of["macro_f1"] for asked, of in of_pair.scores(task.codes).items()}
-        for reader in (KNN, LINEAR) if share == EQUAL else (KNN,):
-            own, other = (
-                next(of for asked, of in scores.items() if (asked.method, asked.reader) == (name, reader))
-                for name in ("candidate", CHOSEN)
-            )
-            difference, low, high = of_pair.resampling.interval(own - other)
-            yield {
-                "reader": reader,
-                "kept": share,
-                "outcome": compare(task, of_pair, scores, "candidate", reader).outcome,
-                "difference": difference,
-                "low": low,
-                "high": high,
-            }
+def judged(drawn: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The verdicts on one draw."""
+    codes, splits = drawn["codes"], drawn["splits"]
+    candidate = methods.fixed("candidate", np.zeros((len(codes), 1)), seen="training cells")
+    task = Task(codes, [], None, None, np.arange(len(codes)), [candidate], {})  # type: ignore[arg-type]
+    resampling = Resampling(len(codes), splits)
+    for name, reader in drawn["said"]:
+        if name == "candidate":
+            continue
+        answers = Answers(splits, task.copies)
+        answers.resampling = resampling  # drawn once
+        for role, of in (("candidate", "candidate"), (CHOSEN, name)):
+            for names in drawn["said"][of, reader]:
+                kind: methods.Kind = "embedding" if role == "candidate" else "baseline"
+                answers.add(Asked(role, kind, reader), Chosen(names, np.nan, ""))
+        scores = {asked: of["macro_f1"] for asked, of in answers.scores(codes).items()}
+        own, other = scores.values()
+        difference, low, high = resampling.interval(own - other)
+        yield {
+            **{key: drawn[key] for key in ("n", "donors", "seed")},
+            "reader": reader,
+            "kept": float(name),
+            "outcome": compare(task, answers, scores, "candidate", reader).outcome,
+            "difference": difference,
+            "low": low,
+            "high": high,
+        }
 
 
 def rates(found: pd.DataFrame) -> pd.DataFrame:
@@ -158,35 +165,42 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
+    parser.add_argument("kept", type=Path)
+    parser.add_argument("--first", type=int, default=0, help="number of the first repetition")
     parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--gains-every", type=int, default=2, help="simulate gains in every so many")
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--donors", type=int, nargs="*", default=DONORS)
-    parser.add_argument(
-        "--out", type=Path, help="CSV file with every repetition, written to as they are done"
-    )
-    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    adata = ad.read_h5ad(args.folder / "pbmc_facs_zheng2017.h5ad")
-    counts = sp.csr_matrix(adata.X)
-    cells = ad.AnnData(log_normalised(counts))
+    args.kept.mkdir(parents=True, exist_ok=True)
+    numbers = range(args.first, args.first + args.repetitions)
+    plans = [(n, 0, KEPT[n]) for n in args.sizes]
+    plans += [(PER_DONOR * k, k, KEPT_OF_DONORS) for k in args.donors]
+    data = None
+    found: list[dict[str, Any]] = []
+    for seed in tqdm(numbers, desc="repetitions"):
+        for n, donors, kept in plans:
+            path = args.kept / f"{n}_{donors}_{seed}.pkl"
+            if not path.exists():
+                data = data or read(args.folder)
+                gains = kept if seed % args.gains_every == 0 else ()
+                drawn = one(*data, seed, n=n, donors=donors, kept=gains)
+                part = path.with_suffix(".part")
+                part.write_bytes(pickle.dumps(drawn))
+                part.rename(path)
+            found += judged(pickle.loads(path.read_bytes()))
+    print(rates(pd.DataFrame(found)).to_markdown(index=False, floatfmt=".3f", disable_numparse=True))
+
+
+def read(folder: Path) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Counts of the genes that vary most ``(cells, genes)``, and labels."""
     import scanpy as sc
 
+    adata = ad.read_h5ad(folder / "pbmc_facs_zheng2017.h5ad")
+    counts = sp.csr_matrix(adata.X)
+    cells = ad.AnnData(log_normalised(counts))
     variable = sc.pp.highly_variable_genes(cells, n_top_genes=N_GENES, inplace=False)["highly_variable"]
-    counts = sp.csr_matrix(counts[:, np.flatnonzero(variable)])
-    codes = label_codes(adata.obs["cell_type"])[0]
-    plans = [{"n": n, "donors": 0, "kept": KEPT[n]} for n in args.sizes]
-    plans += [{"n": PER_DONOR * k, "donors": k, "kept": KEPT_OF_DONORS} for k in args.donors]
-    found: list[dict[str, Any]] = []
-    for start in range(0, args.repetitions, 10):
-        for plan in plans:
-            run = partial(one, counts, codes, **plan)
-            seeds = range(start, min(start + 10, args.repetitions))
-            for of in Parallel(args.jobs)(delayed(run)(seed) for seed in seeds):
-                found += of
-        if args.out is not None:
-            pd.DataFrame(found).to_csv(args.out, index=False)
-        print(f"{start + len(seeds)} repetitions", file=sys.stderr)
-    print(rates(pd.DataFrame(found)).to_markdown(index=False, floatfmt=".3f"))
+    return sp.csr_matrix(counts[:, np.flatnonzero(variable)]), label_codes(adata.obs["cell_type"])[0]
 
 
 if __name__ == "__main__":

@@ -366,12 +366,9 @@ def transfer_labels(
     >>> cp.tl.embed(adata, "cellplm-starter"), cp.tl.embed(reference, "cellplm-starter")
     >>> cp.tl.transfer_labels(adata, reference, "cell_type", use_rep="X_cellplm", reject=0.1)
     """
-    import numpy as np
     import pandas as pd
 
-    from cellprior.evaluate._naming import name_cells
-    from cellprior.evaluate._splits import label_codes, stratified
-    from cellprior.model.learning._rejection import Calibration, check_reject, explain_unknown, find_limits
+    from cellprior.evaluate._naming import transfer_names
 
     for name, data in (("adata", adata), ("the reference", reference)):
         if use_rep not in data.obsm:
@@ -380,41 +377,23 @@ def transfer_labels(
     if labels_key not in reference.obs:
         msg = f"{labels_key!r} not found in obs of the reference; its columns are {list(reference.obs.columns)}."
         raise KeyError(msg)
-    given = reference.obs[labels_key].astype(object)
-    codes, labels = label_codes(given.where(given.astype(str) != unlabeled_category), 1)
-    rows = np.flatnonzero(codes >= 0)
-    codes, known = codes[rows], np.asarray(reference.obsm[use_rep])[rows]
-    query = np.asarray(adata.obsm[use_rep])
-    options: dict[str, Any] = {"how": how, "n_labels": len(labels)}
-    learned, limits = np.ones(len(rows), dtype=bool), None
     key = key_added or f"{use_rep.removeprefix('X_')}_label"
-    if reject is not None:
-        learned = stratified(codes, 5, copies=np.arange(len(codes))) > 0
-        check_reject(reject, int((~learned).sum()), "Label more cells of the reference")
-        held_out = name_cells(known[learned], codes[learned], known[~learned], **options)
-        calibration = Calibration(held_out.novelty, held_out.certainty, held_out.codes == codes[~learned])
-        limits = find_limits(*calibration, reject=reject)
-    found = name_cells(known[learned], codes[learned], query, **options)
-    names = np.asarray(labels, dtype=object)[found.codes]
+    found = transfer_names(
+        reference.obsm[use_rep],
+        reference.obs[labels_key],
+        adata.obsm[use_rep],
+        how=how,
+        reject=reject,
+        unknown=unlabeled_category,
+        guess=f"in obs[{key + '_best_guess'!r}]",
+    )
     if copy:
         adata = cast("AnnData", _copy(adata))
-    adata.obs[f"{key}_certainty"] = found.certainty.astype(np.float32)
-    record: dict[str, Any] = {
-        "use_rep": use_rep,
-        "labels_key": labels_key,
-        "how": found.words,
-        "reject": reject,
-    }
-    if limits is not None:
-        adata.obs[f"{key}_best_guess"] = pd.Categorical(names)
-        far, uncertain = limits.unknown(found.novelty, found.certainty)
-        record["unknown"] = {"too_far": int(far.sum()), "too_uncertain": int(uncertain.sum())}
-        where = f"in obs[{key + '_best_guess'!r}]"
-        told: dict[str, Any] = {"reject": reject, "unknown": unlabeled_category, "guess": where}
-        explain_unknown(calibration, limits, found.novelty, found.certainty, **told)
-        names = np.where(far | uncertain, unlabeled_category, names)
-    adata.obs[key] = pd.Categorical(names)
-    _note(adata, key, record)
+    adata.obs[f"{key}_certainty"] = found.certainty.astype("float32")
+    if reject is not None:
+        adata.obs[f"{key}_best_guess"] = pd.Categorical(found.best_guess)
+    adata.obs[key] = pd.Categorical(found.names)
+    _note(adata, key, {"use_rep": use_rep, "labels_key": labels_key, **found.record})
     return adata if copy else None
 
 

@@ -19,6 +19,7 @@ from cellprior.evaluate import (
     macro_f1,
     silhouette,
 )
+from cellprior.evaluate._graph import exact_neighbors, umap_weights
 from tests.evaluate.simulated import N_TYPES, Cells, cells, corners, noise
 
 
@@ -106,6 +107,8 @@ def test_clusters_are_compared_as_scikit_learn_does_and_the_resolution_picked_by
     graph = AnnData(simulated.pca)
     sc.pp.neighbors(graph, n_neighbors=15, use_rep="X")
     sc.tl.leiden(graph, 1.0, flavor="igraph", n_iterations=2, directed=False)
+    weights = umap_weights(exact_neighbors(simulated.pca, 14))
+    np.testing.assert_allclose(weights.toarray(), graph.obsp["connectivities"].toarray(), atol=2e-5)
     types, clusters = simulated.types, graph.obs["leiden"]
     assert table["ari"][1] == pytest.approx(sk.adjusted_rand_score(types, clusters))
     assert table["nmi"][1] == pytest.approx(sk.normalized_mutual_info_score(types, clusters))

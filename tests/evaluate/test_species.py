@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
-from cellprior.evaluate import across_species, balanced_accuracy, macro_f1, macrogenes
-from cellprior.evaluate._species import MACROGENES, SYMBOLS, _scores_of_draws, macrogene_weights
+from cellprior.evaluate import across_species, knn_predict, macrogenes
+from cellprior.evaluate._intervals import Resampling, interval
+from cellprior.evaluate._species import MACROGENES, SYMBOLS, macrogene_weights
+from cellprior.evaluate._splits import Split
 
 N_FAMILIES, N_TYPES, WIDTH = 60, 3, 12
 
@@ -91,14 +93,17 @@ def test_weights_of_macrogenes_fall_with_the_rank_of_their_distance():
         )
 
 
-def test_scores_of_many_draws_are_those_of_each():
-    rng = np.random.default_rng(0)
-    truth, predicted = rng.integers(4, size=30), rng.integers(5, size=30)
-    draws = rng.integers(30, size=(20, 30))
-    found = _scores_of_draws(truth, predicted, draws, 4)
-    for i, draw in enumerate(draws):
-        assert found["macro_f1"][i] == pytest.approx(macro_f1(truth[draw], predicted[draw]))
-        assert found["balanced_accuracy"][i] == pytest.approx(balanced_accuracy(truth[draw], predicted[draw]))
+def test_intervals_across_species_are_those_of_all_other_tables(both):
+    reference, query, _ = both
+    table = across_species(reference, query, "noise", "kind").set_index(["method", "metric"])
+    for metric in ("macro_f1", "balanced_accuracy"):
+        row = table.loc[("noise", metric)]
+        codes = pd.factorize(query.obs["kind"], sort=True)[0]
+        train = pd.factorize(reference.obs["kind"], sort=True)[0]
+        said = knn_predict(reference.obsm["noise"], train, query.obsm["noise"])
+        one = Split("", 0, "", np.arange(0), np.arange(len(codes)))
+        again = Resampling(len(codes), [one]).classification(codes, [said])[metric]
+        np.testing.assert_allclose(row[["value", "low", "high"]].astype(float), interval(again))
 
 
 def test_what_cannot_be_compared_is_refused(both):

@@ -34,6 +34,8 @@ def test_labels_of_one_study_are_read_on_another_beside_centred_genes(studies):
     f1 = table[table["metric"] == "macro_f1"].set_index(["method", "reader"])["value"]
     assert f1["X_told", "nearest neighbours"] > 0.9
     assert set(table.loc[table["method"] != CENTRED, "versus"]) == {CENTRED}
+    seen = table.drop_duplicates("method").set_index("method")["seen"].to_dict()
+    assert (seen["X_told"], seen["PCA"], seen[JOINT]) == ("all cells", "training cells", "all cells")
 
 
 def test_the_mean_of_each_study_is_at_the_origin_and_distances_within_it_stay(studies):

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -55,8 +56,10 @@ class Answers:
     """By method and reader, names under permuted labels ``(1 + permutations, cells)``."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def __post_init__(self) -> None:
-        self.resampling = Resampling(len(self.copies), self.splits, copies=self.copies)
+    @cached_property
+    def resampling(self) -> Resampling:
+        """The same draws for all answers."""
+        return Resampling(len(self.copies), self.splits, copies=self.copies)
 
     def add(self, asked: Asked, chosen: Chosen) -> None:
         """Answers on one split."""
@@ -159,7 +162,7 @@ def ask(
         fold = Fold(task, split, labellings)
         for method in task.methods:
             with _timed(answers, method.name):
-                spaces = method.fit(split.train, split.seed)
+                spaces = list(method.fit(split.train, split.seed))
                 if whole:
                     _ask_whole(answers, fold, method, spaces, readers)
                 _ask_few(answers, task, fold, method, spaces[0].values, few)

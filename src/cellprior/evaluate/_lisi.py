@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
+from cellprior.evaluate._graph import Neighbors, exact_neighbors
 from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
 
 HALVINGS = 45  # of an interval of 60 in log2 of the kernel's width
@@ -38,8 +38,7 @@ def clisi(embedding: Any, labels: Any, *, n_neighbors: int = 90, perplexity: flo
         If the embedding is not finite, labels are missing or all the same, there are fewer cells than neighbours, or
         the perplexity is not between 1 and ``n_neighbors - 1``.
     """
-    lisi, n_labels = _lisi(embedding, labels, n_neighbors, perplexity, name="labels")
-    return float((n_labels - np.median(lisi)) / (n_labels - 1))
+    return purity(*_checked(embedding, labels, n_neighbors, perplexity, name="labels"), perplexity)
 
 
 def ilisi(embedding: Any, batches: Any, *, n_neighbors: int = 90, perplexity: float = 30.0) -> float:
@@ -66,17 +65,27 @@ def ilisi(embedding: Any, batches: Any, *, n_neighbors: int = 90, perplexity: fl
         If the embedding is not finite, batches are missing or all the same, there are fewer cells than neighbours, or
         the perplexity is not between 1 and ``n_neighbors - 1``.
     """
-    lisi, n_batches = _lisi(embedding, batches, n_neighbors, perplexity, name="batches")
-    return float((np.median(lisi) - 1) / (n_batches - 1))
+    return mixing(*_checked(embedding, batches, n_neighbors, perplexity, name="batches"), perplexity)
 
 
-def _lisi(
+def purity(near: Neighbors, codes: np.ndarray, perplexity: float) -> float:
+    """:func:`clisi`, from the nearest cells and the number of each cell's label ``(cells,)``."""
+    n_labels = int(codes.max()) + 1
+    return float((n_labels - np.median(_lisi(near, codes, perplexity))) / (n_labels - 1))
+
+
+def mixing(near: Neighbors, codes: np.ndarray, perplexity: float) -> float:
+    """:func:`ilisi`, from the nearest cells and the number of each cell's batch ``(cells,)``."""
+    return float((np.median(_lisi(near, codes, perplexity)) - 1) / int(codes.max()))
+
+
+def _checked(
     embedding: Any, labels: Any, n_neighbors: int, perplexity: float, *, name: str
-) -> tuple[np.ndarray, int]:
-    """Index of each cell ``(cells,)``, their order shuffled, and the number of labels."""
+) -> tuple[Neighbors, np.ndarray]:
+    """The nearest cells, and the number of each cell's label."""
     embedding = as_embedding(embedding)
     codes, values = as_codes(labels, len(embedding), name=name)
-    n_labels = at_least_two(values, name=name)
+    at_least_two(values, name=name)
     enough_cells(len(embedding), n_neighbors, fewest=2)
     if not 1 <= perplexity <= n_neighbors - 1:
         msg = (
@@ -84,15 +93,16 @@ def _lisi(
             "between 1 and n_neighbors - 1; a third of the neighbours is usual."
         )
         raise ValueError(msg)
-    # Equally near cells come in the order of the rows, which is often that of the labels.
-    order = np.random.default_rng(0).permutation(len(embedding))
-    embedding, codes = embedding[order], codes[order]
-    search = NearestNeighbors(n_neighbors=n_neighbors - 1, algorithm="brute").fit(embedding)
-    distances, neighbors = search.kneighbors()  # without the cell itself
-    weights = neighbor_weights(distances, perplexity)
-    shares = np.zeros((len(codes), n_labels))
-    np.add.at(shares, (np.arange(len(codes))[:, None], codes[neighbors]), weights)
-    return 1 / (shares**2).sum(axis=1), n_labels
+    return exact_neighbors(embedding, n_neighbors - 1), codes
+
+
+def _lisi(near: Neighbors, codes: np.ndarray, perplexity: float) -> np.ndarray:
+    """Index of each cell ``(cells,)``."""
+    weights = neighbor_weights(near.distances, perplexity)
+    n_labels = int(codes.max()) + 1
+    place = codes[near.cells] + n_labels * np.arange(len(codes))[:, None]
+    shares = np.bincount(place.ravel(), weights.ravel(), minlength=n_labels * len(codes))
+    return np.asarray(1 / (shares.reshape(len(codes), n_labels) ** 2).sum(axis=1))
 
 
 def neighbor_weights(distances: np.ndarray, perplexity: float) -> np.ndarray:

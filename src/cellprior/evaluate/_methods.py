@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal, NamedTuple, TypeAlias
@@ -19,6 +19,7 @@ from cellprior.evaluate._expression import log_normalised
 Kind = Literal["embedding", "baseline", "control"]
 Seen = Literal["no cell", "training cells", "all cells"]
 
+ALL = "all genes"
 SIZES = (50, 30, 20, 10)  # components among which one is chosen
 N_HIGHLY_VARIABLE = 2000
 MOST_CELLS = 6000  # for which products of all cells with all cells, over all genes, are computed
@@ -36,8 +37,8 @@ class Space(NamedTuple):
     """Numbers of leading dimensions to choose from, all of them first."""
 
 
-Fit: TypeAlias = Callable[[np.ndarray, int], list[Space]]
-"""From the rows that may be learned from and a seed to embeddings of all cells."""
+Fit: TypeAlias = Callable[[np.ndarray, int], Iterable[Space]]
+"""From the rows that may be learned from and a seed to embeddings of all cells, the next when it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Genes:
         self.sets: dict[str, np.ndarray] = {}
         """Beside the variable genes, by name; none in large data."""
         if log.shape[0] <= MOST_CELLS and log.shape[1] > N_HIGHLY_VARIABLE:
-            self.sets["all genes"] = np.arange(log.shape[1])
+            self.sets[ALL] = np.arange(log.shape[1])
         self.products = cache(self._products)
         self.variable = lru_cache(maxsize=2)(self._variable)  # PCA and the genes themselves, of one split
 
@@ -84,6 +85,12 @@ class Genes:
     def _products(self, name: str) -> np.ndarray:
         """Products of the cells over a set of genes, float32 ``(cells, cells)``."""
         genes = self.sets[name]
+        if name != ALL and ALL in self.sets:  # most are in the set, so what it lacks is less to compute
+            return np.asarray(self.products(ALL) - self._sum(np.setdiff1d(self.sets[ALL], genes)))
+        return self._sum(genes)
+
+    def _sum(self, genes: np.ndarray) -> np.ndarray:
+        """Products of the cells over some genes ``(cells, cells)``."""
         by_gene = self.log[:, genes].tocsc()
         found = np.zeros((self.log.shape[0],) * 2, dtype=np.float32)
         for start in range(0, len(genes), CHUNK):
@@ -99,17 +106,17 @@ class Genes:
 def pca(name: str, genes: Genes, *, seen: Seen = "training cells") -> Method:
     """Principal components of the training cells, or of all cells; of variable genes, and of each other set."""
 
-    def fit(rows: np.ndarray, seed: int) -> list[Space]:
+    def space(words: str, latent: np.ndarray) -> Space:
+        return Space(words, latent, tuple(sorted({min(n, latent.shape[1]) for n in SIZES}, reverse=True)))
+
+    def fit(rows: np.ndarray, seed: int) -> Iterator[Space]:
         rows = np.arange(genes.log.shape[0]) if seen == "all cells" else rows
         expression = genes.variable(tuple(rows.tolist()))
-        found = {f"{expression.shape[1]:,} variable genes": _components(expression, rows)}
-        found |= {words: _components_of_products(genes.products(words), rows) for words in genes.sets}
-        return [
-            Space(words, latent, tuple(sorted({min(n, latent.shape[1]) for n in SIZES}, reverse=True)))
-            for words, latent in found.items()
-        ]
+        yield space(f"{expression.shape[1]:,} variable genes", _components(expression, rows))
+        for words in genes.sets:
+            yield space(words, _components_of_products(genes.products(words), rows))
 
-    once = cache(lambda: fit(np.empty(0), 0))
+    once = cache(lambda: list(fit(np.empty(0), 0)))
     return Method(name, "baseline", (lambda rows, seed: once()) if seen == "all cells" else fit, seen)
 
 
@@ -131,11 +138,13 @@ def _components_of_products(products: np.ndarray, rows: np.ndarray) -> np.ndarra
 
 def centred(products: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Products of some cells with each other, and of all cells with them, the mean of these cells made the origin."""
-    moved = products[:, rows]
-    mean, of_cell = moved[rows].mean(axis=0), moved.mean(axis=1, keepdims=True)
-    moved -= mean
-    moved -= of_cell - mean.mean()
-    return moved[rows], moved
+    share = np.zeros(len(products), dtype=products.dtype)
+    share[rows] = 1 / len(rows)
+    mean = products @ share  # of all cells with the mean
+    moved = products[rows]  # (some cells, cells): whole rows are faster to copy, and products are symmetric
+    moved -= mean[rows, None]
+    moved -= mean - mean[rows].mean()
+    return moved[:, rows], moved.T
 
 
 def _leading(symmetric: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
-from sklearn.base import BaseEstimator
 from sklearn.metrics import (
     adjusted_rand_score,
     normalized_mutual_info_score,
@@ -18,6 +16,7 @@ from sklearn.metrics import (
 from sklearn.neighbors import NearestNeighbors
 
 from cellprior._obs import text_of
+from cellprior.evaluate._graph import Neighbors, exact_neighbors, umap_weights
 from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
 
 NO_IGRAPH = "Leiden clusters need igraph: pip install 'cellprior[leiden]'"
@@ -201,9 +200,6 @@ def clustering(
         If the embedding is not finite, labels are missing or all the same, there are fewer cells than neighbours, or no
         resolution or one that is not positive is given.
     """
-    import scanpy as sc
-    from anndata import AnnData
-
     if not can_cluster():
         raise ImportError(NO_IGRAPH)
     embedding = as_embedding(embedding)
@@ -213,11 +209,22 @@ def clustering(
     if len(resolutions) == 0 or not all(resolution > 0 for resolution in resolutions):
         msg = f"resolutions={tuple(resolutions)}: Leiden needs at least one, and all above 0."
         raise ValueError(msg)
-    cells = AnnData(embedding)
-    sc.pp.neighbors(cells, use_rep="X", transformer=_ExactNeighbors(n_neighbors))
+    return clustering_of(exact_neighbors(embedding, n_neighbors - 1), codes, resolutions, seed=seed)
+
+
+def clustering_of(
+    near: Neighbors, codes: np.ndarray, resolutions: Sequence[float], *, seed: int = 0
+) -> pd.DataFrame:
+    """What :func:`clustering` gives, from the nearest cells and the number of each cell's label ``(cells,)``."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    cells = AnnData(obs=pd.DataFrame(index=np.arange(len(codes)).astype(str)))
+    options: dict[str, Any] = {"flavor": "igraph", "directed": False, "n_iterations": 2, "random_state": seed}
+    graph = umap_weights(near)
     found = []
     for resolution in resolutions:
-        sc.tl.leiden(cells, resolution, flavor="igraph", directed=False, n_iterations=2, random_state=seed)
+        sc.tl.leiden(cells, resolution, adjacency=graph, **options)
         clusters = cells.obs["leiden"].cat.codes.to_numpy()
         found.append(
             {
@@ -257,28 +264,6 @@ def silhouette(embedding: Any, labels: Any) -> float:
         msg = f"labels are different for all {len(codes)} cells; a silhouette needs labels that cells share."
         raise ValueError(msg)
     return (float(silhouette_score(embedding, codes)) + 1) / 2
-
-
-class _ExactNeighbors(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """Neighbour search for scanpy, whose own exact one loses cells that are equal to others.
-
-    Parameters
-    ----------
-    n_neighbors
-        Of a cell, itself among them, as scanpy counts.
-    """
-
-    def __init__(self, n_neighbors: int) -> None:
-        self.n_neighbors = n_neighbors
-
-    def fit_transform(self, embedding: np.ndarray) -> sp.csr_matrix:
-        """Distances to the nearest cells ``(cells, cells)``, in each row the cell itself first."""
-        search = NearestNeighbors(n_neighbors=self.n_neighbors - 1, algorithm="brute").fit(embedding)
-        distances, neighbors = search.kneighbors()  # without the cell itself
-        itself = np.arange(len(embedding))[:, None]
-        indices, values = np.hstack([itself, neighbors]), np.hstack([np.zeros(itself.shape), distances])
-        starts = np.arange(0, indices.size + 1, self.n_neighbors)
-        return sp.csr_matrix((values.ravel(), indices.ravel(), starts), shape=(len(itself),) * 2)
 
 
 def _codes_of_both(truth: Any, predicted: Any) -> tuple[np.ndarray, np.ndarray, int]:

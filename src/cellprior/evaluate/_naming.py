@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 
 from cellprior.evaluate import _probes as probes
 from cellprior.evaluate._inputs import as_embedding
 from cellprior.evaluate._methods import Space
-from cellprior.evaluate._neighbors import Chosen, asked_within, choose, nearest, pools
-from cellprior.evaluate._splits import RANDOM, Split, inner_folds
+from cellprior.evaluate._neighbors import asked_within, choose, nearest, pools
+from cellprior.evaluate._splits import RANDOM, Split, inner_folds, label_codes, stratified
+from cellprior.model.learning._rejection import Calibration, check_reject, explain_unknown, find_limits
 
 How = Literal["nearest neighbours", "nearest centroid", "ridge"]
 N_NOVELTY = 5  # reference cells from which the distance of a cell is measured
+N_FOLDS = 5  # of the reference, of which one is held out to find the limits
 NEAR_CENTROIDS = 3  # to spread the certainty over
 
 
@@ -21,13 +24,89 @@ class Named(NamedTuple):
     """Cells of a query, by number of label."""
 
     codes: np.ndarray
-    """``(cells,)``"""
+    """Of the best guess ``(cells,)``."""
     certainty: np.ndarray
     """Share of the votes or of the weight that the name has, 0 to 1 ``(cells,)``."""
     novelty: np.ndarray
     """Mean distance to the nearest reference cells ``(cells,)``."""
     words: str
     """What was chosen within the reference."""
+
+
+class Transferred(NamedTuple):
+    """Cells of a query, by the names of a reference."""
+
+    names: np.ndarray
+    """Those that are rejected are called unknown ``(cells,)``."""
+    best_guess: np.ndarray
+    """The same without rejection ``(cells,)``."""
+    certainty: np.ndarray
+    """As of :class:`Named` ``(cells,)``."""
+    record: dict[str, Any]
+    """What was chosen within the reference, and how many cells are unknown for what."""
+
+
+def transfer_names(
+    reference: np.ndarray,
+    names: Any,
+    query: np.ndarray,
+    *,
+    how: How,
+    reject: float | None = None,
+    unknown: str = "unknown",
+    guess: str = "there",
+) -> Transferred:
+    """Name cells after a reference, or call them unknown at a rate that is promised.
+
+    Parameters
+    ----------
+    reference, query
+        Embeddings ``(cells, dimensions)``.
+    names
+        Of the cells of the reference; those without one, or that are unknown, are not learned from ``(cells,)``.
+    how
+        By what.
+    reject
+        A fifth of the reference is named by the rest, and no longer learned from, to find from where on a cell is
+        unknown; ``None`` names all.
+    unknown
+        Name of cells that are rejected.
+    guess
+        Where the best guess is found, for a warning.
+
+    Raises
+    ------
+    ValueError
+        If the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot be promised.
+    """
+    given = pd.Series(names).astype(object)
+    codes, labels = label_codes(given.where(given.astype(str) != unknown), 1)
+    rows = np.flatnonzero(codes >= 0)
+    codes, known = codes[rows], np.asarray(reference)[rows]
+    learned, limits = np.ones(len(rows), dtype=bool), None
+    if reject is not None:
+        learned = stratified(codes, N_FOLDS, copies=np.arange(len(codes))) > 0
+        check_reject(reject, int((~learned).sum()), "Label more cells of the reference")
+        held_out = name_cells(known[learned], codes[learned], known[~learned], how=how, n_labels=len(labels))
+        calibration = Calibration(held_out.novelty, held_out.certainty, held_out.codes == codes[~learned])
+        limits = find_limits(*calibration, reject=reject)
+    found = name_cells(known[learned], codes[learned], np.asarray(query), how=how, n_labels=len(labels))
+    best = np.asarray(labels, dtype=object)[found.codes]
+    record: dict[str, Any] = {"how": found.words, "reject": reject}
+    if limits is None:
+        return Transferred(best, best, found.certainty, record)
+    explain_unknown(
+        calibration,
+        limits,
+        found.novelty,
+        found.certainty,
+        reject=reject or 0.0,
+        unknown=unknown,
+        guess=guess,
+    )
+    far, uncertain = limits.unknown(found.novelty, found.certainty)
+    record["unknown"] = {"too_far": int(far.sum()), "too_uncertain": int(uncertain.sum())}
+    return Transferred(np.where(far | uncertain, unknown, best), best, found.certainty, record)
 
 
 def name_cells(
@@ -81,10 +160,8 @@ def _folds(codes: np.ndarray) -> np.ndarray:
 def _by_neighbours(space: Space, split: Split, codes: np.ndarray, n_labels: int) -> tuple[np.ndarray, str]:
     asked = asked_within(codes, np.arange(len(codes)))
     found = pools([space], split, _folds(codes), asked)
-    chosen: Chosen = choose(found, codes[None], asked, n_labels)[0]
-    distance, number = chosen.words.rsplit(", ", 1)
-    pool = next(pool for pool in found if pool.words == distance)
-    votes = codes[pool.test[:, : int(number.split()[0])]]
+    chosen = choose(found, codes[None], asked, n_labels)[0]
+    votes = codes[found[chosen.pool].test[:, : chosen.number]]
     share = (votes[:, :, None] == np.arange(n_labels)).mean(axis=1)
     share[np.arange(len(share)), chosen.said] += 1e-9  # of equal shares the nearest cell's
     return share, chosen.words

@@ -13,7 +13,8 @@ from cellprior.evaluate._splits import Split, stratified
 
 NUMBERS = (15, 10, 5, 3)  # of neighbours, to choose from
 MOST_ASKED = 1000  # training cells by which it is chosen
-CHUNK = 1000  # cells whose distances to all training cells are in memory
+CHUNK = 300  # cells whose distances to all training cells are in memory
+GROUPS = 5  # of training cells, of which the smallest distance is taken first
 
 
 class Pool(NamedTuple):
@@ -33,6 +34,10 @@ class Chosen(NamedTuple):
     inner: float
     """Macro-F1 within the training cells."""
     words: str
+    pool: int = -1
+    """Which of the neighbours' pools it was, if names are by neighbours."""
+    number: int = 0
+    """Of neighbours."""
 
 
 def asked_within(codes: np.ndarray, copies: np.ndarray) -> np.ndarray:
@@ -65,7 +70,10 @@ def pools(spaces: Sequence[Space], split: Split, folds: np.ndarray, asked: np.nd
             for distance in ("Euclidean", "cosine"):
                 if distance == "cosine":
                     train, test = _on_sphere(train), _on_sphere(test)
-                inner = nearest(train[asked], train, most, apart=(folds[asked], folds))
+                inner = np.empty((len(asked), most), dtype=np.int32)
+                for fold in np.unique(folds[asked]):
+                    own, others = folds[asked] == fold, np.flatnonzero(folds != fold)
+                    inner[own] = others[nearest(train[asked[own]], train[others], most)]
                 of = f"{size} components of {space.words}, " if space.words else ""
                 found.append(Pool(f"{of}{distance}", inner, nearest(test, train, most)))
     return found
@@ -89,14 +97,14 @@ def choose(found: Sequence[Pool], codes: np.ndarray, asked: np.ndarray, n_labels
     -------
     For each labelling.
     """
-    plans = [(pool, n) for pool in found for n in usable(pool.inner.shape[1])]
+    plans = [(i, n) for i, pool in enumerate(found) for n in usable(pool.inner.shape[1])]
     scores = np.concatenate([_inner_scores(pool.inner, codes, asked, n_labels) for pool in found])
     best = scores.argmax(axis=0)  # of equals the first
     said = []
     for labels, plan, score in zip(codes, best, scores.max(axis=0), strict=True):
-        pool, n = plans[plan]
-        names = vote(labels[pool.test[:, :n]], n_labels)
-        said.append(Chosen(names, float(score), f"{pool.words}, {n} neighbours"))
+        i, n = plans[plan]
+        names = vote(labels[found[i].test[:, :n]], n_labels)
+        said.append(Chosen(names, float(score), f"{found[i].words}, {n} neighbours", i, n))
     return said
 
 
@@ -159,18 +167,40 @@ def macro_f1(truth: np.ndarray, said: np.ndarray, n_labels: int) -> float:
 def nearest(
     query: np.ndarray, train: np.ndarray, n: int, *, apart: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Numbers of the nearest training cells, nearest first ``(cells, n)``; if ``apart``, none of its own fold."""
-    length = (train**2).sum(axis=1)
+    """Numbers of the nearest training cells, nearest first ``(cells, n)``; if ``apart``, none of its own fold.
+
+    Of the training cells in `GROUPS` groups, the smallest distance of each place is taken first: what is among the n
+    smallest is in one of the n places whose smallest is smallest.
+    """
+    # the squared length of a query changes no order, so one product gives what distances are compared by
+    longer = np.concatenate([-2 * train.T, (train**2).sum(axis=1)[None]])
+    query = np.concatenate([query, np.ones((len(query), 1), dtype=query.dtype)], axis=1)
+    width = -(-len(train) // GROUPS)
+    few = width <= 2 * n
+    distances = np.full((CHUNK, len(train) if few else width * GROUPS), np.inf, dtype=longer.dtype)
     found = np.empty((len(query), n), dtype=np.int32)
     for start in range(0, len(query), CHUNK):
         rows = slice(start, start + CHUNK)
-        distance = length - 2 * (query[rows] @ train.T)
+        distance = distances[: len(query) - start]
+        np.matmul(query[rows], longer, out=distance[:, : len(train)])
         if apart is not None:
-            distance[apart[0][rows, None] == apart[1]] = np.inf
-        order = np.argpartition(distance, n - 1, axis=1)[:, :n]
+            distance[:, : len(train)][apart[0][rows, None] == apart[1]] = np.inf
+        if few:
+            order = _smallest(distance, n)
+        else:
+            place = _smallest(distance.reshape(len(distance), GROUPS, width).min(axis=1), n)
+            inside = width * np.arange(GROUPS)[:, None] + place[:, None]
+            inside = inside.reshape(len(distance), -1)
+            order = _smallest(np.take_along_axis(distance, inside, axis=1), n)
+            order = np.take_along_axis(inside, order, axis=1)
         of_these = np.take_along_axis(distance, order, axis=1).argsort(axis=1, kind="stable")
         found[rows] = np.take_along_axis(order, of_these, axis=1)
     return found
+
+
+def _smallest(values: np.ndarray, n: int) -> np.ndarray:
+    """Places of the smallest in each row, in any order ``(rows, n)``."""
+    return np.argpartition(values, n - 1, axis=1)[:, :n]
 
 
 def _on_sphere(x: np.ndarray) -> np.ndarray:

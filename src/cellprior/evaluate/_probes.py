@@ -108,7 +108,7 @@ class Ridge:
     def weights(self, rows: np.ndarray, targets: np.ndarray, penalties: Sequence[float]) -> list[np.ndarray]:
         """By which features, or products, give targets, learned from some training cells, for each penalty."""
         if self._products:
-            square, right = self.train[np.ix_(rows, rows)], targets
+            square, right = np.take(self.train[rows], rows, axis=1), targets
         else:
             others = np.delete(self.train, rows, axis=0)
             square, right = self._square - others.T @ others, self.train[rows].T @ targets
@@ -116,7 +116,9 @@ class Ridge:
         for penalty in penalties:
             penalised = square.copy()
             penalised.flat[:: len(square) + 1] += penalty * self._unit
-            solved = cho_solve(cho_factor(penalised, overwrite_a=True, check_finite=False), right)
+            # of a symmetric matrix the transpose is the same, and in the order in which LAPACK works in place
+            factor = cho_factor(penalised.T, lower=True, overwrite_a=True, check_finite=False)
+            solved = cho_solve(factor, right, check_finite=False)
             if self._products:
                 whole = np.zeros((len(self.train), targets.shape[1]), dtype=solved.dtype)
                 whole[rows] = solved
@@ -256,29 +258,32 @@ def logistic(
     -------
     Weights ``(plans, features, labels)``.
     """
-    learned = np.stack([of for _, of in plans], axis=1)[:, :, None]  # (cells, plans, 1)
-    truth = np.eye(n_labels, dtype=np.float32)[codes][:, None]
-    penalty: Any = np.array([1 / strength for strength, _ in plans], dtype=np.float32)[:, None] * np.ones(
-        x.shape[1]
+    learned = np.stack([of for _, of in plans])  # (plans, cells)
+    truth = np.ascontiguousarray(np.eye(n_labels, dtype=np.float32)[codes].T)[:, None]  # (labels, 1, cells)
+    penalty = np.array([1 / strength for strength, _ in plans], dtype=np.float32)[:, None] * np.ones(
+        x.shape[1], dtype=np.float32
     )
     penalty[:, -1] = 0
-    squares = np.stack([x[of[:, 0]].T @ x[of[:, 0]] for of in learned.transpose(1, 0, 2)])
+    squares = np.stack([x[of].T @ x[of] for of in learned])
     bound = 0.5 * squares + np.apply_along_axis(np.diag, 1, penalty + 1e-6)
-    step = np.linalg.inv(bound).astype(np.float32)
-    penalty = penalty.astype(np.float32)[:, :, None]
-    weights = ahead = np.zeros((len(plans), x.shape[1], n_labels), dtype=np.float32)
-    ages = np.zeros((len(plans), 1, 1), dtype=np.float32)
+    step = np.linalg.inv(bound.astype(np.float64)).astype(np.float32)
+    shape = (n_labels, len(plans), x.shape[1])
+    weights = ahead = np.zeros(shape, dtype=np.float32)
+    ages = np.zeros((1, len(plans), 1), dtype=np.float32)
+    across = np.ascontiguousarray(x.T)
     for _ in range(steps):
-        scores = (x @ ahead.transpose(1, 0, 2).reshape(x.shape[1], -1)).reshape(len(x), len(plans), n_labels)
-        scores = np.exp(scores - scores.max(axis=2, keepdims=True))
-        error = (scores / scores.sum(axis=2, keepdims=True) - truth) * learned
-        slope = (x.T @ error.reshape(len(x), -1)).reshape(-1, len(plans), n_labels).transpose(1, 0, 2)
-        slope = slope + penalty * ahead
-        new = ahead - step @ slope
-        back = (slope * (new - weights)).sum(axis=(1, 2), keepdims=True) > 0
+        scores = (ahead.reshape(-1, x.shape[1]) @ across).reshape(n_labels, len(plans), len(x))
+        scores -= scores.max(axis=0)
+        np.exp(scores, out=scores)
+        scores *= learned / scores.sum(axis=0)
+        scores -= truth * learned
+        slope = (scores.reshape(-1, len(x)) @ x).reshape(shape)
+        slope += penalty * ahead
+        new = ahead - (slope.transpose(1, 0, 2) @ step).transpose(1, 0, 2)
+        back = (slope * (new - weights)).sum(axis=(0, 2))[None, :, None] > 0
         ages = np.where(back, 0, ages + 1)
         weights, ahead = new, new + ages / (ages + 3) * (new - weights)
-    return weights
+    return weights.transpose(1, 2, 0)
 
 
 def best_sparse(train: Matrix, codes: np.ndarray, test: Matrix, folds: np.ndarray, n_labels: int) -> Chosen:

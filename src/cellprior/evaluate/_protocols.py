@@ -62,9 +62,12 @@ COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"
     ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
     interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
     ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; ``seen``, what the embedding has
-    learned from, labels aside; and ``seconds`` that all splits took."""
+    learned from, labels aside: ``"no cell"`` of yours or ``"training cells"`` (inductive), or ``"all cells"``
+    (transductive); and ``seconds`` that all splits took."""
 RAISES = """Raises
     ------
+    TypeError
+        If the data are no AnnData, but a MuData.
     KeyError
         If a column, a layer or an embedding is missing.
     ValueError

@@ -16,18 +16,20 @@ from sklearn.metrics import pairwise_distances_chunked
 from cellprior._matrix import matrix_of
 from cellprior._obs import read_names
 from cellprior.evaluate._expression import log_normalised, raw_counts
-from cellprior.evaluate._metrics import balanced_accuracy, knn_predict, macro_f1
+from cellprior.evaluate._intervals import Resampling, compared
+from cellprior.evaluate._metrics import knn_predict
+from cellprior.evaluate._splits import HELD_OUT, Split
 from cellprior.genes._kinds import which_are_genes
 
 MACROGENES, SYMBOLS = "macrogenes", "PCA of one-to-one symbols"
 CENTRED, STANDARDISED = ", each species centred", ", each species standardised"
 MAJORITY = "largest label"
-N_COMPONENTS, N_NEIGHBORS, N_DRAWS = 50, 15, 1000
+N_COMPONENTS, N_NEIGHBORS = 50, 15
 NEAREST = 50  # macrogenes of a gene; of those behind, each would have less than a thousandth of the first one's share
 WIDTH = 128  # principal components of the vectors of genes, in which they are clustered
 LEAST_GENES = 20
 MOST_DEVIATIONS = 10.0
-SCORES = {"macro_f1": macro_f1, "balanced_accuracy": balanced_accuracy}
+SCORES = ("macro_f1", "balanced_accuracy")
 
 
 def macrogenes(
@@ -285,33 +287,18 @@ def _embeddings_of(
 
 def _table(said: Mapping[tuple[str, str], np.ndarray], truth: np.ndarray, seed: int) -> pd.DataFrame:
     """Scores with intervals over cells, all paired."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(truth), size=(N_DRAWS, len(truth)))
-    n = int(truth.max()) + 1
-    drawn = {key: _scores_of_draws(truth, predicted, draws, n) for key, predicted in said.items()}
-    rows = []
-    for metric, score in SCORES.items():
-        value = {key: score(truth, predicted) for key, predicted in said.items()}
-        best = max((key for key in said if key[1] == "baseline"), key=value.__getitem__)
-        for key in said:
-            row = {"method": key[0], "kind": key[1], "metric": metric, "value": value[key]}
-            row["low"], row["high"] = np.quantile(drawn[key][metric], (0.025, 0.975))
-            row |= {"versus": best[0], "difference": value[key] - value[best]}
-            apart = drawn[key][metric] - drawn[best][metric]
-            row["difference_low"], row["difference_high"] = np.quantile(apart, (0.025, 0.975))
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _scores_of_draws(
-    truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray, n_labels: int
-) -> dict[str, np.ndarray]:
-    """Both scores of many draws of cells at once; of the labels that a draw has, as :data:`SCORES` of it."""
-    n = max(n_labels, int(predicted.max()) + 1)
-    pair = (truth * n + predicted)[draws] + n * n * np.arange(len(draws))[:, None]
-    table = np.bincount(pair.ravel(), minlength=n * n * len(draws)).reshape(len(draws), n, n)
-    hit, there, named = table.diagonal(axis1=1, axis2=2), table.sum(2), table.sum(1)
-    n_there = (there > 0).sum(1)
-    f1 = np.where(there > 0, 2 * hit / np.maximum(there + named, 1), 0.0).sum(1) / n_there
-    recall = (hit / np.maximum(there, 1)).sum(1) / n_there
-    return {"macro_f1": f1, "balanced_accuracy": recall}
+    one = Split(HELD_OUT, 0, "", np.empty(0, dtype=np.int64), np.arange(len(truth)))
+    again = Resampling(len(truth), [one], seed=seed)
+    drawn = {key: again.classification(truth, [predicted]) for key, predicted in said.items()}
+    tables = []
+    for metric in SCORES:
+        draws = {name: of[metric] for (name, _), of in drawn.items()}
+        best = max((name for name, kind in said if kind == "baseline"), key=lambda name: draws[name][0])
+        table = compared(draws, versus=best, of=again.interval, within=(0.0, 1.0))
+        table["versus"] = best
+        itself = table["method"] == best
+        table.loc[itself, ["difference", "difference_low", "difference_high"]] = 0.0
+        table.insert(1, "kind", [kind for _, kind in said])
+        table.insert(2, "metric", metric)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)

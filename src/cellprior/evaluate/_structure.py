@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +10,10 @@ from scipy.stats import t as student
 from tqdm.auto import tqdm
 
 from cellprior.evaluate import _metrics as metrics
+from cellprior.evaluate._graph import Neighbors, exact_neighbors
+from cellprior.evaluate._inputs import as_embedding
 from cellprior.evaluate._leak import batch_leak
-from cellprior.evaluate._lisi import clisi, ilisi
+from cellprior.evaluate._lisi import mixing, purity
 from cellprior.evaluate._preserved import preserved
 from cellprior.evaluate._scgraph import scgraph
 from cellprior.evaluate._task import Task
@@ -33,7 +34,7 @@ def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
     latents, seconds = {}, {}
     for method in task.methods:
         start = time.perf_counter()
-        latents[method.name] = method.fit(rows, 0)[0].values
+        latents[method.name] = next(iter(method.fit(rows, 0))).values
         seconds[method.name] = time.perf_counter() - start
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in latents}
     reasons: dict[str, str] = {}
@@ -88,26 +89,27 @@ def _reason(metric: str, of_scgraph: str) -> str:
 
 
 def _scores(latent: np.ndarray, task: Task, rows: np.ndarray) -> dict[str, float]:
-    codes = task.codes[rows]
+    labels = pd.factorize(task.codes[rows])[0]
+    embedding = as_embedding(latent)
     n_neighbors = min(N_LISI, len(rows) - 1)
-    size: dict[str, Any] = {"n_neighbors": n_neighbors, "perplexity": n_neighbors / 3}
+    near = exact_neighbors(embedding, n_neighbors - 1)  # once for all
     found = {
-        **_clusters(latent, codes),
-        "silhouette": metrics.silhouette(latent, codes),
-        "clisi": clisi(latent, codes, **size),
+        **_clusters(near, labels),
+        "silhouette": metrics.silhouette(embedding, labels),
+        "clisi": purity(near, labels, n_neighbors / 3),
     }
     if task.batches is not None:
-        batches = task.batches.iloc[rows].to_numpy()
-        found["ilisi"] = ilisi(latent, batches, **size)
-        found["batch_leak"] = batch_leak(latent, codes, batches)
+        batches, names = pd.factorize(task.batches.iloc[rows])
+        several = len(names) > 1  # a small batch may not be among cells that were drawn
+        found["ilisi"] = mixing(near, batches, n_neighbors / 3) if several else np.nan
+        found["batch_leak"] = batch_leak(latent, labels, batches) if several else np.nan
     return {name: float(value) for name, value in found.items()}
 
 
-def _clusters(latent: np.ndarray, codes: np.ndarray) -> dict[str, float]:
+def _clusters(near: Neighbors, codes: np.ndarray) -> dict[str, float]:
     if not metrics.can_cluster():
         return dict.fromkeys(CLUSTERS, np.nan)
-    n_neighbors = min(N_NEIGHBORS, len(codes) - 1)
-    clusters = metrics.clustering(latent, codes, resolutions=RESOLUTIONS, n_neighbors=n_neighbors)
+    clusters = metrics.clustering_of(near.first(N_NEIGHBORS - 1), codes, RESOLUTIONS)
     fixed = clusters.loc[clusters["resolution"] == 1.0].iloc[0]
     found: dict[str, float] = {}
     for metric in ("ari", "nmi"):

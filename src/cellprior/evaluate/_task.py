@@ -93,6 +93,8 @@ def make_task(
 
     Raises
     ------
+    TypeError
+        If the data are no AnnData.
     KeyError
         If a column of ``obs``, or an embedding, is missing.
     ValueError
@@ -102,6 +104,7 @@ def make_task(
     """
     from cellprior.model.data._counts import check_counts, read_rows
 
+    refuse_others(adata)
     _refuse_missing(adata, (labels_key, batch_key), layer)
     codes, labels = label_codes(adata.obs[labels_key], MIN_ASKED)
     wanted = _named(embeddings, adata)
@@ -180,6 +183,20 @@ def _not_learned(splits: Sequence[Split], codes: np.ndarray, labels: Sequence[st
     ]
 
 
+def refuse_others(adata: Any) -> None:
+    """Refuse with a TypeError what is no AnnData: baselines are made of genes, and a MuData has more than these."""
+    if not isinstance(adata, ad.AnnData):
+        way = ""
+        if hasattr(adata, "mod"):
+            way = (
+                " Of a MuData the genes are compared: embed it, cp.tl.embed(mdata, weights), put the embedding beside "
+                'the genes, rna = mdata["rna"].copy() and rna.obsm[key] = mdata[rna.obs_names].obsm[key], and name its '
+                "key; or give rna and the weights, of which its genes are then read."
+            )
+        msg = f"An AnnData with raw counts of genes is needed; found a {type(adata).__name__}.{way}"
+        raise TypeError(msg)
+
+
 def _refuse_missing(adata: ad.AnnData, keys: Sequence[str | None], layer: str | None) -> None:
     for key in keys:
         if key is not None and key not in adata.obs:
@@ -250,14 +267,17 @@ def _from_weights(
     cls: Any = model_class(weights)
     start = time.perf_counter()
     with cls.opened(weights, cells, **setup) as model:
+        if model.gene_match is None:  # before anything is embedded
+            msg = (
+                f"{name} ({cls.__name__}) reads no genes of these data, and the baselines are made of genes. Give it "
+                "cells with genes; an embedding of peaks can be compared with them as a key of obsm."
+            )
+            raise ValueError(msg)
         if embed:
             latent = model.get_latent_representation(**options)
             task.methods.append(methods.fixed(name, latent, seen="no cell"))
         seconds = round(time.perf_counter() - start, 1)
         task.provenance[name] = {**model.provenance(), "seconds": seconds}
-        if model.gene_match is None:
-            msg = f"{name} reads no genes of these data, and the baselines are made of genes."
-            raise ValueError(msg)
         genes = np.flatnonzero(model.gene_match.index >= 0)
         twin = random_twin(model, cells, seed=0)
         try:

@@ -19,7 +19,7 @@ from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._intervals import CLASS_SCORES, compared
 from cellprior.evaluate._methods import Method, Space
 from cellprior.evaluate._splits import HELD_OUT, MIN_LEARNED, RANDOM, Split, label_codes
-from cellprior.evaluate._task import Task, copies_of
+from cellprior.evaluate._task import Task, copies_of, refuse_others
 
 CENTRED = "genes, each study centred"
 JOINT = "PCA of both studies"
@@ -73,11 +73,15 @@ def transfer(
     Returns
     -------
     A tidy table: ``method``, ``kind``, ``reader``, ``metric``, ``study`` (a name, or ``"all"`` for their mean),
-    ``value`` with its 95 % interval, ``versus`` and the paired ``difference`` with its interval, ``chosen``, and
-    ``n_cells`` that were asked about. Of one study the interval is of cells; of all, of studies.
+    ``seen`` (what the embedding has learned from: ``"no cell"`` of these studies, the ``"training cells"`` of the
+    reference, or ``"all cells"``, the query's among them), ``value`` with its 95 % interval, ``versus`` and the paired
+    ``difference`` with its interval, ``chosen``, and ``n_cells`` that were asked about. Of one study the interval is of
+    cells; of all, of studies.
 
     Raises
     ------
+    TypeError
+        If a study is no AnnData.
     KeyError
         If a column, a layer or an embedding is missing.
     ValueError
@@ -94,6 +98,7 @@ def transfer(
     queries = dict(query) if isinstance(query, Mapping) else {"query": query}
     names = _names(embeddings)
     for study, cells in {"the reference": reference, **queries}.items():
+        refuse_others(cells)
         for key in (labels_key, batch_key):
             if key is not None and key not in cells.obs:
                 msg = f"{key!r} not found in obs of {study}; its columns are {list(cells.obs.columns)}."
@@ -110,7 +115,8 @@ def transfer(
                 for name, given in names.items()
             }
             task.methods[:0] = [
-                methods.fixed(name, values, seen="no cell") for name, values in of_weights.items()
+                methods.fixed(name, values, seen=_seen(names[name], reference, cells))
+                for name, values in of_weights.items()
             ]
             found.append((study, task, _answers(task)))
             steps.update()
@@ -121,6 +127,12 @@ def _names(embeddings: str | Sequence[str] | Mapping[str, str]) -> dict[str, str
     if isinstance(embeddings, Mapping):
         return dict(embeddings)
     return {str(name): str(name) for name in ([embeddings] if isinstance(embeddings, str) else embeddings)}
+
+
+def _seen(given: str, *studies: ad.AnnData) -> methods.Seen:
+    """What an embedding has learned from: weights from none of these cells, and a key of obsm perhaps from all."""
+    records = [cells.uns.get("cellprior", {}).get(given, {}) for cells in studies if given in cells.obsm]
+    return "no cell" if all("weights" in record for record in records) else "all cells"
 
 
 def _both(
@@ -228,7 +240,7 @@ def _harmony(joint: Method, of_study: np.ndarray) -> Method:
     def fit(rows: np.ndarray, seed: int) -> list[Space]:
         import harmonypy  # type: ignore[import-not-found,unused-ignore]  # not a dependency
 
-        space = joint.fit(rows, seed)[0]
+        space = next(iter(joint.fit(rows, seed)))
         obs = pd.DataFrame({"study": of_study.astype(str)})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -245,7 +257,7 @@ def _answers(task: Task) -> Answers:
     answers = Answers(splits, task.copies)
     fold = Fold(task, splits[0], None)
     for method in task.methods:
-        spaces = method.fit(splits[0].train, 0)
+        spaces = list(method.fit(splits[0].train, 0))
         for reader in READERS:
             answers.add(Asked(method.name, method.kind, reader), fold.read(reader, spaces)[0])
     return answers
@@ -263,6 +275,7 @@ def _table(found: Sequence[tuple[str, Task, Answers]]) -> pd.DataFrame:
                 draws = {asked.method: scores[asked][metric] for asked in shown}
                 table = compared(draws, versus=CENTRED, of=answers.resampling.interval, within=(0.0, 1.0))
                 table["chosen"] = [answers.words(asked.method, reader) for asked in shown]
+                table["seen"] = table["method"].map({method.name: method.seen for method in task.methods})
                 tables.append(_noted(table, shown, metric, study).assign(n_cells=len(answers.splits[0].test)))
                 for asked in shown:
                     of_studies.setdefault((asked, metric), []).append(float(scores[asked][metric][0]))
@@ -288,6 +301,7 @@ def _summed(
             draws = {a.method: np.array([np.mean(v := of_studies[a, metric]), *v]) for a in shown}
             table = compared(draws, versus=CENTRED, of=again.interval, within=(0.0, 1.0))
             n_cells = sum(len(answers.splits[0].test) for _, _, answers in found)
+            table["seen"] = table["method"].map({method.name: method.seen for method in found[0][1].methods})
             tables.append(_noted(table.assign(chosen=""), shown, metric, "all").assign(n_cells=n_cells))
     return pd.concat(tables, ignore_index=True)
 

@@ -33,8 +33,22 @@ def test_a_random_twin_reads_the_components_that_were_found_and_has_layers_of_it
     )
 
 
-def test_peaks_alone_have_no_baselines_made_of_genes(bundle, mdata):
+def test_peaks_alone_have_no_baselines_made_of_genes_which_is_said_before_they_are_embedded(
+    bundle, mdata, monkeypatch
+):
     atac = mdata["atac"].copy()
     atac.obs["type"] = mdata.obs["type"].to_numpy()
-    with pytest.raises(ValueError, match="genes"):
+    monkeypatch.setattr(cp.model.MultiomeCLIP, "get_latent_representation", None)
+    with pytest.raises(ValueError, match="MultiomeCLIP\\) reads no genes of these data"):
         cp.evaluate.zero_shot(atac, str(bundle), labels_key="type", seeds=2, progress=False)
+
+
+def test_a_mudata_is_refused_with_the_way_to_compare_what_it_holds(bundle, mdata):
+    for ask in (
+        lambda: cp.evaluate.report(mdata, str(bundle), "type"),
+        lambda: cp.evaluate.transfer(mdata, mdata, str(bundle), "type"),
+    ):
+        with pytest.raises(
+            TypeError, match="found a MuData.*put the embedding beside the genes, rna = mdata"
+        ):
+            ask()
