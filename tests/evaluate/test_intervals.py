@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import ttest_1samp
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from cellprior.evaluate._intervals import Resampling, compared, interval
+from cellprior.evaluate._intervals import OF_BATCHES, Resampling, compared, interval
 from cellprior.evaluate._splits import (
     HELD_OUT,
     RANDOM,
@@ -99,21 +99,31 @@ def test_the_interval_of_held_out_batches_is_that_of_a_t_test_on_their_differenc
         [other[rows] for rows in quarters]
     )
     each = [right[rows].mean() - other[rows].mean() for rows in quarters]
-    expected = ttest_1samp(each, 0).confidence_interval(0.95)
-    np.testing.assert_allclose(draws.interval(difference), (np.mean(each), *expected))
+    expected = np.array(ttest_1samp(each, 0).confidence_interval(0.95))
+    value, low, high = draws.interval(difference)
+    assert value == pytest.approx(np.mean(each))
+    # wider than Student's, as the batches' training cells are in part the same
+    np.testing.assert_allclose((low - value, high - value), OF_BATCHES * (expected - value), rtol=1e-6)
+    assert draws.error(difference) == pytest.approx(OF_BATCHES * np.std(each, ddof=1) / 2)
     np.testing.assert_allclose(difference[1:], each)
 
 
-def test_an_interval_of_labels_is_wider_than_the_bootstrap_says_and_less_so_with_many_cells():
-    ratios = []
-    for n in (400, 8000):
-        codes = np.random.default_rng(0).integers(0, 3, n)
-        draws = Resampling(n, [Split(RANDOM, 0, "", np.arange(0), np.arange(n))], n_draws=300)
-        given = [guesses(codes, 0.6, 1) % 3]
-        plain, wide = (draws.classification(codes, given, excess=excess)["accuracy"] for excess in (0, 0.6))
-        ratios.append(wide[1:].std() / plain[1:].std())
-        assert plain[0] == wide[0]
-    np.testing.assert_allclose(ratios, [1.6, 1.15], rtol=1e-6)
+def test_an_interval_of_labels_is_wider_than_the_bootstrap_says_by_what_the_training_cells_add():
+    """Of five folds 1.5 times, of one split by its shares, and not where nothing was learned."""
+    codes = np.random.default_rng(0).integers(0, 3, 400)
+    given, cells = guesses(codes, 0.6, 1) % 3, np.arange(400)
+    folds = random_folds(codes, seeds=5, test_size=0.2)
+    spread = []
+    for splits in (
+        [Split(RANDOM, 0, "", cells[:0], cells)],
+        folds,
+        folds * 2,
+        [Split(RANDOM, 0, "", cells[:50], cells)],
+    ):
+        found = Resampling(400, splits).classification(codes, [given[split.test] for split in splits])
+        assert found["accuracy"][0] == pytest.approx(np.mean(codes == given))
+        spread.append(found["accuracy"][1:].std())
+    np.testing.assert_allclose(np.divide(spread[1:], spread[0]), [1.5, 1.5, 3.0], rtol=0.01)
 
 
 def test_copies_of_all_cells_make_no_interval_narrower(codes):

@@ -101,7 +101,7 @@ def test_intervals_across_species_are_those_of_all_other_tables(both):
         codes = pd.factorize(query.obs["kind"], sort=True)[0]
         train = pd.factorize(reference.obs["kind"], sort=True)[0]
         said = knn_predict(reference.obsm["noise"], train, query.obsm["noise"])
-        one = Split("", 0, "", np.arange(0), np.arange(len(codes)))
+        one = Split("", 0, "", np.arange(len(train)), np.arange(len(codes)))
         again = Resampling(len(codes), [one]).classification(codes, [said])[metric]
         np.testing.assert_allclose(row[["value", "low", "high"]].astype(float), interval(again))
 

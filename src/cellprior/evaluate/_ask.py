@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cellprior.evaluate import _probes as probes
-from cellprior.evaluate._intervals import CLASS_SCORES, EXCESS, Draws, Resampling, compared
+from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
 from cellprior.evaluate._methods import Kind, Method, Space, centred
 from cellprior.evaluate._neighbors import Chosen, asked_within, choose, pools
 from cellprior.evaluate._splits import HELD_OUT, Split, inner_folds
@@ -25,7 +25,6 @@ Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """From an embedding, labels, and another embedding to labels of the other."""
 
 KNN, LINEAR, CENTROID = "nearest neighbours", "linear probe", "nearest centroid"
-EXCESS_BY_READER = {KNN: 0.6}
 ZERO_SHOT, PROBES = (KNN,), (LINEAR, CENTROID)
 FEW_SHOT: dict[str, Reader] = {
     LINEAR: lambda train, codes, test: probes.linear(train, codes, test, tuned=False),
@@ -68,12 +67,7 @@ class Answers:
 
     def scores(self, codes: np.ndarray) -> dict[Asked, dict[str, Draws]]:
         """Scores by draw, of which all are paired."""
-        return {
-            asked: self.resampling.classification(
-                codes, said, excess=EXCESS_BY_READER.get(asked.reader, EXCESS)
-            )
-            for asked, said in self.said.items()
-        }
+        return {asked: self.resampling.classification(codes, said) for asked, said in self.said.items()}
 
     def words(self, method: str, reader: str) -> str:
         """What was chosen most often, and in how many splits."""

@@ -15,10 +15,9 @@ from cellprior.evaluate._splits import Split
 
 N_DRAWS = 1000
 LEVEL = 0.95
-# By how much an interval of cells is wider than the bootstrap says: the same training cells, and what was chosen within
-# them, speak for all test cells, which no bootstrap of test cells sees. Found by benchmarks/verdict.py.
-EXCESS = 0.4
-UP_TO = 500  # cells; of more, it shrinks as their root grows
+# By how much Student's interval of batches is wider, as the same training cells speak for several of them. Found by
+# benchmarks/verdict.py: what is said of random splits, below, would be 1.5, as if no batch were a world of its own.
+OF_BATCHES = 1.2
 CLASS_SCORES = ("macro_f1", "balanced_accuracy", "accuracy")
 
 Draws: TypeAlias = np.ndarray
@@ -26,15 +25,20 @@ Draws: TypeAlias = np.ndarray
 
 
 class Resampling:
-    """How sure a score is, the same draws for everything that is compared.
+    r"""How sure a score is, the same draws for everything that is compared.
 
     Random splits: a bootstrap of cells. A draw weighs each cell by a Poisson variable of mean 1 (copies alike),
     so that a cell which several splits ask about weighs the same in all of them, and takes as many of the splits as
     there are, with repeats, for what is a mean over splits [Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993; Oza and Russell, Online bagging, 2001]. Scores of labels are of the cells of all splits together.
+    1993; Oza and Russell, Online bagging, 2001]. Scores of labels are of the cells of all splits together. No bootstrap
+    of test cells sees that other training cells, and other choices within them, would have named all of them otherwise:
+    the interval of a label's score is therefore wider by :math:`\sqrt{1 + n_\mathrm{test} / n_\mathrm{train}}`, with
+    the cells that all splits ask about and those that one learns from, which is 1.5 for five folds [Nadeau and Bengio,
+    Inference for the generalization error, Machine Learning 52:239, 2003].
 
     Held-out batches: each batch is a unit (its splits are taken together: two fits are not two batches), and the
-    interval is Student's, of the mean of the units. A bootstrap of two or three units is far too sure.
+    interval is Student's, of the mean of the units, `OF_BATCHES` as wide. A bootstrap of two or three units is far too
+    sure.
 
     Parameters
     ----------
@@ -61,12 +65,14 @@ class Resampling:
     ) -> None:
         rng = np.random.default_rng(seed)
         self.splits = list(splits)
+        learned = np.mean([len(split.train) for split in splits])
         self._unit, names = pd.factorize(np.array([split.held_out for split in splits], dtype=object))
         self.n_units = len(names) if len(names) > 1 else 0
         """Batches that were held out; 0 if the interval is of cells."""
         if self.n_units:
             return
         tested = np.unique(np.concatenate([split.test for split in splits]))
+        self._wider = float(np.sqrt(1 + len(tested) / learned)) if learned else 1.0
         self._place = np.full(n_obs, -1, dtype=np.int64)
         self._place[tested] = np.arange(len(tested))
         alike = np.unique(tested if copies is None else copies[tested], return_inverse=True)[1]
@@ -97,9 +103,7 @@ class Resampling:
             of_splits.append(np.asarray(of_cells)[order][(up_to >= q * up_to[-1]).argmax(axis=0)])
         return self._over_splits(of_splits)
 
-    def classification(
-        self, codes: np.ndarray, predicted: Sequence[np.ndarray], *, excess: float = EXCESS
-    ) -> dict[str, Draws]:
+    def classification(self, codes: np.ndarray, predicted: Sequence[np.ndarray]) -> dict[str, Draws]:
         """Macro-F1, balanced accuracy and accuracy, over the labels that the cells have.
 
         Parameters
@@ -108,8 +112,6 @@ class Resampling:
             Label of each cell of the data ``(n_obs,)``.
         predicted
             For each split, the labels given to its ``test`` ``(cells,)``.
-        excess
-            See `EXCESS`; neighbours, their distance and components need more.
         """
         if self.n_units:
             once = [
@@ -120,8 +122,7 @@ class Resampling:
         truth = np.concatenate([codes[split.test] for split in self.splits])
         weights = self._weights[self._place[np.concatenate([split.test for split in self.splits])]]
         pooled = _class_scores(truth, np.concatenate(list(predicted)), weights)
-        wider = 1 + excess * min(1.0, (UP_TO / len(self._weights)) ** 0.5)
-        return {name: _widened(pooled[name], wider) for name in CLASS_SCORES}
+        return {name: _widened(pooled[name], self._wider) for name in CLASS_SCORES}
 
     def interval(self, draws: Draws) -> tuple[float, float, float]:
         """A score, or a difference of two, and where it lies in 95 % of such data."""
@@ -133,7 +134,7 @@ class Resampling:
     def error(self, draws: Draws) -> float:
         """Standard error of a score, or of a difference of two."""
         spread = float(np.nanstd(draws[1:], ddof=1))
-        return spread / np.sqrt(self.n_units) if self.n_units else spread
+        return OF_BATCHES * spread / np.sqrt(self.n_units) if self.n_units else spread
 
     def sure(self) -> float:
         """Standard errors between a gain that is found four times of five and none."""

@@ -187,7 +187,7 @@ def across_species(
         for key, (first, second) in spaces.items()
     }
     said[MAJORITY, "baseline"] = np.full(asked.sum(), np.bincount(codes[0][known]).argmax())
-    return _table(said, codes[1][asked], seed)
+    return _table(said, codes[1][asked], int(known.sum()), seed)
 
 
 def _with_vectors(
@@ -285,9 +285,11 @@ def _embeddings_of(
     return found
 
 
-def _table(said: Mapping[tuple[str, str], np.ndarray], truth: np.ndarray, seed: int) -> pd.DataFrame:
+def _table(
+    said: Mapping[tuple[str, str], np.ndarray], truth: np.ndarray, n_learned: int, seed: int
+) -> pd.DataFrame:
     """Scores with intervals over cells, all paired."""
-    one = Split(HELD_OUT, 0, "", np.empty(0, dtype=np.int64), np.arange(len(truth)))
+    one = Split(HELD_OUT, 0, "", np.arange(n_learned), np.arange(len(truth)))
     again = Resampling(len(truth), [one], seed=seed)
     drawn = {key: again.classification(truth, [predicted]) for key, predicted in said.items()}
     tables = []
