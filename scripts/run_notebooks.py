@@ -4,6 +4,8 @@
 
 Needs `pip install ".[docs]"`. Notebooks that read files say where these come from; CELLPRIOR_TUTORIAL_DATA names the
 folder with them. Without it, such notebooks are left as they are. Nothing is downloaded.
+
+Into each is written what it came from, see ``_notebook_source.py``: by it a test tells whether it is to be run again.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 
 import nbformat
+from _notebook_source import fingerprint
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -41,9 +44,15 @@ def main() -> int:
         start = time.perf_counter()
         NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(path.parent)}}).execute()
         tidy(notebook)
+        notebook.metadata["cellprior"] = {"made_from": fingerprint([cell.source for cell in code(notebook)])}
         nbformat.write(notebook, path)
         sys.stdout.write(f"{path.name}: {time.perf_counter() - start:.0f} s\n")
     return 0
+
+
+def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Its cells with code."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -52,3 +53,18 @@ def test_its_links_lead_to_pages_that_exist(cells):
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     for target in re.findall(r"\]\((\.\./[^)#]+)", text):
         assert (ROOT / "docs" / "notebooks" / target).resolve().is_file(), target
+
+
+def test_what_is_shown_comes_from_the_code_and_the_weights_as_they_are_now():
+    """If it fails: run scripts/run_notebooks.py on what it names."""
+    spec = importlib.util.spec_from_file_location("source", ROOT / "scripts" / "_notebook_source.py")
+    source = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(source)
+    known = {}
+    for path in NOTEBOOKS:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if made_from := notebook["metadata"].get("cellprior", {}).get("made_from"):
+            now = source.fingerprint(["".join(cell["source"]) for cell in code(notebook["cells"])])
+            known[path.stem] = made_from == now
+    assert "04_evaluate" in known
+    assert all(known.values()), [name for name, same in known.items() if not same]

@@ -14,7 +14,8 @@ from sklearn.neighbors import NearestCentroid
 import cellprior as cp
 from cellprior.evaluate import _ask, _methods, _neighbors, _probes, _task
 from cellprior.evaluate._expression import log_normalised
-from cellprior.evaluate._splits import HELD_OUT, RANDOM
+from cellprior.evaluate._null import p_value, permuted
+from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split
 from cellprior.evaluate._task import CHOSEN_OF_ALL, ON_GENES, PCA_OF_ALL
 from cellprior.model import NotCountsError
 
@@ -163,6 +164,86 @@ def test_neighbours_vote_as_in_knn_predict_and_come_from_other_folds():
     assert not (folds[found] == folds[:, None]).any()
 
 
+def test_the_number_of_neighbours_is_chosen_by_neighbours_of_other_folds():
+    rng = np.random.default_rng(0)
+    values, folds = rng.standard_normal((120, 4)).astype(np.float32), rng.integers(0, 3, 90)
+    split, asked = Split(RANDOM, 0, "", np.arange(90), np.arange(90, 120)), np.arange(0, 90, 2)
+    found = _neighbors.pools([_methods.Space("", values, (4,))], split, folds, asked)
+    assert [pool.words for pool in found] == ["Euclidean", "cosine"]
+    apart = np.linalg.norm(values[:, None] - values[None], axis=2)
+    expected = np.where(folds[asked][:, None] == folds, np.inf, apart[asked][:, :90]).argsort(axis=1)[:, :15]
+    np.testing.assert_array_equal(found[0].inner, expected)
+    np.testing.assert_array_equal(found[0].test, apart[90:, :90].argsort(axis=1)[:, :15])
+
+
+def test_neighbours_are_chosen_by_the_best_score_within():
+    rng = np.random.default_rng(0)
+    codes, asked = np.tile([0, 1, 2], 20), np.arange(0, 60, 2)
+    at_random = rng.integers(0, 60, (30, 15))
+    alike = np.stack([rng.permutation(np.flatnonzero(codes == codes[cell]))[:15] for cell in asked])
+    alike[:, 3:] = at_random[:, 3:]  # so that three neighbours are best
+    found = [_neighbors.Pool(words, inner, at_random) for words, inner in (("a", at_random), ("b", alike))]
+    chosen = _neighbors.choose(found, codes[None], asked, 3)[0]
+    assert (chosen.pool, chosen.number, chosen.inner, chosen.words) == (1, 3, 1.0, "b, 3 neighbours")
+    np.testing.assert_array_equal(chosen.said, _neighbors.vote(codes[at_random[:, :3]], 3))
+
+
+def test_the_nearest_of_many_cells_are_found_group_by_group():
+    rng = np.random.default_rng(0)
+    train, test = (rng.standard_normal((n, 3)).astype(np.float32) for n in (701, 350))
+    expected = np.linalg.norm(test[:, None] - train, axis=2).argsort(axis=1)[:, :10]
+    np.testing.assert_array_equal(_neighbors.nearest(test, train, 10), expected)
+
+
+def test_folds_within_the_training_cells_are_whole_batches_if_batches_are_held_out(cells):
+    adata = cells()
+    task = make(adata, told(adata), batch_key="donor")
+    donor = adata.obs["donor"].to_numpy()
+    held_out, random = (_ask.Fold(task, task.splits[kind][0], None) for kind in (HELD_OUT, RANDOM))
+    donors_of = pd.Series(held_out.folds).groupby(donor[held_out.split.train]).nunique()
+    assert (donors_of == 1).all() and len(set(held_out.folds)) == 2
+    assert (pd.Series(random.folds).groupby(donor[random.split.train]).nunique() == 5).all()
+
+
+def test_the_baseline_is_chosen_for_each_split_by_what_it_names_within_it(cells):
+    adata = cells()
+    task = make(adata, told(adata))
+    answers = _ask.Answers(task.splits[RANDOM], task.copies)
+    for inner in ((0.9, 0.2), (0.3, 0.8)):
+        for name, score in zip(("one", "other"), inner, strict=True):
+            of = _neighbors.Chosen(np.array([name]), score, "")
+            answers.add(_ask.Asked(name, "baseline", "nearest neighbours"), of)
+        _ask._choose_baselines(task, answers, ("nearest neighbours",))
+    said = answers.said[_ask.Asked(CHOSEN_OF_ALL, "baseline", "nearest neighbours")]
+    assert np.concatenate(said).tolist() == ["one", "other"]
+
+
+def test_there_is_a_signal_if_the_best_of_all_readings_is_better_than_the_best_of_permuted_labels():
+    codes, cells = np.tile([0, 1, 2], 40), np.arange(120)
+    labellings = permuted(codes, cells, None)
+    assert all(np.bincount(again).tolist() == [40] * 3 for again in labellings)
+    assert all((again != codes).mean() > 0.4 for again in labellings[1:])
+    rng = np.random.default_rng(0)
+    noise = [[rng.integers(0, 3, labellings.shape)] for _ in range(3)]
+    told = [np.where(rng.random(120) < 0.7, codes, rng.integers(0, 3, (len(labellings), 120)))]
+    split = [Split(RANDOM, 0, "", cells[:0], cells)]
+    assert p_value([*noise, told], labellings, split) == pytest.approx(1 / 101)
+    assert p_value(noise, labellings, split) > 0.05
+    assert p_value([[labellings]], labellings, split) == 1  # each labelling is read perfectly
+
+
+def test_permuted_labels_stay_within_their_batch_and_copies_have_one():
+    codes, batches = np.repeat([0, 1], 50), pd.Series(np.tile(["a", "b"], 50))
+    codes[:4] = -1
+    alike = np.r_[np.arange(98), 10, 12]
+    for again in permuted(codes, alike, batches)[1:]:
+        assert (again[:4] == -1).all() and again[98] == again[10] and again[99] == again[12]
+    one = permuted(codes, np.arange(100), batches)[1]
+    for name in ("a", "b"):
+        own = (batches == name).to_numpy()
+        np.testing.assert_array_equal(np.bincount(one[own] + 1), np.bincount(codes[own] + 1))
+
+
 def test_ridge_is_that_of_scikit_learn_by_features_and_by_products():
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 3, 80)
@@ -180,6 +261,23 @@ def test_ridge_is_that_of_scikit_learn_by_features_and_by_products():
         ]
         for said in found:
             np.testing.assert_array_equal(said, expected)
+        folds = np.arange(80) % 4
+        within = _probes.Ridge(train, test).within(codes, folds, 3)[_probes.PENALTIES.index(0.1)]
+        for fold in range(4):
+            own = folds == fold
+            there = Ridge(penalty, fit_intercept=False).fit(
+                train[~own], np.eye(3)[codes[~own]] - np.eye(3)[codes[~own]].mean(axis=0)
+            )
+            guess = there.predict(train[own]) + np.eye(3)[codes[~own]].mean(axis=0)
+            np.testing.assert_array_equal(within[own], guess.argmax(axis=1))
+
+
+def test_logistic_regression_is_chosen_by_folds_it_has_not_learned():
+    """As many dimensions of noise as cells are learned by heart, and say nothing of other cells."""
+    rng = np.random.default_rng(0)
+    noise, codes = rng.standard_normal((90, 80)), np.tile([0, 1, 2], 30)
+    chosen = _probes._best_logistic(noise, codes, noise, rng.integers(0, 5, 90), 3)
+    assert (chosen.said == codes).all() and chosen.inner < 0.6
 
 
 def test_a_probe_reads_the_scale_of_the_training_cells_only():

@@ -122,6 +122,12 @@ def test_a_report_shows_itself(report):
     pickle.loads(pickle.dumps(report))
 
 
+def test_three_donors_speak_for_themselves_only(report):
+    nothing = report.verdicts[1]
+    assert nothing.neighbours == nothing.naming == "worse on these donors"
+    assert len(re.findall(r"of each held-out batch -[\d.]+, -[\d.]+, -[\d.]+\.", nothing.text)) == 2
+
+
 def test_each_label_has_its_f1_the_largest_first(report):
     assert report.per_label["cells"].is_monotonic_decreasing
     assert report.per_label["told, nearest neighbours"].between(0.8, 1).all()
