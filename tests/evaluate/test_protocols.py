@@ -181,11 +181,13 @@ def test_neighbours_are_chosen_by_the_best_score_within():
     codes, asked = np.tile([0, 1, 2], 20), np.arange(0, 60, 2)
     at_random = rng.integers(0, 60, (30, 15))
     alike = np.stack([rng.permutation(np.flatnonzero(codes == codes[cell]))[:15] for cell in asked])
-    alike[:, 3:] = at_random[:, 3:]  # so that three neighbours are best
+    alike[:, 3:] = (
+        alike[:, 3:] + 1
+    ) % 60  # of another label: three and five are right, of which the more are taken
     found = [_neighbors.Pool(words, inner, at_random) for words, inner in (("a", at_random), ("b", alike))]
     chosen = _neighbors.choose(found, codes[None], asked, 3)[0]
-    assert (chosen.pool, chosen.number, chosen.inner, chosen.words) == (1, 3, 1.0, "b, 3 neighbours")
-    np.testing.assert_array_equal(chosen.said, _neighbors.vote(codes[at_random[:, :3]], 3))
+    assert (chosen.pool, chosen.number, chosen.inner, chosen.words) == (1, 5, 1.0, "b, 5 neighbours")
+    np.testing.assert_array_equal(chosen.said, _neighbors.vote(codes[at_random[:, :5]], 3))
 
 
 def test_the_nearest_of_many_cells_are_found_group_by_group():
@@ -277,7 +279,7 @@ def test_logistic_regression_is_chosen_by_folds_it_has_not_learned():
     rng = np.random.default_rng(0)
     noise, codes = rng.standard_normal((90, 80)), np.tile([0, 1, 2], 30)
     chosen = _probes._best_logistic(noise, codes, noise, rng.integers(0, 5, 90), 3)
-    assert (chosen.said == codes).all() and chosen.inner < 0.6
+    assert (chosen.said == codes).mean() > 0.8 > 0.6 > chosen.inner
 
 
 def test_a_probe_reads_the_scale_of_the_training_cells_only():
