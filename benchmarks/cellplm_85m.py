@@ -104,7 +104,7 @@ def run(variant: str, n_cells: int, repeats: int) -> dict[str, float]:
     adata = synthetic(n_cells)
     CellPLM.setup_anndata(adata)
     torch.manual_seed(0)
-    model = CellPLM(adata)
+    model = CellPLM(adata, size="released")
     model.is_trained_ = True  # random weights are as fast as trained ones
     model.module.eval()
     forget_peak()

@@ -118,7 +118,9 @@ def attach(model: str, folder: Path, n_cells: int) -> Any:
     else:
         cls = ScBERT if model.startswith("scbert") else CellPLM
         cls.setup_anndata(adata)
-        found = CellPLM(adata) if model == "cellplm-85m" else cls.from_pretrained(model, adata)
+        found = (
+            CellPLM(adata, size="released") if model == "cellplm-85m" else cls.from_pretrained(model, adata)
+        )
     found.is_trained_ = True  # random weights are as fast as trained ones
     found.module.eval()
     return found

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import metadata
 from importlib.util import find_spec
+from inspect import getdoc
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import NumpyDocstring
@@ -54,9 +57,9 @@ napoleon_google_docstring = False
 def returns_as_prose(docstring: NumpyDocstring, section: str) -> list[str]:
     """A "Returns" section whole, as prose: napoleon would take each line for a type, and types are in the signature."""
     lines = docstring._dedent(docstring._consume_to_next_section())
-    if lines[:1] == [
-        ":"
-    ]:  # sphinx-autodoc-typehints puts it there, to the same end, which takes one line to work
+    if (
+        lines[:1] == [":"]
+    ):  # sphinx-autodoc-typehints puts it there, to the same end, which takes one line to work
         del lines[0]
     return docstring._format_block(":returns: ", lines)
 
@@ -81,10 +84,15 @@ intersphinx_mapping = {
 }
 if tags.has("offline"):  # noqa: F821 - Sphinx defines it: sphinx-build -t offline
     intersphinx_mapping = {}
-    if find_spec("sphinx-mathjax-offline"):  # else formulas are drawn by a script from the network
+    if find_spec(
+        "sphinx-mathjax-offline"
+    ):  # else formulas are drawn by a script from the network
         extensions.append("sphinx-mathjax-offline")
 # What other projects document is theirs to name, and a private name stays plain text; every public name must resolve.
-nitpick_ignore_regex = [("py:.*", r"(?!cellprior\.).*"), ("py:.*", r"cellprior\.(.*\.)?_.*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!cellprior\.).*"),
+    ("py:.*", r"cellprior\.(.*\.)?_.*"),
+]
 
 html_theme = "sphinx_book_theme"
 html_title = project
@@ -107,6 +115,50 @@ def copy_notebooks(app: Sphinx) -> None:
         shutil.copy(path, folder)
 
 
+def entries(docstring: str) -> dict[str, list[str]]:
+    """The "Parameters" of a NumPy docstring: the lines of each entry, by the first line of it."""
+    section = docstring.partition("Parameters\n----------\n")[2]
+    found: dict[str, list[str]] = {}
+    for line, following in pairwise([*section.splitlines(), ""]):
+        if following.startswith("---"):  # the title of the next section
+            break
+        if line and not line.startswith(" "):
+            found[line] = []
+        elif found:
+            found[next(reversed(found))].append(line)
+    return found
+
+
+def arguments_of_the_network(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """On the page of a model class, what its module says of the network's arguments, in the place of a link."""
+    at = next(
+        (
+            i
+            for i, line in enumerate(lines)
+            if line.startswith("    Of the network, see :class:")
+        ),
+        None,
+    )
+    if what != "class" or at is None or not hasattr(obj, "_module_cls"):
+        return
+    first = at - 1
+    while lines[first - 1].strip() and not lines[first - 1].startswith(
+        (" ", "-")
+    ):
+        first -= 1
+    names = ", ".join(lines[first:at]).split(", ")
+    described: list[str] = []
+    for title, text in entries(getdoc(obj._module_cls) or "").items():
+        if wanted := [name for name in title.split(", ") if name in names]:
+            described += [", ".join(wanted), *text]
+    lines[first : at + 1] = described
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls it."""
+    app.connect(
+        "autodoc-process-docstring", arguments_of_the_network, priority=100
+    )  # before napoleon reads it
     app.connect("builder-inited", copy_notebooks)

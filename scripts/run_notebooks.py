@@ -23,13 +23,10 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 DATA = "CELLPRIOR_TUTORIAL_DATA"
-# What a machine leaves in an output that says nothing about the tutorial: devices, and announcements of other packages.
-NOISE = re.compile(
-    r"^.*(?:GPU available|TPU available|LOCAL_RANK|Tip: For seamless|`Trainer.fit` stopped|Seed set to|it/s).*\n"
-    r"|^.*site-packages/.*\n(?:[ \t]+.*\n)*",
-    flags=re.MULTILINE,
-)
-CELL = re.compile(r"/\S*ipykernel_\d+/\d+\.py:\d+: ")  # where a warning comes from
+CELL = re.compile(r"/\S*ipykernel_\d+/\d+\.py:\d+: ")  # a file of this run alone, in front of a warning
+OVERWRITTEN = re.compile(
+    r"[^\n\r]*\r(?!\n)"
+)  # an earlier state of a bar, as a screen does not show it any more
 
 
 def main() -> int:
@@ -56,7 +53,7 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Take out when and where it was run, and the lines that only a machine's owner wants to see."""
+    """Take out when and where it was run. What users see in their own notebook stays, line by line."""
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     for number, cell in enumerate(notebook.cells):
@@ -65,7 +62,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         kept = []
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                output.text = CELL.sub("", NOISE.sub("", output.text))
+                output.text = CELL.sub("", OVERWRITTEN.sub("", output.text))
                 if not output.text.strip():
                     continue
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)

@@ -97,8 +97,11 @@ def isolated_settings(
     """An empty cache, no mirror and settings as new for every test, whatever the user's environment says."""
     monkeypatch.setenv("CELLPRIOR_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("CELLPRIOR_MIRROR", raising=False)
-    monkeypatch.delenv("CELLPRIOR_OFFLINE", raising=False)
+    for variable in ("OFFLINE", "VERBOSITY", "PROGRESS"):
+        monkeypatch.delenv(f"CELLPRIOR_{variable}", raising=False)
     yield
     cellprior.settings.cache_dir = None
     cellprior.settings.offline = None
     cellprior.settings.mirror = None
+    cellprior.settings.verbosity = None
+    cellprior.settings.progress = None

@@ -52,7 +52,7 @@ def test_the_names_are_those_of_the_model_class_and_their_origin_is_noted(refere
     probability = model.predict(query, soft=True).max(axis=1)
     np.testing.assert_allclose(query.obs[f"{KEY}_probability"], probability, rtol=1e-5)
     assert (query.obs[KEY].astype(str) == query.obs["truth"].astype(str)).mean() > 0.6
-    added = [name for name in query.obs if name not in columns and not name.startswith("_scvi")]
+    added = [name for name in query.obs if name not in columns]
     assert added == [KEY, f"{KEY}_probability"]
     record = query.uns["cellprior"][KEY]
     coverage = model.gene_match.coverage
@@ -64,6 +64,10 @@ def test_the_names_are_those_of_the_model_class_and_their_origin_is_noted(refere
         **QUICK,
     }
     assert "cellprior" not in reference.uns and KEY not in reference.obs
+    left = [
+        name for data in (query, reference) for name in (*data.uns, *data.obs) if name.startswith("_scvi")
+    ]
+    assert left == []  # the setup was for a while
 
 
 def test_weights_that_have_learned_the_labels_need_no_reference(reference, query, tmp_path):
@@ -177,7 +181,14 @@ def test_annotate_writes_names_and_says_how_many_cells_have_each(reference, quer
     query.write_h5ad(tmp_path / "query.h5ad")
     paths = [str(tmp_path / name) for name in ("query.h5ad", "named.h5ad")]
     taught = str(tmp_path / "taught")
-    learn = ["--reference", str(tmp_path / "reference.h5ad"), "--labels", "bulk_labels", "--max-epochs", "5"]
+    learn = [
+        "--reference",
+        str(tmp_path / "reference.h5ad"),
+        "--labels-key",
+        "bulk_labels",
+        "--max-epochs",
+        "5",
+    ]
     assert (
         main(["annotate", *paths, "--weights", STARTER, *learn, "--trainable", "head", "--save", taught]) == 0
     )

@@ -84,7 +84,7 @@ def test_embed_streams_to_a_zarr_folder_and_goes_on_where_it_was_cut_short(
 ):
     output = tmp_path / "out.zarr"
     arguments = ["embed", str(counts), str(output), "--weights", STARTER, "--batch-key", "batch"]
-    arguments += ["--hidden", str(tmp_path / "hidden")]
+    arguments += ["--hidden", str(tmp_path / "hidden"), "--progress"]
     with monkeypatch.context() as patch:
         patch.setattr(cp.model.engine._stream.LatentStore, "close", lambda self: sys.exit("cut short"))
         with pytest.raises(SystemExit):
@@ -137,9 +137,23 @@ def test_cells_without_any_count_can_be_embedded(counts, capsys):
     [
         (["card", "nope"], "nope"),
         (["download", "cellplm-20231027"], "CELLPRIOR_OFFLINE"),
-        (["embed", "nope.h5ad", "out.h5ad", "--weights", STARTER], "nope.h5ad"),
+        (
+            ["embed", "nope.h5ad", "out.h5ad", "--weights", STARTER],
+            "nope.h5ad is not there. The folder has counts.h5ad",
+        ),
         (["embed", "text.h5ad", "out.h5ad", "--weights", STARTER], "text.h5ad"),
-        (["embed", "nope.h5ad", "out.zarr", "--weights", STARTER], "nope.h5ad"),
+        (
+            ["embed", "nope.h5ad", "out.zarr", "--weights", STARTER],
+            "nope.h5ad is not there. The folder has counts.h5ad",
+        ),
+        (
+            ["annotate", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--labels", "a"],
+            "--reference, an h5ad file of cells with",
+        ),
+        (
+            ["annotate", "counts.h5ad", "out.h5ad", "--weights", STARTER, "--reference", "a.h5ad"],
+            "--labels-key, its column",
+        ),
         (["embed", "text.h5ad", "out.zarr", "--weights", STARTER], "text.h5ad"),
         (["embed", "counts.h5ad", "nope/out.h5ad", "--weights", STARTER], "There is no folder nope"),
         (["embed", "counts.h5ad", "out.h5ad", "--weights", "nope"], "'nope' is neither a registry name nor"),

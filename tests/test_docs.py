@@ -143,14 +143,18 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
         cells = AnnData(_some_cells().layers["counts"], obs=_some_cells().obs, var=_some_cells().var)
         for name in ("cells", "reference", "query"):
             cells.write_h5ad(f"{name}.h5ad")
+    excused = False
     for number, block in enumerate(found):
         assert block.language in LANGUAGES | SHOWN_ONLY, f"{page}: a block of {block.language}"
         if block.excuse is not None:
             assert len(block.excuse) > 10, f"{page}: say why it is not run"
+        elif block.language == "text" and page.name == "output.md" and not excused:
+            assert_same_kinds(shown(capsys), block.code)
         elif block.language == "python":
             exec(compile(block.code, f"{page.name}, block {number}", "exec"), names)
         elif block.language == "bash":
             run_shell(block.code)
+        excused = block.excuse is not None
     if page.name == "README.md":  # the first page that people read gives an embedding, a map and a record
         adata = names["adata"]
         embedding = adata.obsm["X_cellplm"]
@@ -161,9 +165,42 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, quick, capsys):
         assert "cellprior" in adata.uns
 
 
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was on the screen since the last time: what is said on the way, then the result."""
+    captured = capsys.readouterr()
+    return captured.err + captured.out
+
+
+def assert_same_kinds(said: str, page: str) -> None:
+    """The same lines, whatever the numbers, names of types and spaces; `...` on the page stands for any lines."""
+    wanted = [re.escape(kind) for kind in kinds_of_lines(page)]
+    pattern = "\n".join(wanted).replace(r"\.\.\.", r"[\s\S]*?")
+    found = "\n".join(kinds_of_lines(said))
+    assert re.fullmatch(pattern, found), f"{found}\n\nThe page has:\n\n{page}"
+
+
+def kinds_of_lines(text: str) -> list[str]:
+    """Lines without numbers and repeated spaces, and one of those that follow each other and are alike."""
+    kinds = []
+    for line in text.splitlines():
+        kind = re.sub(r"[-+]?\d[\d,.]*(?:e[-+]\d+)?(?<![.,])|\bnan\b", "#", " ".join(line.split()))
+        kind = re.sub(r"^(unknown|[A-Z][\w+/ -]*) #$", "TYPE #", kind)
+        if kind and kinds[-1:] != [kind]:
+            kinds.append(kind)
+    return kinds
+
+
+def test_kinds_of_lines_know_numbers_and_nothing_else():
+    page = "Trained for 20 epochs. loss: 3.5.\n...\nB cell      12\nT cell  3\n"
+    assert_same_kinds("Trained for 3 epochs. loss: 1e-05.\nmore\nand more\nunknown 1\n", page)
+    for other in ("Trained for 3 epochs.\nmore\nunknown 1\n", "Trained for 3 epochs. loss: 1.\nmore\n"):
+        with pytest.raises(AssertionError):
+            assert_same_kinds(other, page)
+
+
 def run_shell(code: str) -> None:
     """Run the calls of `cellprior`, as in a shell; of a script, look whether it is there."""
-    for line in code.splitlines():
+    for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["cellprior"]:
             assert main(words[1:]) == 0, line

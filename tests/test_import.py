@@ -41,6 +41,11 @@ def test_every_public_room_can_be_reached_and_is_listed():
         assert room in dir(cp)
 
 
+@pytest.mark.parametrize("room", ["evaluate", "genes", "model", "pl", "pp", "tl", "weights"])
+def test_a_room_shows_its_public_names_and_nothing_else(room):
+    assert dir(getattr(cp, room)) == sorted(getattr(cp, room).__all__)
+
+
 def test_an_unknown_name_is_an_attribute_error_that_names_it():
     with pytest.raises(AttributeError, match="'cellprior' has no attribute 'modell'"):
         _ = cp.modell

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -35,3 +38,13 @@ def test_the_plot_of_a_gene_match_without_a_loss_names_none():
     ax = cp.pl.gene_match(match, ax=Figure().subplots())
     assert ax.get_xlabel() == ""
     assert [bar.get_width() for bar in ax.containers[0]] == [1, 0]
+
+
+@pytest.mark.parametrize("n_epochs", [1, 3, 30])
+def test_epochs_are_whole_numbers_on_the_axis(n_epochs):
+    names = ("train_masked", "train_masked_floor_gene_means")
+    model = SimpleNamespace(
+        history={name: pd.DataFrame({name: np.linspace(3, 1, n_epochs)}) for name in names}
+    )
+    ax = cp.pl.training(model, ax=Figure().subplots())
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())

@@ -33,7 +33,7 @@ def test_the_command_line_of_the_readme_names_only_commands_that_exist(capsys):
     listed = capsys.readouterr().out
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     verbs = {line.split()[1] for line in lines if line.startswith("cellprior ")}
-    assert verbs == {"list", "card", "embed", "annotate", "evaluate"}
+    assert verbs == {"list", "card", "check", "embed", "annotate", "evaluate"}
     for verb in verbs:
         assert verb in listed
 

@@ -116,3 +116,16 @@ def test_every_action_of_the_workflows_is_pinned_by_a_commit():
     for path in sorted((ROOT / ".github" / "workflows").glob("*.yaml")):
         for action in re.findall(r"uses: (\S+)", path.read_text(encoding="utf-8")):
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), f"{path.name}: {action}"
+
+
+def test_the_recipe_for_conda_asks_for_what_the_package_asks_for():
+    recipe = yaml.safe_load((ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8"))
+    names = {"matplotlib-base": "matplotlib", "pytorch": "torch"}
+    asked = [line.partition(" ")[::2] for line in recipe["requirements"]["run"]]
+    found = {names.get(name, name): set(versions.split(",")) for name, versions in asked}
+    needed = {}
+    for requirement in PROJECT["dependencies"]:
+        name, versions = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
+        needed[name] = set(versions.split(","))
+    assert found == {"python": {PROJECT["requires-python"]}, **needed}
+    assert recipe["package"]["version"] == PROJECT["version"]

@@ -86,6 +86,23 @@ def test_the_empty_string_switches_a_mirror_of_the_environment_off(monkeypatch):
 def test_the_repr_shows_the_values_in_force(tmp_path):
     cp.settings.cache_dir = tmp_path
     cp.settings.offline = True
-    assert (
-        repr(cp.settings) == f"Settings(cache_dir={str(tmp_path)!r}, offline=True, mirror=None, n_jobs=None)"
-    )
+    rest = "offline=True, mirror=None, n_jobs=None, verbosity=1, progress=True"
+    assert repr(cp.settings) == f"Settings(cache_dir={str(tmp_path)!r}, {rest})"
+
+
+def test_bars_follow_the_verbosity_unless_they_are_set(monkeypatch):
+    assert (cp.settings.verbosity, cp.settings.progress) == (1, True)
+    monkeypatch.setenv("CELLPRIOR_VERBOSITY", "0")
+    assert (cp.settings.verbosity, cp.settings.progress) == (0, False)
+    monkeypatch.setenv("CELLPRIOR_PROGRESS", "yes")
+    assert cp.settings.progress is True
+    cp.settings.verbosity, cp.settings.progress = 2, False
+    assert (cp.settings.verbosity, cp.settings.progress) == (2, False)
+
+
+def test_a_verbosity_that_does_not_exist_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="settings.verbosity is 3: set it to 0"):
+        cp.settings.verbosity = 3
+    monkeypatch.setenv("CELLPRIOR_VERBOSITY", "loud")
+    with pytest.raises(ValueError, match="CELLPRIOR_VERBOSITY is 'loud': set it to 0"):
+        _ = cp.settings.verbosity

@@ -51,6 +51,16 @@ def test_the_embedding_is_that_of_the_model_class_and_its_origin_is_noted(adata)
     }
 
 
+def test_a_setup_of_the_user_is_as_it_was_after_an_embedding_with_another(adata):
+    CellPLM.setup_anndata(adata, batch_key="batch")
+    before = {name: value for name, value in adata.uns.items() if name.startswith("_scvi")}
+    codes = adata.obs["_scvi_batch"].copy()
+    cp.tl.embed(adata, STARTER)
+    assert {name: value for name, value in adata.uns.items() if name.startswith("_scvi")} == before
+    assert (adata.obs["_scvi_batch"] == codes).all()
+    CellPLM.from_pretrained(STARTER, adata)  # and still of use
+
+
 def test_every_argument_reaches_the_model_and_the_record_survives_a_file(adata, tmp_path):
     adata.layers["counts"], adata.X = adata.X, adata.layers["log"]
     adata.var["symbol"] = adata.var_names

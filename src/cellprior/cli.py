@@ -1,4 +1,4 @@
-"""Command line: ``cellprior list | card | download | embed | annotate | convert | evaluate | demo``."""
+"""Command line: ``cellprior check | list | card | download | embed | annotate | convert | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellprior._terminal import Signals, complain, say, warnings_in_words
+from cellprior.settings import settings
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     name = f"cellprior {args.command}"
-    with warnings_in_words(name), Signals() as signals:
+    with warnings_in_words(name), _as_asked(args), Signals() as signals:
         try:
             args.run(args)
         except BaseException as error:
@@ -44,6 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(f"{name}: {_in_words(error)}")
             return 1
     return 0
+
+
+@contextmanager
+def _as_asked(args: argparse.Namespace) -> Iterator[None]:
+    """How much is said, as the arguments of this command have it."""
+    before = settings._verbosity, settings._progress
+    if args.quiet or args.verbose:
+        settings.verbosity = 0 if args.quiet else 2
+    if args.progress is not None:
+        settings.progress = args.progress
+    try:
+        yield
+    finally:
+        settings._verbosity, settings._progress = before
 
 
 def _in_words(error: Exception) -> str:
@@ -82,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("cellprior"))
     commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("check", help="say what is in a file, and which command comes next")
+    command.add_argument("input", type=Path, help="h5ad or h5mu file, or zarr folder")
+    command.set_defaults(run=_check)
 
     command = commands.add_parser("list", help="list the weights and gene tables that can be had")
     command.set_defaults(run=_list)
@@ -148,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--known-hash", help="as of embed")
     command.add_argument("--reference", type=Path, help="h5ad file with raw counts and labels, to learn from")
-    command.add_argument("--labels", help="column of the reference's obs with cell types")
+    _labels_key(command, "column of the reference's obs with cell types")
     command.add_argument("--layer", help="layer with raw counts, in both (default: X)")
     command.add_argument(
         "--gene-key", help="column of var with gene names, in both (default: found by itself)"
@@ -199,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", help="does a pretrained model help on your data? a report")
     command.add_argument("input", type=Path, help="h5ad file with raw counts and labels")
-    command.add_argument("--labels", required=True, help="column of obs with cell types")
+    _labels_key(command, "column of obs with cell types", required=True)
     command.add_argument(
         "--weights", action="append", default=[], help="weights to evaluate; may be repeated"
     )
@@ -225,7 +245,36 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--debug", action="store_true", help="show where in the code an error comes from"
         )
+        much = command.add_mutually_exclusive_group()
+        much.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
+        much.add_argument(
+            "-v", "--verbose", action="store_true", help="say all, also what other packages say"
+        )
+        command.add_argument(
+            "--progress",
+            action=argparse.BooleanOptionalAction,
+            help="draw bars (default: for steps of more than a few seconds, unless -q is given)",
+        )
     return parser
+
+
+def _done(text: str) -> None:
+    """Say what was written, unless nothing is to be said."""
+    if settings.verbosity > 0:
+        say(text)
+
+
+def _labels_key(command: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
+    """The argument as it is called in Python; ``--labels`` is what it was called first."""
+    command.add_argument(
+        "--labels-key", "--labels", dest="labels", metavar="LABELS_KEY", required=required, help=text
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    from cellprior import tl
+
+    say(f"{tl.check(args.input)!r}\n")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -264,7 +313,7 @@ def _embed(args: argparse.Namespace) -> None:
     if streams:
         options |= {"overwrite": args.overwrite, "hidden": args.hidden}
         tl.embed(args.input, args.weights, out=args.output, **options)
-        say(f"{args.output}: complete\n")
+        _done(f"{args.output}: complete\n")
         return
     data = _read(args.input)
     _refuse_full(data, args.output)
@@ -280,13 +329,19 @@ def _embed(args: argparse.Namespace) -> None:
         )
         if share in record
     )
-    say(f"{args.output}: obsm[{key!r}], {data.n_obs:,} cells x {data.obsm[key].shape[1]}{used}\n")
+    _done(f"{args.output}: obsm[{key!r}], {data.n_obs:,} cells x {data.obsm[key].shape[1]}{used}\n")
 
 
 def _annotate(args: argparse.Namespace) -> None:
     from cellprior import tl
 
     _refuse_output(args)
+    if (args.reference is None) != (args.labels is None):
+        missing = (
+            "--reference, an h5ad file of cells" if args.reference is None else "--labels-key, its column"
+        )
+        msg = f"{missing} with names to learn, is needed too: give --reference and --labels-key together."
+        raise ValueError(msg)
     adata: Any = _read(args.input)
     _refuse_full(adata, args.output)
     reference: Any = None if args.reference is None else _read(args.reference)
@@ -303,9 +358,9 @@ def _annotate(args: argparse.Namespace) -> None:
     key = next(reversed(adata.uns["cellprior"]))
     counts = adata.obs[key].value_counts()
     shown = "\n".join(f"{name:40} {n:8,}" for name, n in counts.items() if n)
-    say(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
+    _done(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
     if reasons := adata.uns["cellprior"][key].get("unknown"):
-        say(
+        _done(
             f"unknown: {reasons['too_far']:,} too far from every type, {reasons['too_uncertain']:,} too uncertain; "
             f"obs[{key + '_best_guess'!r}] has the best guess for each cell\n"
         )
@@ -435,7 +490,7 @@ def _convert(args: argparse.Namespace) -> None:
         layer=_by_modality(args.layer),
         overwrite=args.overwrite,
     )
-    say(f"{folder}: {(folder / 'README.md').read_text(encoding='utf-8')}")
+    _done(f"{folder}: {(folder / 'README.md').read_text(encoding='utf-8')}")
 
 
 def _by_modality(text: str | None) -> Any:
@@ -501,4 +556,4 @@ def _demo(args: argparse.Namespace) -> None:
 
     _prepare(args.out)
     say(demo(args.out).to_string(float_format="{:.3f}".format) + "\n")
-    say(f"Written: {args.out / 'cellprior_demo.png'}, {args.out / 'cellprior_demo.h5ad'}\n")
+    _done(f"Written: {args.out / 'cellprior_demo.png'}, {args.out / 'cellprior_demo.h5ad'}\n")

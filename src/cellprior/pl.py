@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["gene_match", "perturbation", "report", "training"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 # of what is evaluated, and of baselines and controls in the order in which they come
 EVALUATED = (("C1", "D"), ("C3", "D"), ("C2", "D"), ("C8", "D"))
 COMPARED = (("C0", "o"), ("C9", "s"), ("C4", "^"), ("C5", "v"), ("0.2", "P"), ("C6", "<"), ("C7", ">"))
@@ -62,8 +67,10 @@ def gene_match(match: GeneMatch, *, n_lost: int = 5, ax: Axes | None = None) -> 
     if lost := [str(name) for name in match.lost_genes(n_lost)["name"]]:
         n_all = int(((match.index < 0) & match.is_gene).sum())
         most = "lost, most counts first" if "counts" in kinds else "lost"
-        ax.set_xlabel(f"{most}: {', '.join(lost)}{', ...' if n_all > n_lost else ''}")
-    ax.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        text = f"{most}: {', '.join(lost)}{', ...' if n_all > n_lost else ''}"
+        ax.set_xlabel(textwrap.fill(text, 60, break_on_hyphens=False))
+    n_lines = ax.get_xlabel().count("\n")
+    ax.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.06 * n_lines))
     return ax
 
 
@@ -85,6 +92,7 @@ def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None
         If the model has not been trained, or has no such loss.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     from cellprior.model.learning._fit import losses_with_floors
 
@@ -111,8 +119,9 @@ def training(model: PretrainedModel, *, loss: str | None = None, ax: Axes | None
             epochs = range(1, len(floor) + 1)
             ax.plot(epochs, floor, color=colour, linestyle=style, label=f"{label}, floor: {predictor}")
     ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_ylabel(f"{loss.replace('_', ' ')}{'' if loss.endswith(('accuracy', 'loss')) else ' loss'}")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return ax
 
 
@@ -178,7 +187,13 @@ def perturbation(
         title=", ".join(rows["how"].unique()),
     )
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.6 / (1.2 + 0.3 * len(names))),
+    )
     return ax
 
 
@@ -207,7 +222,7 @@ def report(report: Report, *, figsize: tuple[float, float] = (15.0, 10.0)) -> Fi
     ):
         rows = table[(table["split"] == headline) & (table["metric"] == "macro_f1")]
         _ranked(axes[name], rows[rows["reader"].isin([reader, ""])], styles)
-        axes[name].set(title=f"{reader}, {headline}", xlabel="macro-F1", xlim=(0, 1))
+        axes[name].set(title=f"{reader}, {headline}", xlabel="macro-F1", xlim=(-0.02, 1.02))
     _few_labels(axes["C"], report.few_shot, headline, styles)
     _by_label(axes["D"], report.per_label, styles)
     _structure(axes["E"], report.zero_shot[report.zero_shot["split"] == "all cells"], styles)
@@ -259,7 +274,7 @@ def _few_labels(ax: Axes, table: pd.DataFrame, headline: str, styles: Mapping[st
         ends = (points[["value", "high"]].to_numpy() - points[["low", "value"]].to_numpy()).T
         ax.errorbar(points["n_per_class"] * aside, points["value"], ends, capsize=2, **styles[method])
     sizes = sorted(rows["n_per_class"].unique())
-    ax.set(xscale="log", ylim=(0, 1))
+    ax.set(xscale="log", ylim=(-0.03, 1.03))
     ax.set_xticks(sizes, [f"{n:g}" for n in sizes])
     ax.minorticks_off()
     ax.grid(alpha=0.3)

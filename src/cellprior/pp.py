@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["pad_modalities", "recover_counts"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 MAX_DECIMALS = 5  # values rounded to more are treated as unrounded
 
 

@@ -1,4 +1,4 @@
-"""Where files are kept, and whether and from where they may be fetched."""
+"""Where files are kept, whether and from where they may be fetched, and how much is said."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 _YES = frozenset({"1", "true", "yes", "on"})
-_NO = frozenset({"", "0", "false", "no", "off"})
+_NO = frozenset({"0", "false", "no", "off"})
 
 
 class Settings:
-    """Four settings, each with an environment variable behind it.
+    """Six settings, each with an environment variable behind it.
 
     The environment is read at every access. A value that has been assigned wins over the environment
     until `None` is assigned in its place.
@@ -20,6 +20,7 @@ class Settings:
     >>> import cellprior as cp
     >>> cp.settings.cache_dir = "/scratch/me/cellprior"
     >>> cp.settings.offline = True
+    >>> cp.settings.verbosity = 0  # warnings and errors only
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,8 @@ class Settings:
         self._offline: bool | None = None
         self._mirror: str | None = None
         self._n_jobs: int | None = None
+        self._verbosity: int | None = None
+        self._progress: bool | None = None
 
     @property
     def cache_dir(self) -> Path:
@@ -55,16 +58,7 @@ class Settings:
         """
         if self._offline is not None:
             return self._offline
-        answer = os.environ.get("CELLPRIOR_OFFLINE", "")
-        if answer.strip().lower() in _YES:
-            return True
-        if answer.strip().lower() in _NO:
-            return False
-        msg = (
-            f"The environment variable CELLPRIOR_OFFLINE is {answer!r}, which is neither yes nor no. "
-            "Set it to 1 (no network) or 0, or unset it."
-        )
-        raise ValueError(msg)
+        return bool(_yes_or_no("CELLPRIOR_OFFLINE", "1 (no network) or 0"))
 
     @offline.setter
     def offline(self, offline: bool | None) -> None:
@@ -101,10 +95,52 @@ class Settings:
     def n_jobs(self, n_jobs: int | None) -> None:
         self._n_jobs = _cores(n_jobs)
 
+    @property
+    def verbosity(self) -> int:
+        """How much is said on the way; `CELLPRIOR_VERBOSITY`, or else 1.
+
+        0: warnings and errors only. 1: a line where something long begins and ends, and bars of progress. 2: also
+        what Lightning and scvi-tools say of devices and of themselves. Warnings are Python's, and follow its filters.
+
+        Raises
+        ------
+        ValueError
+            If it is not 0, 1 or 2.
+        """
+        if self._verbosity is not None:
+            return self._verbosity
+        return _level(
+            os.environ.get("CELLPRIOR_VERBOSITY") or 1, "The environment variable CELLPRIOR_VERBOSITY"
+        )
+
+    @verbosity.setter
+    def verbosity(self, verbosity: int | None) -> None:
+        self._verbosity = None if verbosity is None else _level(verbosity, "settings.verbosity")
+
+    @property
+    def progress(self) -> bool:
+        """Whether steps of more than a few seconds draw a bar; `CELLPRIOR_PROGRESS`, or else unless `verbosity` is 0.
+
+        ``progress=`` of a function wins over it.
+
+        Raises
+        ------
+        ValueError
+            If `CELLPRIOR_PROGRESS` is neither a yes (1, true, yes, on) nor a no (0, false, no, off).
+        """
+        if self._progress is not None:
+            return self._progress
+        answer = _yes_or_no("CELLPRIOR_PROGRESS", "1 (draw bars) or 0")
+        return self.verbosity > 0 if answer is None else answer
+
+    @progress.setter
+    def progress(self, progress: bool | None) -> None:
+        self._progress = None if progress is None else bool(progress)
+
     def __repr__(self) -> str:
         return (
             f"Settings(cache_dir={str(self.cache_dir)!r}, offline={self.offline}, mirror={self.mirror!r}, "
-            f"n_jobs={self.n_jobs})"
+            f"n_jobs={self.n_jobs}, verbosity={self.verbosity}, progress={self.progress})"
         )
 
 
@@ -117,6 +153,31 @@ def _cores(n_jobs: int | str | None) -> int | None:
         msg = f"n_jobs={n_jobs!r}: a whole number of cores from 1 on is needed, or None."
         raise ValueError(msg)
     return n_cores
+
+
+def _yes_or_no(variable: str, values: str) -> bool | None:
+    """Answer of an environment variable; None if it is not set."""
+    answer = os.environ.get(variable, "")
+    if not answer.strip():
+        return None
+    if answer.strip().lower() in _YES:
+        return True
+    if answer.strip().lower() in _NO:
+        return False
+    msg = (
+        f"The environment variable {variable} is {answer!r}, which is neither yes nor no. "
+        f"Set it to {values}, or unset it."
+    )
+    raise ValueError(msg)
+
+
+def _level(value: int | str, what: str) -> int:
+    if str(value).strip() not in ("0", "1", "2"):
+        msg = (
+            f"{what} is {value!r}: set it to 0 (warnings and errors only), 1 (the default) or 2 (everything)."
+        )
+        raise ValueError(msg)
+    return int(value)
 
 
 settings = Settings()

@@ -11,7 +11,46 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-__all__ = ["annotate", "embed", "transfer_labels"]
+    from cellprior._check import Check
+
+__all__ = ["annotate", "check", "embed", "transfer_labels"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+def check(adata: AnnData | MuData | str | os.PathLike[str]) -> Check:
+    """Say what is in a data set, what each set of weights would read of it, and which call comes next.
+
+    Nothing is changed, downloaded or computed beyond that: a thousand cells are looked at.
+
+    Parameters
+    ----------
+    adata
+        Annotated data ``(cells, genes)``, or a MuData, of which the modality with genes is looked at; or the path of an
+        h5ad or h5mu file, or of a zarr folder.
+
+    Returns
+    -------
+    Where raw counts are; what the features are, and of which species; how deep the cells are; which columns of ``obs``
+    look like batches or labels; the share of genes and of counts that each set of weights would read, of those whose
+    genes are known on this machine; and the next line of code. It shows itself as text.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it cannot be read, or holds no cell or no feature.
+
+    Examples
+    --------
+    >>> cp.tl.check("cells.h5ad")
+    """
+    from cellprior._check import check as check_data
+
+    return check_data(adata)
 
 
 def embed(
@@ -30,7 +69,7 @@ def embed(
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     hidden: str | os.PathLike[str] = "memory",
-    progress: bool = True,
+    progress: bool | None = None,
     client: Any = None,
     known_hash: str | None = None,
     setup: Mapping[str, Any] | None = None,
@@ -75,7 +114,7 @@ def embed(
     hidden
         With ``out``, for CellPLM: ``"memory"``, or a folder for the hidden states of the cells of a sentence.
     progress
-        With ``out``: draw a bar.
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
     client
         ``distributed.Client`` of a Dask cluster that embeds; the counts are then dask arrays, or in a path that the
         workers can read.
@@ -118,11 +157,14 @@ def embed(
     >>> cp.tl.embed("atlas.h5ad", "cellplm-starter", batch_key="donor", out="latent.zarr")
     >>> anndata.read_zarr("latent.zarr").obsm["X_cellplm"]
     """
+    from cellprior._arguments import count
     from cellprior.model import model_class
     from cellprior.model.data._files import open_counts
     from cellprior.model.engine._dask import await_workers
     from cellprior.model.engine._embedding import in_memory
 
+    if batch_size is not None:
+        count(batch_size=batch_size)
     cls = model_class(weights, known_hash=known_hash)
     cls._refuse_setup(setup or {})
     if client is not None:
@@ -153,6 +195,8 @@ def embed(
     if setup:
         options["setup"] = setup
     with cls.opened(weights, adata, **where, **options) as model:
+        record = {**model.provenance(), "params": params}
+        _tell_read(model, record, weights, adata.n_obs)
         if out is not None:
             options = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
             options |= {"batch_size": batch_size, "client": client, "source": source}
@@ -162,7 +206,6 @@ def embed(
             latent = model.get_latent_representation(batch_size=batch_size)
         else:
             latent = in_memory(model._embedding(batch_size=batch_size, client=client))
-        record = {**model.provenance(), "params": params}
     adata.obsm[key] = latent
     _note(adata, key, record)
     return adata if copy else None
@@ -254,7 +297,12 @@ def annotate(
         msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
         raise ValueError(msg)
     if (reference is None) != (labels_key is None):
-        msg = "reference= and labels_key=, its column with the names to learn, are needed together."
+        given, missing = ("labels_key", "reference") if reference is None else ("reference", "labels_key")
+        what = {
+            "reference": "the labelled cells to learn from",
+            "labels_key": "the column of reference.obs with names",
+        }
+        msg = f"{given}= is given, and {missing}= is not: {what[missing]}. They are needed together."
         raise ValueError(msg)
     if reference is None and (fine_tune or save is not None):
         given = ", ".join([*fine_tune, *(["save"] if save is not None else [])])
@@ -281,6 +329,7 @@ def annotate(
     options["unlabeled_category"] = unlabeled_category
     with cls.opened(weights, adata if reference is None else reference, **options) as model:
         record = model.provenance(adata)  # first: genes that do not match are told before anything is learned
+        _tell_read(model, record, weights, adata.n_obs)
         if reference is not None:
             model.fine_tune(labels_key, **fine_tune)
         if save is not None:
@@ -395,6 +444,22 @@ def transfer_labels(
     adata.obs[key] = pd.Categorical(found.names)
     _note(adata, key, {"use_rep": use_rep, "labels_key": labels_key, **found.record})
     return adata if copy else None
+
+
+def _tell_read(model: Any, record: Mapping[str, Any], weights: Any, n_obs: int) -> None:
+    """Say which weights read how much of some cells."""
+    from cellprior._talk import tell
+
+    of = {"": "", "rna_": " of RNA", "atac_": " of ATAC"}
+    shares = []
+    for prefix, modality in of.items():
+        for name, what in (("counts_share", "counts"), ("coverage", "features" if modality else "genes")):
+            if (share := record.get(prefix + name)) is not None:
+                shares.append(f"{share:.1%} of the {what}{modality}")
+                break
+    device = "the CPU" if model.device.type == "cpu" else str(model.device)
+    read = f" reads {' and '.join(shares)}" if shares else ""
+    tell(f"{type(model).__name__} ({os.fspath(weights)}){read}. {n_obs:,} cells, on {device}.")
 
 
 def _note(data: AnnData | MuData, key: str, record: Mapping[str, Any]) -> None:

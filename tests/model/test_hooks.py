@@ -66,3 +66,29 @@ def test_evaluation_refuses_by_name_what_a_model_of_two_modalities_cannot_do():
     assert [what for what in ("train", "annotate", "read two modalities") if MultiomeCLIP.can(what)] == [
         "train", "read two modalities",
     ]  # fmt: skip
+
+
+def test_a_habit_of_scvi_tools_is_told_what_takes_its_place():
+    from cellprior.model._habits import ARGUMENTS, MEMBERS
+
+    model = CellPLM(genes=[f"GENE{i}" for i in range(30)], size="small")
+    for name, advice in MEMBERS.items():
+        for owner in (CellPLM, model):
+            assert not hasattr(owner, name)
+            with pytest.raises(AttributeError, match=rf"CellPLM has no '{name}'\. {re.escape(advice)}"):
+                getattr(owner, name)
+    for name in ARGUMENTS:
+        with pytest.raises(TypeError, match=f"{name}= is an argument of scvi-tools"):
+            model.get_latent_representation(**{name: True})
+
+
+def test_an_error_within_a_property_is_not_taken_for_a_missing_one(monkeypatch):
+    def broken(self: CellPLM) -> None:
+        raise AttributeError("what is wrong")
+
+    model = CellPLM(genes=[f"GENE{i}" for i in range(30)], size="small")
+    monkeypatch.setattr(CellPLM, "gene_match", property(broken))
+    with pytest.raises(AttributeError, match="what is wrong"):
+        _ = model.gene_match
+    with pytest.raises(AttributeError, match="'CellPLM' object has no attribute 'nope'"):
+        _ = model.nope

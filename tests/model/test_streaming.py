@@ -146,7 +146,9 @@ def test_the_users_data_are_left_alone(counts, tmp_path):
 
 def test_the_bar_counts_cells_and_shows_their_speed_and_the_time_left(counts, tmp_path, capsys):
     for weights, name in ((STARTER, "cellplm"), (tiny_scbert(), "scbert")):
-        cp.tl.embed(counts, weights, batch_key="batch", batch_size=20, out=tmp_path / f"{name}.zarr")
+        cp.tl.embed(
+            counts, weights, batch_key="batch", batch_size=20, out=tmp_path / f"{name}.zarr", progress=True
+        )
         last = capsys.readouterr().err.strip().split("\r")[-1]
         assert re.search(r"100%.*\| 90 of 90 cells \[[\d:]+<-?[\d:]+, [\d.]+.*cells/s\]", last)
     stream(counts, tmp_path / "quiet.zarr")

@@ -128,6 +128,13 @@ def test_available_is_a_table_that_says_what_is_on_this_machine():
     assert table.loc["gencode-human-48", ["kind", "size"]].tolist() == ["gene table", "0.9 MB"]
 
 
+def test_the_size_of_a_download_is_that_of_the_whole_archive():
+    sizes = weights.available()[["size", "download"]]
+    assert sizes.loc["cellplm-20231027"].tolist() == ["330 MB", "2.4 GB"]
+    assert sizes.loc["cellplm-starter", "download"] == "none"
+    assert sizes.loc["gencode-human-48"].tolist() == ["0.9 MB", "0.9 MB"]
+
+
 def test_the_status_is_cached_once_all_files_are_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CELLPRIOR_CACHE", str(tmp_path))
     folder = tmp_path / "scbert-panglao"

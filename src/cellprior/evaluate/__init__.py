@@ -46,3 +46,7 @@ __all__ = [
     "transfer",
     "zero_shot",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

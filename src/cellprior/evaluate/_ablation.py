@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from io import StringIO
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from cellprior._obs import text_of
+from cellprior._talk import bar
 from cellprior.evaluate._arms import ARMS, COMPARISONS, CONTROL, FROZEN, LARGEST, NETWORKS, Cells, Fit
 from cellprior.evaluate._intervals import CLASS_SCORES, Resampling, compared
 from cellprior.evaluate._splits import Split, batch_splits, label_codes, random_splits
@@ -39,7 +36,7 @@ def pretraining_ablation(
     lrs: Sequence[float] = LRS,
     max_epochs: int = 100,
     embed_options: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     **fine_tune: Any,
 ) -> pd.DataFrame:
     """Compare fine-tuning from pretrained weights with fine-tuning the same network from random ones.
@@ -86,7 +83,7 @@ def pretraining_ablation(
     embed_options
         To ``get_latent_representation``, for the embeddings.
     progress
-        Draw a bar.
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
     **fine_tune
         Other arguments of ``fine_tune``, the same for all arms: ``batch_size``, ``patience``, ``validation_size``, ...
 
@@ -128,15 +125,15 @@ def pretraining_ablation(
         fine_tune = {"accelerator": "cpu", **fine_tune}
     options = {"labels_key": key, "max_epochs": max_epochs, **fine_tune}
     fits: dict[str, list[Fit]] = {arm: [] for arm in chosen}
-    with tqdm(total=len(chosen) * len(splits), desc="ablation", disable=not progress) as bar, _quiet():
+    with bar(len(chosen) * len(splits), "ablation", unit=" fits", progress=progress) as steps:
         for seed, split in enumerate(splits):
             cells = Cells(model, split, codes, names, seed)
             for arm in chosen:
-                bar.set_postfix_str(arm)
+                steps.set_postfix_str(arm)
                 start = time.perf_counter()
                 fit = cells.fit(arm, lrs, options, embed_options or {})
                 fits[arm].append(fit._replace(seconds=time.perf_counter() - start))
-                bar.update()
+                steps.update()
     return _table(fits, codes, splits, seeds)
 
 
@@ -279,17 +276,3 @@ def _note(arm: str, fits: Sequence[Fit]) -> str:
             "; "
         )
     return fixed
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning and scvi-tools have to say at each fit: of devices, of torch, of early stopping."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.filterwarnings("ignore", message=r".isinstance\(treespec", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)

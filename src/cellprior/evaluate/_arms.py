@@ -19,7 +19,6 @@ from cellprior.evaluate._twin import random_twin, same_weights
 from cellprior.model._base import PretrainedModel
 from cellprior.model.data._fields import without_view
 
-QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
 LEARNED = 0.2  # of the training cells that the largest class gets wrong, at least, for an arm to have learned
 RISING = 0.02  # of macro-F1 in the last fifth of the epochs: not yet a plateau
 
@@ -133,9 +132,7 @@ class Cells:
             torch.manual_seed(
                 self.seed
             )  # in all arms the same validation cells, first head and order of cells
-            network.fine_tune(
-                trainable=str(arm.trainable), lr=lr, calibration_size=0.0, **{**QUIET, **options}
-            )
+            network.fine_tune(trainable=str(arm.trainable), lr=lr, calibration_size=0.0, **options)
         macro_f1, loss = (
             network.history[f"annotation_validation_{name}"].iloc[:, 0].astype(float).tolist()
             for name in ("macro_f1", "loss")

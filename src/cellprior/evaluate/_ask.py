@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
+from cellprior._talk import bar
 from cellprior.evaluate import _probes as probes
 from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
 from cellprior.evaluate._methods import Kind, Method, Space, centred
@@ -128,7 +128,7 @@ def ask(
     n_per_class: Sequence[int] = (),
     whole: bool = True,
     labellings: np.ndarray | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Answers:
     """Let every method name the test cells of every split of a kind.
 
@@ -147,25 +147,25 @@ def ask(
     labellings
         The labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there is a signal.
     progress
-        Show a bar.
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
     """
     answers = Answers(task.splits[kind], task.copies)
-    steps = tqdm(total=len(answers.splits) * (len(task.methods) + whole), desc=kind, disable=not progress)
-    for split in answers.splits:
-        few = {n: _draw(split, task.codes, n) for n in n_per_class}
-        fold = Fold(task, split, labellings)
-        for method in task.methods:
-            with _timed(answers, method.name):
-                spaces = list(method.fit(split.train, split.seed))
-                if whole:
-                    _ask_whole(answers, fold, method, spaces, readers)
-                _ask_few(answers, task, fold, method, spaces[0].values, few)
-            steps.update()
-        if whole:
-            _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
-            _choose_baselines(task, answers, readers)
-            steps.update()
-    steps.close()
+    n_steps = len(answers.splits) * (len(task.methods) + whole)
+    with bar(n_steps, kind, unit=" methods", progress=progress) as steps:
+        for split in answers.splits:
+            few = {n: _draw(split, task.codes, n) for n in n_per_class}
+            fold = Fold(task, split, labellings)
+            for method in task.methods:
+                with _timed(answers, method.name):
+                    spaces = list(method.fit(split.train, split.seed))
+                    if whole:
+                        _ask_whole(answers, fold, method, spaces, readers)
+                    _ask_few(answers, task, fold, method, spaces[0].values, few)
+                steps.update()
+            if whole:
+                _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
+                _choose_baselines(task, answers, readers)
+                steps.update()
     return answers
 
 

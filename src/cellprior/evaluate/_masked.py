@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
-from tqdm.auto import tqdm
 
+from cellprior._talk import bar
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split, random_splits
 from cellprior.model._base import PretrainedModel
@@ -40,7 +40,7 @@ def masked_prediction(
     seeds: int = 3,
     test_size: float = 0.2,
     max_cells: int = 500,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Compare the model's prediction of hidden genes with predictors that know no biology of the cell.
 
@@ -93,7 +93,7 @@ def masked_prediction(
     max_cells
         Of the test cells of a split, at most; drawn at random.
     progress
-        Draw a bar.
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
 
     Returns
     -------
@@ -128,12 +128,12 @@ def masked_prediction(
     splits = _splits(cells.n_obs, seeds=seeds, test_size=test_size, max_cells=max_cells)
     draws = Resampling(cells.n_obs, splits)
     scores: dict[float, list[PerCell]] = {share: [] for share in mask_shares}
-    with tqdm(total=len(scores) * seeds, desc="masked prediction", disable=not progress) as bar:
+    with bar(len(scores) * seeds, "masked prediction", unit=" draws", progress=progress) as steps:
         for split in splits:
             predictors = _Predictors(model, cells, split)
             for share, of_share in scores.items():
                 of_share.append(predictors.scores(share))
-                bar.update()
+                steps.update()
     tables = []
     for share, of_share in scores.items():
         table = _table(of_share, draws)

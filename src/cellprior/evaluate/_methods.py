@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 from scipy.sparse.linalg import eigsh
 
+from cellprior._talk import without_trainer_talk
 from cellprior.evaluate._expression import log_normalised
 
 Kind = Literal["embedding", "baseline", "control"]
@@ -201,7 +202,7 @@ def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int, *, learn
         seen = batch[learned].astype(str)
         train = ad.AnnData(counts[learned][:, genes], obs={"batch": seen})
         query = ad.AnnData(counts[:, genes], obs={"batch": np.full(counts.shape[0], seen[0])})
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), without_trainer_talk(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of Lightning, on workers and loggers
             torch.manual_seed(seed)
             scvi_tools.model.SCVI.setup_anndata(train, batch_key="batch")

@@ -57,7 +57,7 @@ PARAMETERS = """Parameters
         Arguments of ``get_latent_representation`` by name of weights, the same for the network with random weights:
         ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
     progress
-        Show a bar."""
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says."""
 COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"baseline"``; ``reader``, the classifier;
     ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
     interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
@@ -110,7 +110,7 @@ def zero_shot(
     labels_key: str,
     batch_key: str | None = None,
     seeds: int = 5,
-    progress: bool = True,
+    progress: bool | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
     """What an embedding shows as it is, beside PCA, highly variable genes, scVI and the same network at random.
@@ -149,7 +149,7 @@ def linear_probe(
     labels_key: str,
     batch_key: str | None = None,
     seeds: int = 5,
-    progress: bool = True,
+    progress: bool | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding, beside logistic regression on genes.
@@ -179,7 +179,7 @@ def few_shot(
     n_per_class: Sequence[int] = N_PER_CLASS,
     batch_key: str | None = None,
     seeds: int = 10,
-    progress: bool = True,
+    progress: bool | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
     """How well labels can be read off an embedding when few cells of each are labelled.
@@ -206,7 +206,7 @@ def few_shot(
 
 
 def _classified(
-    task: Task, readers: Sequence[str], *, n_per_class: Sequence[int] = (), progress: bool
+    task: Task, readers: Sequence[str], *, n_per_class: Sequence[int] = (), progress: bool | None
 ) -> pd.DataFrame:
     tables = []
     for kind in task.splits:

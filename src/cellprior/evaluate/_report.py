@@ -93,7 +93,7 @@ def report(
     *,
     seeds: int = 5,
     n_per_class: Sequence[int] = N_PER_CLASS,
-    progress: bool = True,
+    progress: bool | None = None,
     **options: Unpack[Options],
 ) -> Report:
     """Whether embeddings help on some data: all of zero shot, linear probe and few shot, with a verdict in words.

@@ -14,9 +14,9 @@ import scipy.sparse as sp
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import paired_cosine_distances
 from sklearn.neighbors import NearestNeighbors
-from tqdm.auto import tqdm
 
 from cellprior._matrix import matrix_of
+from cellprior._talk import bar
 from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split
@@ -59,7 +59,7 @@ def stability(
     seeds: int = 3,
     max_cells: int = 1000,
     embed_options: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Embed the same cells in other company, shallower, and with fewer genes, and see how far they move.
 
@@ -98,7 +98,7 @@ def stability(
     embed_options
         To ``get_latent_representation``.
     progress
-        Draw a bar.
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
 
     Returns
     -------
@@ -140,15 +140,15 @@ def stability(
     found: dict[str, list[tuple[np.ndarray, dict[str, Moved]]]] = {}
     seconds: dict[str, float] = defaultdict(float)
     start = time.perf_counter()
-    with tqdm(desc="stability", disable=not progress) as bar:
+    with bar(None, "stability", unit=" changes", progress=progress) as steps:
         for seed in range(seeds):
             for perturbed in cells.perturbed(seed, depths, gene_dropouts, n_companions):
-                bar.set_postfix_str(perturbed.what)
+                steps.set_postfix_str(perturbed.what)
                 found.setdefault(perturbed.what, []).append((perturbed.rows, spaces.moved(perturbed)))
                 now = time.perf_counter()
                 seconds[perturbed.what] += now - start
                 start = now
-                bar.update()
+                steps.update()
     tables = []
     for what, of_draws in found.items():
         table = _table(of_draws, n_cells)

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
-from tqdm.auto import tqdm
 
+from cellprior._talk import bar
 from cellprior.evaluate import _metrics as metrics
 from cellprior.evaluate._graph import Neighbors, exact_neighbors
 from cellprior.evaluate._inputs import as_embedding
@@ -26,7 +26,7 @@ CLUSTERS = ("ari", "nmi", "ari_mean", "nmi_mean", "ari_picked_by_labels", "nmi_p
 RESOLUTIONS = metrics.RESOLUTIONS[1::4]  # 0.2 to 1.8, 1 among them
 
 
-def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
+def structure(task: Task, *, progress: bool | None = None) -> pd.DataFrame:
     """A row per method and score, on all labelled cells; for the columns see :func:`cellprior.evaluate.zero_shot`."""
     rows = np.flatnonzero(task.codes >= 0)
     n_kept = min(round(KEPT * len(rows)), MOST_KEPT)
@@ -38,7 +38,7 @@ def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
         seconds[method.name] = time.perf_counter() - start
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in latents}
     reasons: dict[str, str] = {}
-    with tqdm(total=len(latents) * (1 + len(parts)), desc=ALL_CELLS, disable=not progress) as bar:
+    with bar(len(latents) * (1 + len(parts)), ALL_CELLS, unit=" scores", progress=progress) as steps:
         for part in (rows, *parts):
             graph = None
             if task.batches is not None:
@@ -52,7 +52,7 @@ def structure(task: Task, *, progress: bool = True) -> pd.DataFrame:
                     found["scgraph"] = float(graph.loc[name, "score"])
                 samples[name].append(found)
                 seconds[name] += time.perf_counter() - start
-                bar.update()
+                steps.update()
     batches = None if task.batches is None else task.batches.to_numpy()
     kept = preserved(latents, task.counts, task.codes, batches) if task.counts is not None else {}
     table = []

@@ -11,8 +11,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from tqdm.auto import tqdm
 
+from cellprior._talk import bar
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._ask import CENTROID, KNN, LINEAR, Answers, Asked, Fold
 from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
@@ -38,7 +38,7 @@ def transfer(
     batch_key: str | None = None,
     scvi_epochs: int | None = None,
     embed_options: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """How well labels that were learned on one study name the cells of another.
 
@@ -68,7 +68,7 @@ def transfer(
     embed_options
         Arguments of ``get_latent_representation`` by name of weights.
     progress
-        Show a bar.
+        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def transfer(
                 raise KeyError(msg)
     options: dict[str, Any] = {"layer": layer, "batch_key": batch_key, "scvi_epochs": scvi_epochs}
     found = []
-    with tqdm(total=len(queries), desc="studies", disable=not progress) as steps:
+    with bar(len(queries), "transfer", unit=" studies", progress=progress) as steps:
         for study, cells in queries.items():
             task = _pair(reference, cells, labels_key, study, **options)
             of_weights = {

@@ -7,3 +7,7 @@ from cellprior.genes._peaks import PeakMatch, PeakMatchError, match_peaks
 from cellprior.genes._report import GeneMatch
 
 __all__ = ["GeneMatch", "GeneMatchError", "PeakMatch", "PeakMatchError", "match", "match_peaks"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -24,6 +24,7 @@ from cellprior._matrix import is_raw, matrix_of, totals
 from cellprior._obs import text_of
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
+from cellprior.model._habits import refuse_habit, told
 from cellprior.model.data._cells import Cells, Counts, cells_of_anndata, refuse_no_counts
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._datamodule import StreamedCells
@@ -42,9 +43,19 @@ from cellprior.model.learning._annotation_plan import AnnotationHead
 Data: TypeAlias = ad.AnnData | MuData
 Indices: TypeAlias = Sequence[int] | Sequence[bool] | np.ndarray | None
 Precision = Literal["float32", "bfloat16"]
+Size = Literal["small", "released"]
+MANY = 100_000  # cells, from which on a new network has the size of the released ones
 
 
-class PretrainedModel(LoadableModel):
+class _Hinting(type(LoadableModel)):  # type: ignore[misc]
+    """Says what takes the place of a class method of scvi-tools that is missing here."""
+
+    def __getattr__(cls, name: str) -> Any:
+        refuse_habit(cls, name)
+        return type.__getattribute__(cls, name)  # the error as it always is
+
+
+class PretrainedModel(LoadableModel, metaclass=_Hinting):
     """Base of the model classes.
 
     A subclass gives what :class:`~cellprior.model._hooks.Hooks` lists, and an ``__init__`` that calls
@@ -92,6 +103,15 @@ class PretrainedModel(LoadableModel):
             "field_registries": {REGISTRY_KEYS.X_KEY: field},
         }
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if own := vars(cls).get("get_latent_representation"):
+            cls.get_latent_representation = told(own)  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        refuse_habit(type(self), name)
+        return object.__getattribute__(self, name)  # the error as it is, of a property too
+
     def _finish_init(self, init_locals: dict[str, Any]) -> None:
         """Keep what is needed to build the model again, and match the data.
 
@@ -100,11 +120,34 @@ class PretrainedModel(LoadableModel):
         """
         vocabulary = {"genes": self.genes} | ({} if self.peaks is None else {"peaks": self.peaks})
         self.init_params_ = self._get_init_params({**init_locals, **vocabulary})
+        self.init_params_["non_kwargs"] |= self._sized(**self.init_params_["non_kwargs"])
         sizes = ", ".join(f"{len(names):,} {what}" for what, names in vocabulary.items())
         network = ", ".join(f"{name}={value!r}" for name, value in self._network().items())
         self._model_summary_string = f"{type(self).__name__}: {sizes}, {network}"
         if self.adata is not None:
             self._cells()
+
+    def _sized(self, *, size: Size | None = None, **given: Any) -> dict[str, Any]:
+        """Widths and layers that are not given.
+
+        Those of ``size``; without it, those of the released weights if any other is given, or if there are many cells.
+        A network that is loaded has been given all.
+
+        Raises
+        ------
+        ValueError
+            If there is no such size.
+        """
+        if size is not None and size not in self.sizes:
+            msg = f"size={size!r} is not known; choose one of {', '.join(map(repr, self.sizes))}."
+            raise ValueError(msg)
+        missing = [name for name in self.sizes.get("released", {}) if given.get(name) is None]
+        if not missing:
+            return {}
+        if size is None:
+            few = self.adata is not None and self.adata.n_obs < MANY
+            size = "small" if few and len(missing) == len(self.sizes["released"]) else "released"
+        return {name: self.sizes[size][name] for name in missing}
 
     def _network(self) -> dict[str, Any]:
         """Arguments of the network.
@@ -121,7 +164,7 @@ class PretrainedModel(LoadableModel):
             )
             raise NotImplementedError(msg)
         params = self.init_params_["non_kwargs"]
-        others = ("genes", "peaks", "min_coverage")
+        others = ("genes", "peaks", "min_coverage", "size")
         return {name: value for name, value in params.items() if name not in others}
 
     @classmethod
@@ -222,13 +265,13 @@ class PretrainedModel(LoadableModel):
 
     def train(
         self,
-        max_epochs: int = 100,
+        max_epochs: int | None = None,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
         train_size: float | None = None,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         early_stopping: bool = False,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
@@ -247,7 +290,8 @@ class PretrainedModel(LoadableModel):
         Parameters
         ----------
         max_epochs
-            Passes over the training cells.
+            Passes over the training cells. By default 100 for up to 20,000 cells, and fewer for more, so that as many
+            cells are seen; 10 at least.
         accelerator, devices
             See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
         train_size, validation_size, shuffle_set_split
@@ -255,7 +299,8 @@ class PretrainedModel(LoadableModel):
             kept with the weights: of the same cells, the next call holds out the same, unless another split is asked
             for, and a warning says if cells that were trained on are held out.
         batch_size
-            Cells of a minibatch, within one category of ``batch_key``; of each process, where several train.
+            Cells of a minibatch, within one category of ``batch_key``; of each process, where several train. By
+            default a sixteenth of the training cells, as a power of two from 32 to 512.
         early_stopping
             Stop when ``validation_loss`` has not fallen for 45 epochs, see :class:`~scvi.train.Trainer`.
         plan_kwargs

@@ -21,6 +21,7 @@ from cellprior.model.engine._encoder import Encoder
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.learning._training import TrainingPlan
 from cellprior.weights import Bundle, InertCheckpoint, WeightsError
+from cellprior.weights._reading import read_genes
 
 RETIRED = ("_encode", "_hidden", "_counts", "_units", "_submit", "_sentences")
 
@@ -44,6 +45,9 @@ class Hooks(ABC):
         Buffers of the network that say how counts become its input, which no training changes.
     peaks
         A second vocabulary.
+    sizes
+        Widths and layers of a new network by ``size``, if the class takes it: ``"small"`` and ``"released"``, which
+        name the same arguments.
     objectives
         Ways of training without labels by name, and for each the options of the training plan; the first is the
         default.
@@ -60,6 +64,7 @@ class Hooks(ABC):
     default_batch_size = 1024
     _input_buffers: tuple[str, ...] = ()
     peaks: list[str] | None = None
+    sizes: dict[str, dict[str, int]] = {}
     objectives: dict[str, dict[str, Any]] = {}
     _data_splitter_cls: Any = VocabularySplitter
     _training_plan_cls: Any = TrainingPlan
@@ -117,6 +122,11 @@ class Hooks(ABC):
     def _files_beside(cls, name: str) -> Sequence[str]:
         """Names of the files that belong beside an official checkpoint of this name."""
         return ()
+
+    @classmethod
+    def _genes_on_hand(cls, name: str, folder: Path) -> pd.DataFrame | None:
+        """Vocabulary of the weights of this name, if it can be had without a download; ``folder`` has their files."""
+        return read_genes(folder)
 
     @classmethod
     def _blank(cls, *, genes: pd.DataFrame, **network: Any) -> torch.nn.Module:

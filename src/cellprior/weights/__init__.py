@@ -24,3 +24,7 @@ __all__ = [
     "sha256",
     "write_bundle",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from cellprior._talk import bar
 from cellprior.weights._registry import WeightsError, human_size
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ LONGEST = 86_400.0  # seconds of a whole download
 UNSTATED = 2**28  # bytes of a file whose size nobody has stated, at most
 
 
-def download(url: str, target: Path, *, most: int | None, progressbar: bool) -> Path:
+def download(url: str, target: Path, *, most: int | None, progressbar: bool | None) -> Path:
     """Download a file. What may pass is tried again by pooch; a refusal, a web page or a host without end is not.
 
     Parameters
@@ -31,7 +32,7 @@ def download(url: str, target: Path, *, most: int | None, progressbar: bool) -> 
     most
         Bytes that it may have; by default as many as the host announces, or `UNSTATED`.
     progressbar
-        Whether to draw one on stderr.
+        Whether to draw one on stderr, see :attr:`cellprior.settings.progress`.
 
     Raises
     ------
@@ -102,16 +103,15 @@ def _limit(response: requests.Response, folder: Path, most: int | None) -> int:
     return size if most is None else most
 
 
-def _receive(response: requests.Response, output: IO[bytes], limit: int, progressbar: bool) -> None:
+def _receive(response: requests.Response, output: IO[bytes], limit: int, progressbar: bool | None) -> None:
     """Write what comes, as it comes."""
     import requests
-    from tqdm import tqdm
     from urllib3.exceptions import HTTPError
 
     total = int(response.headers.get("Content-Length", 0)) or None
     n_bytes, recent, began = 0, 0, time.monotonic()
     since = began
-    with tqdm(total=total, ncols=79, unit="B", unit_scale=True, disable=not progressbar) as bar:
+    with bar(total, "download", unit="B", progress=progressbar) as drawn:
         while True:
             try:
                 # as much as is there, where read() would wait for a slow host until the chunk is full
@@ -125,7 +125,7 @@ def _receive(response: requests.Response, output: IO[bytes], limit: int, progres
                 msg = f"the host sends more than {human_size(limit)}, which is more than the file should have"
                 raise WeightsError(msg)
             output.write(chunk)
-            bar.update(len(chunk))
+            drawn.update(len(chunk))
             if now - since > PATIENCE:
                 if recent < SLOWEST * PATIENCE:
                     msg = f"the host is too slow: {recent:,} bytes in {now - since:.0f} seconds"

@@ -29,7 +29,7 @@ _STAGE = ".part-"
 _DAY = 86_400  # seconds
 
 
-def fetch(name: str, *, progressbar: bool = True) -> Path:
+def fetch(name: str, *, progressbar: bool | None = None) -> Path:
     """Get the files of a registry entry, from the cache, the mirror or the network, in this order.
 
     The sha256 of every file is verified at every call, also in the cache. Where no hash is published, that of
@@ -41,7 +41,7 @@ def fetch(name: str, *, progressbar: bool = True) -> Path:
     name
         Entry name, as listed by `available`.
     progressbar
-        Whether downloads show their progress on stderr.
+        Whether downloads show a bar, by default as :attr:`cellprior.settings.progress` says.
 
     Returns
     -------
@@ -56,7 +56,9 @@ def fetch(name: str, *, progressbar: bool = True) -> Path:
     if entry.packaged:
         missing = [file.name for file in entry.files if not (entry.folder / file.name).is_file()]
         if missing:
-            msg = f"{entry.folder}, a part of cellprior, lacks {', '.join(missing)}. Install cellprior again."
+            ours = entry.folder.is_relative_to(Path(__file__).parent)
+            owner = "cellprior" if ours else "the package that brings these weights"
+            msg = f"{entry.folder}, a part of {owner}, lacks {', '.join(missing)}. Install {owner} again."
             raise WeightsError(msg)
     elif _complete(entry, progressbar=progressbar):
         log.warning("%s: licence: %s. Please cite: %s.", entry.name, entry.licence, entry.citation)
@@ -64,7 +66,7 @@ def fetch(name: str, *, progressbar: bool = True) -> Path:
 
 
 def resolve(
-    weights: str | os.PathLike[str], *, known_hash: str | None = None, progressbar: bool = True
+    weights: str | os.PathLike[str], *, known_hash: str | None = None, progressbar: bool | None = None
 ) -> Path:
     """Path of weights that the user named in any of the ways that `from_pretrained` takes.
 
@@ -76,7 +78,7 @@ def resolve(
     known_hash
         sha256 that the file must have; of a bundle: that of all of it, see `sha256`. Needed with an address.
     progressbar
-        Whether downloads show their progress on stderr.
+        Whether downloads show a bar, by default as :attr:`cellprior.settings.progress` says.
 
     Raises
     ------
@@ -112,7 +114,7 @@ def resolve(
     return path
 
 
-def fetch_beside(url: str, path: Path, names: Sequence[str], *, progressbar: bool = True) -> list[str]:
+def fetch_beside(url: str, path: Path, names: Sequence[str], *, progressbar: bool | None = None) -> list[str]:
     """Get what belongs beside a file that came from an address: from the same place there, into the same folder here.
 
     Nothing is known of these files: the hash of the first download is recorded, and holds from then on.
@@ -141,7 +143,7 @@ def fetch_beside(url: str, path: Path, names: Sequence[str], *, progressbar: boo
     return problems
 
 
-def _fetch_url(url: str, known_hash: str | None, *, progressbar: bool) -> Path:
+def _fetch_url(url: str, known_hash: str | None, *, progressbar: bool | None) -> Path:
     if known_hash is None:
         msg = f"An address needs known_hash=, the sha256 of the file; {url} came without one."
         raise WeightsError(msg)
@@ -157,7 +159,7 @@ def _entry_of(url: str, name: str, file: FileEntry) -> Entry:
     return Entry(name, "model", files=(file,), size=0, page=url, support="untested", **unknown)
 
 
-def _complete(entry: Entry, *, progressbar: bool) -> bool:
+def _complete(entry: Entry, *, progressbar: bool | None) -> bool:
     """Bring every file of an entry into its cache folder; whether this was the first time."""
     problems = {file: _cache_problem(entry.folder / file.name, file) for file in entry.files}
     wanted = {file: problem for file, problem in problems.items() if problem is not None}
@@ -214,7 +216,7 @@ def _record(path: Path, file: FileEntry) -> None:
         log.warning("No hash is published for %s: %s is recorded and verified from now on.", path, found)
 
 
-def _obtain(entry: Entry, file: FileEntry, stage: Path, tried: list[str], progressbar: bool) -> Path:
+def _obtain(entry: Entry, file: FileEntry, stage: Path, tried: list[str], progressbar: bool | None) -> Path:
     """Put one verified file into the stage, from the first source that has it."""
     path = entry.folder / file.name
     known = _known_hash(path, file)
@@ -281,7 +283,7 @@ def _is_url(place: str) -> bool:
 
 
 def _take(
-    entry: Entry, place: Path | str, packed: bool, file: FileEntry, stage: Path, progressbar: bool
+    entry: Entry, place: Path | str, packed: bool, file: FileEntry, stage: Path, progressbar: bool | None
 ) -> Path:
     """Copy, download or unpack one file into the stage, unverified."""
     staged = stage / file.name

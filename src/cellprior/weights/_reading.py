@@ -89,6 +89,17 @@ def read_bundle(folder: str | os.PathLike[str], *, check: Callable[[Bundle], Non
     return Bundle(tensors, config, genes, card, peaks, (folder,))
 
 
+def read_genes(folder: Path) -> pd.DataFrame | None:
+    """Vocabulary of a bundle, without its tensors; None if the folder is no bundle, or not here."""
+    if (
+        any(not (folder / name).is_file() for name in ("config.json", "genes.tsv"))
+        or model_of(folder) is None
+    ):
+        return None
+    has_species = read_config(folder)["format_version"] >= 3
+    return _read_table(folder / "genes.tsv", (*GENE_COLUMNS, SPECIES) if has_species else GENE_COLUMNS)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Configuration of a bundle: JSON with the fields that each has, all of them of the right kind.
 

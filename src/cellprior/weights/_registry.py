@@ -110,6 +110,14 @@ class Entry:
         return Path(self.packaged) if self.packaged else settings.cache_dir / self.name
 
     @property
+    def download(self) -> int:
+        """Bytes that a download takes: of an archive all, whatever is kept of it; 0 of what comes with a package."""
+        if self.packaged:
+            return 0
+        archives = {file.archive: file.archive_size for file in self.files if file.archive}
+        return max(self.size, sum(size or 0 for size in archives.values()))
+
+    @property
     def status(self) -> str:
         """Whether the files are on this machine: packaged, cached or not downloaded (hashes unchecked)."""
         if self.packaged:
@@ -211,9 +219,9 @@ def available() -> pd.DataFrame:
 
     Returns
     -------
-    One row per entry, indexed by name: kind, model class, licence, size, status (packaged, cached or not
-    downloaded) and support (ready; untested: our tests have not loaded this file; files only: no model class
-    reads it yet).
+    One row per entry, indexed by name: kind, model class, licence, size on disk, size of the download (of an archive
+    all of it), status (packaged, cached or not downloaded) and support (ready; untested: our tests have not loaded this
+    file; files only: no model class reads it yet).
 
     Examples
     --------
@@ -228,6 +236,7 @@ def available() -> pd.DataFrame:
             "model": entry.model or "",
             "licence": entry.licence,
             "size": human_size(entry.size),
+            "download": human_size(entry.download) if entry.download else "none",
             "status": entry.status,
             "support": entry.support,
         }
@@ -237,5 +246,7 @@ def available() -> pd.DataFrame:
 
 
 def human_size(n_bytes: int) -> str:
-    """Bytes in words, such as `330 MB`."""
+    """Bytes in words, such as `330 MB` or `2.4 GB`."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:.1f} GB"
     return f"{n_bytes / 1e6:.0f} MB" if n_bytes >= 1e7 else f"{n_bytes / 1e6:.1f} MB"

@@ -269,6 +269,13 @@ def test_labels_are_transferred_across_modalities(trained, mdata):
         assert list(found.index) == list(mdata.obs_names)
 
 
+def test_a_modality_without_the_labels_of_its_mudata_is_told_to_be_passed_whole(trained, mdata):
+    with pytest.raises(
+        KeyError, match=r"an AnnData.*no column 'type'.*Pass the whole MuData.*mdata\.obs\['type'\]"
+    ):
+        trained.transfer_labels(mdata["rna"], labels_key="type")
+
+
 def test_cells_without_a_label_do_not_vote(trained, mdata):
     mdata.obs["type"] = np.where(np.arange(N_CELLS) < 80, mdata.obs["type"].astype(str), "unknown")
     found = trained.transfer_labels(mdata, cells(seed=5))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellprior._arguments import positive
 from cellprior._obs import older_text, text_of
-from cellprior.model._base import Indices, Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel, Size
 from cellprior.model.cellplm._checkpoint import (
     CHECKPOINT_SUFFIX,
     config_name,
@@ -48,6 +48,9 @@ class CellPLM(PretrainedModel):
         data.
     min_coverage
         Least share of genes that must match, see :func:`cellprior.genes.match`.
+    size
+        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
+        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_hidden, n_layers, n_heads, n_latent, dropout_rate, latent, n_clusters, n_batches, n_datasets, target_sum
         Of the network, see :class:`~cellprior.model.cellplm._module.CellPLMModule`.
 
@@ -71,6 +74,11 @@ class CellPLM(PretrainedModel):
         "imputation": {"imputation": True, "cell_rate": 0.95, "lr": 5e-4, "weight_decay": 1e-6},
     }
 
+    sizes = {
+        "small": {"n_hidden": 256, "n_layers": 2, "n_heads": 8, "n_latent": 48},
+        "released": {"n_hidden": 1024, "n_layers": 4, "n_heads": 8, "n_latent": 512},
+    }
+
     def __init__(
         self,
         adata: ad.AnnData | None = None,
@@ -78,10 +86,11 @@ class CellPLM(PretrainedModel):
         *,
         genes: pd.DataFrame | Sequence[str] | None = None,
         min_coverage: float = 0.25,
-        n_hidden: int = 1024,
-        n_layers: int = 4,
-        n_heads: int = 8,
-        n_latent: int = 512,
+        size: Size | None = None,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+        n_latent: int | None = None,
         dropout_rate: float = 0.2,
         latent: Latent = "vae",
         n_clusters: int = 16,

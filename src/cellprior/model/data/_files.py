@@ -39,6 +39,8 @@ def open_counts(
     ------
     ValueError
         If it cannot be read, is neither of them, or has no such matrix.
+    FileNotFoundError
+        If it is not there.
     """
     path = Path(path)
     refuse_foreign(path)
@@ -143,7 +145,14 @@ def refuse_foreign(path: Path) -> None:
     ------
     ValueError
         With the line of code.
+    FileNotFoundError
+        If there is no such file or folder.
     """
+    if not path.exists():
+        near = [other.name for other in path.parent.glob("*.h5*")][:5] if path.parent.is_dir() else []
+        beside = f" The folder has {', '.join(sorted(near))}." if near else ""
+        msg = f"{path} is not there.{beside}"
+        raise FileNotFoundError(msg)
     name = path.name.lower().removesuffix(".gz")
     made = "sc.read_10x_mtx({!r})"
     found = None

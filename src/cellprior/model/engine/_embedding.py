@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cellprior._talk import bar
 from cellprior.model._errors import NOT_FINITE, DivergedError
 from cellprior.model.data._cells import Cells
 from cellprior.model.data._minibatches import pieces_of
@@ -88,6 +90,15 @@ class Embedding:
     def obs(self) -> pd.DataFrame:
         """Annotation of the cells."""
         return self.cells.obs.iloc[self.rows]
+
+    @contextmanager
+    def bar(self, progress: bool | None = None, *, n_done: int = 0) -> Iterator[None]:
+        """A bar over all cells, of which some are done; see :func:`cellprior._talk.bar`."""
+        n_stages = self.encoder.n_stages
+        total, initial = n_stages * self.n_cells, n_stages * n_done
+        with bar(total, "embedding", initial=initial, parts=n_stages, progress=progress) as drawn:
+            self.progress = drawn.update
+            yield
 
     def parts(self, pending: Iterable[int] | None = None) -> Iterator[Part]:
         """Embed the cells of some units, by default of all; where a GPU runs out of memory, fewer at a time.
@@ -195,6 +206,7 @@ class Embedding:
 def in_memory(embedding: Embedding) -> np.ndarray:
     """All cells of an embedding, float32 ``(cells, width)``."""
     latent = np.empty((embedding.n_cells, embedding.width), dtype=np.float32)
-    for part in embedding.parts():
-        latent[part.cells] = part.latent
+    with embedding.bar():
+        for part in embedding.parts():
+            latent[part.cells] = part.latent
     return latent

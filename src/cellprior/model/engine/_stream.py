@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from cellprior._compat import new_array, new_group, with_nullable_strings
 from cellprior._obs import writable
@@ -33,7 +32,6 @@ from cellprior.model.engine._sizes import Part
 
 CHUNK_BYTES = 2**20  # of the array on disk
 MIN_CHUNK_ROWS = 1024
-BAR = "{l_bar}{bar}| {n:,.0f} of {total:,.0f} cells [{elapsed}<{remaining}, {rate_fmt}]"
 OURS = re.compile(
     r"lock|store|replaced|(state\.json|finished)(\..*\.part)?"
 )  # what a folder <out>.part holds
@@ -398,7 +396,7 @@ def stream(
     batch_size: int | None = None,
     hidden: str | os.PathLike[str] = "memory",
     overwrite: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
     client: Any = None,
     source: Path | None = None,
 ) -> None:
@@ -473,19 +471,11 @@ def stream(
 
 
 def _fill(
-    store: LatentStore, embedding: Embedding, pending: list[int], sources: Sources, progress: bool
+    store: LatentStore, embedding: Embedding, pending: list[int], sources: Sources, progress: bool | None
 ) -> None:
     """Embed the cells of some units, under a bar that counts all cells."""
-    n_stages, n_pending = embedding.encoder.n_stages, sum(len(embedding.units[unit]) for unit in pending)
-    with tqdm(
-        total=n_stages * embedding.n_cells,
-        initial=n_stages * (embedding.n_cells - n_pending),
-        unit=" cells",
-        unit_scale=1 / n_stages,
-        bar_format=BAR,
-        disable=not progress,
-    ) as bar:
-        embedding.progress = bar.update
+    n_pending = sum(len(embedding.units[unit]) for unit in pending)
+    with embedding.bar(progress, n_done=embedding.n_cells - n_pending):
         try:
             for part in embedding.parts(pending):
                 if part.last and sources.changed():

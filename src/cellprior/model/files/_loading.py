@@ -35,6 +35,8 @@ from cellprior.weights._reading import check_genes, model_of
 
 SHARES = ("coverage", "vocabulary_share", "counts_share")  # of a match, for the record
 
+SETUP = "_scvi_"  # what the keys of scvi-tools' setup begin with
+
 
 class LoadableModel(Hooks, BaseModelClass):
     """The part of :class:`~cellprior.model._base.PretrainedModel` that reads and writes weights."""
@@ -130,16 +132,20 @@ class LoadableModel(Hooks, BaseModelClass):
             )
             raise ValueError(msg)
         adata = with_frames(without_view(adata))
+        keys = SetupKeys(adata)
         users = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))  # of a setup before this call
         where = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
-        cls.setup_anndata(adata, **where, unlabeled_category=unlabeled_category, **(setup or {}))
-        model = cls.from_pretrained(
-            weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
-        )
+        model = None
         try:
+            cls.setup_anndata(adata, **where, unlabeled_category=unlabeled_category, **(setup or {}))
+            model = cls.from_pretrained(
+                weights, adata, min_coverage=min_coverage, device=device, known_hash=known_hash
+            )
             yield model
         finally:
-            model.release()
+            if model is not None:
+                model.release()
+            keys.put_back(adata)
             if users is not None:
                 cls.register_manager(users)
 
@@ -321,6 +327,22 @@ class LoadableModel(Hooks, BaseModelClass):
                 read |= {prefix + share: getattr(counts.match, share) for share in shares}
         version_ = {"cellprior_version": version("cellprior")}
         return {"model": type(self).__name__, **(self.pretrained_ or {}), **read, **version_}
+
+
+class SetupKeys:
+    """What scvi-tools' setup has written into data before, so that a setup for a while leaves nothing behind."""
+
+    def __init__(self, adata: ad.AnnData) -> None:
+        self.uns = {key: value for key, value in adata.uns.items() if str(key).startswith(SETUP)}
+        self.obs = {key: adata.obs[key].copy() for key in adata.obs if str(key).startswith(SETUP)}
+
+    def put_back(self, adata: ad.AnnData) -> None:
+        """Take away what was added since, and put back what was changed."""
+        for place, before in ((adata.uns, self.uns), (adata.obs, self.obs)):
+            for key in [key for key in place if str(key).startswith(SETUP) and key not in before]:
+                del place[key]
+            for key, value in before.items():
+                place[key] = value
 
 
 def usable_device(device: str | int | torch.device) -> str | int | torch.device:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cellprior._talk import bar
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._panels import gene_rows
 from cellprior.model.engine._embedding import Embedding
@@ -103,8 +104,11 @@ def token_chunks(
     embedding = Embedding(encoder, cells, rows, batch_size=batch_size)
     encoder.module.eval()
     pieces = np.array_split(np.arange(len(rows)), -(-len(rows) // embedding.size.n_cells))
-    for piece, counts in zip(pieces, embedding.read(pieces), strict=True):
-        with torch.inference_mode():
-            tokens = encoder.module.tokens(counts, gene_index=encoder.columns())
-        for start in range(0, len(piece), FEW):
-            yield rows[piece[start : start + FEW]], tokens[start : start + FEW]
+    with bar(len(rows), "cells") as drawn:
+        for piece, counts in zip(pieces, embedding.read(pieces), strict=True):
+            with torch.inference_mode():
+                tokens = encoder.module.tokens(counts, gene_index=encoder.columns())
+            for start in range(0, len(piece), FEW):
+                few = piece[start : start + FEW]
+                yield rows[few], tokens[start : start + FEW]
+                drawn.update(len(few))

@@ -14,7 +14,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._base import Indices, Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel, Size
 from cellprior.model.data._minibatches import first_cells
 from cellprior.model.geneformer._checkpoint import FILES, find_official, read_official
 from cellprior.model.geneformer._context import attention_between, gene_vectors
@@ -22,11 +22,14 @@ from cellprior.model.geneformer._inputs import nonzero_medians
 from cellprior.model.geneformer._masked import masked_scores
 from cellprior.model.geneformer._module import GeneformerModule, Pooling
 from cellprior.model.geneformer._perturb import How, Request, perturb
+from cellprior.model.geneformer._vocabulary import shipped
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.learning._rank_floors import RankFloors
 from cellprior.weights import Bundle, WeightsError
 
 SCALE_CELLS = 10_000  # training cells that medians are taken over, at least, where there are so many
+
+OF_V1 = ("geneformer-v1-10m", "geneformer-gf-12l-30m")  # weights whose vocabulary comes with us
 
 
 class Geneformer(PretrainedModel):
@@ -45,6 +48,9 @@ class Geneformer(PretrainedModel):
         data.
     min_coverage
         Least share of genes that must match, see :func:`cellprior.genes.match`.
+    size
+        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
+        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_hidden, n_layers, n_heads, n_feedforward, n_positions, special_tokens, dropout_rate
         Of the network, see :class:`~cellprior.model.geneformer._module.GeneformerModule`.
 
@@ -66,6 +72,11 @@ class Geneformer(PretrainedModel):
     _input_buffers = ("gene_scale",)
     objectives = {"masked": {}}
 
+    sizes = {
+        "small": {"n_hidden": 128, "n_layers": 3, "n_heads": 4, "n_feedforward": 256},
+        "released": {"n_hidden": 256, "n_layers": 6, "n_heads": 4, "n_feedforward": 512},
+    }
+
     def __init__(
         self,
         adata: ad.AnnData | None = None,
@@ -73,10 +84,11 @@ class Geneformer(PretrainedModel):
         *,
         genes: pd.DataFrame | Sequence[str] | None = None,
         min_coverage: float = 0.25,
-        n_hidden: int = 256,
-        n_layers: int = 6,
-        n_heads: int = 4,
-        n_feedforward: int = 512,
+        size: Size | None = None,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+        n_feedforward: int | None = None,
         n_positions: int = 2048,
         special_tokens: bool = False,
         dropout_rate: float = 0.02,
@@ -84,6 +96,10 @@ class Geneformer(PretrainedModel):
         super().__init__(adata, registry, genes, min_coverage)
         self._finish_init(locals())
         self.module = GeneformerModule(len(self.genes), **self._network())
+
+    @classmethod
+    def _genes_on_hand(cls, name: str, folder: Path) -> pd.DataFrame | None:
+        return shipped().genes if name in OF_V1 else super()._genes_on_hand(name, folder)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:

@@ -291,7 +291,11 @@ def name_cells(
     """
     refuse_unless_annotates(model)
     if not model.annotation_:
-        msg = "The model has no labels to give: call fine_tune first, or load a fine-tuned model."
+        msg = (
+            "The model has no labels to give: these weights have learned none. Give labelled cells to learn from, "
+            'cp.tl.annotate(adata, weights, reference, "cell_type"), on the command line --reference and --labels-key; '
+            "or call fine_tune first, or load a fine-tuned model."
+        )
         raise RuntimeError(msg)
     limits = None if reject is None else limits_for(model, reject)
     logits, novelty = scores_of(model, adata, indices, batch_size)

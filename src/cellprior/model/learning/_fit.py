@@ -11,8 +11,12 @@ import lightning.pytorch as pl
 import pandas as pd
 from torch import Tensor
 
+from cellprior._talk import without_trainer_talk
 from cellprior.model.learning._finite import DivergedError, FiniteLoss, copies, not_finite, put_back
+from cellprior.model.learning._shown import hush_early_stopping, shown, told_end
 
+FEW_STEPS = 1_000
+MANY_PARAMETERS = 2_000  # for each cell
 History = dict[str, pd.DataFrame]
 
 
@@ -32,6 +36,7 @@ class KeepBest(pl.Callback):
     def __init__(self, monitor: str, mode: Literal["min", "max"] = "min", loss: str | None = None) -> None:
         self.monitor, self.mode, self.loss = monitor, mode, loss
         self.reached = (math.inf, math.inf)
+        self.epoch: int | None = None
         self.tensors: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -42,7 +47,7 @@ class KeepBest(pl.Callback):
         value = float(found[self.monitor])
         reached = (-value if self.mode == "max" else value, float(found[self.loss]) if self.loss else 0.0)
         if all(map(math.isfinite, reached)) and reached < self.reached:
-            self.reached = reached
+            self.reached, self.epoch = reached, trainer.current_epoch + 1
             self.tensors.update(copies(pl_module.module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,6 +94,7 @@ def fit(
         Makes one history of that before and that of this run; :func:`continued` by default.
     early_stopping_monitor, **trainer_kwargs
         To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says otherwise.
+        ``enable_progress_bar=False`` draws no bar; ``simple_progress_bar=False`` draws Lightning's, a step at a time.
 
     Raises
     ------
@@ -118,15 +124,20 @@ def fit(
     }
     if cells.n_val:
         defaults["check_val_every_n_epoch"] = 1
-    runner = model._train_runner_cls(
-        model,
-        training_plan=plan,
-        data_splitter=cells,
-        max_epochs=max_epochs,
-        accelerator=accelerator,
-        devices=devices,
-        **{**defaults, **trainer_kwargs},
-    )
+    progress = trainer_kwargs.pop("enable_progress_bar", True)
+    lightnings = progress and not trainer_kwargs.get("simple_progress_bar", True)
+    defaults["enable_progress_bar"] = lightnings
+    with without_trainer_talk():
+        runner = model._train_runner_cls(
+            model,
+            training_plan=plan,
+            data_splitter=cells,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            **{**defaults, **trainer_kwargs},
+        )
+    hush_early_stopping(runner.trainer)
     guard = FiniteLoss(best.tensors if best else {})
     # in front of those that save, or end the training on NaN themselves
     runner.trainer.callbacks[:0] = [guard, *([best] if best else [])]
@@ -135,7 +146,14 @@ def fit(
     found, was_trained = model.history_, model.is_trained_
     model.is_trained_ = False  # of a trained model, scvi-tools keeps no new columns of the history
     try:
-        runner()
+        with (
+            without_trainer_talk(),
+            shown(
+                model, plan, cells, max_epochs=max_epochs, progress=progress and not lightnings
+            ) as callbacks,
+        ):
+            runner.trainer.callbacks += callbacks
+            runner()
         if (name := not_finite(plan.module)) is not None:  # type: ignore[arg-type]
             raise guard.error(runner.trainer, plan, f"The weights {name} are not finite")
     except BaseException as error:
@@ -148,7 +166,11 @@ def fit(
         model.is_trained_ = model.is_trained_ or was_trained
         after = (model.history_ or {}) if model.history_ is not found else {}
         model.history_ = (join or continued)(found or {}, after)
-    warn_above_floor(after)
+    told_end(after, runner.trainer, best=best.epoch if best else None)
+    n_parameters = sum(p.numel() for p in model.module.parameters())
+    warn_above_floor(
+        after, n_parameters=n_parameters, n_cells=cells.n_train, n_steps=runner.trainer.global_step
+    )
     return after
 
 
@@ -172,8 +194,26 @@ def losses_with_floors(history: Mapping[str, pd.DataFrame], stage: str) -> dict[
     return found
 
 
-def warn_above_floor(history: Mapping[str, pd.DataFrame]) -> None:
-    """Say so if a loss ended no better than a floor, on held-out cells, or on the training cells if none were."""
+def _advice(n_parameters: int, n_cells: int, n_steps: int) -> str:
+    """What to change of a training that has not learned what is known without it."""
+    found = []
+    if n_steps < FEW_STEPS:
+        found.append(f"It took {n_steps:,} steps: raise max_epochs, or lower batch_size.")
+    if n_parameters > MANY_PARAMETERS * n_cells:
+        found.append(
+            f'It has {n_parameters:,} parameters for {n_cells:,} cells: size="small", or a smaller n_hidden and '
+            "n_layers, when the model is made; or begin with pretrained weights, from_pretrained."
+        )
+    return " ".join([*found, "Else try another lr in plan_kwargs, or look at the data."])
+
+
+def warn_above_floor(
+    history: Mapping[str, pd.DataFrame], *, n_parameters: int, n_cells: int, n_steps: int
+) -> None:
+    """Say so if a loss ended no better than a floor, on held-out cells, or on the training cells if none were.
+
+    And what to change: too few steps or too large a network for the cells, whichever it was.
+    """
     stage = "validation" if "validation_loss" in history else "train"
     for name, floors in losses_with_floors(history, stage).items():
         reached = float(history[f"{stage}_{name}"].iloc[-1, 0])
@@ -185,7 +225,7 @@ def warn_above_floor(history: Mapping[str, pd.DataFrame]) -> None:
             cells = "held-out" if stage == "validation" else "training"
             msg = (
                 f"After training, {name} on {cells} cells is {reached:.4g}, no better than what is known without "
-                f"looking at cells: {', '.join(f'{what} {value:.4g}' for what, value in ahead.items())}. Train "
-                "longer, change lr, or look at the data."
+                f"looking at cells: {', '.join(f'{what} {value:.4g}' for what, value in ahead.items())}. "
+                f"{_advice(n_parameters, n_cells, n_steps)}"
             )
             warnings.warn(msg, UserWarning, stacklevel=5)  # of who called the model's method

@@ -16,6 +16,10 @@ from cellprior.model.learning._holdout import hold_out, warn_of_other_cells
 from cellprior.model.learning._plan import Plan, restarts
 from cellprior.model.learning._processes import refuse_unseeded
 
+MOST_EPOCHS, FEWEST_EPOCHS = 100, 10
+MANY_SEEN = 2_000_000  # cells, over all epochs
+SMALLEST_BATCH, LARGEST_BATCH = 32, 512
+
 
 class TrainingPlan(Plan):
     """Self-supervised training of a module.
@@ -100,7 +104,7 @@ class TrainingPlan(Plan):
 def train(
     model: Any,
     *,
-    max_epochs: int,
+    max_epochs: int | None,
     split: dict[str, Any],
     plan_kwargs: dict[str, Any] | None,
     datasplitter_kwargs: dict[str, Any] | None,
@@ -113,6 +117,9 @@ def train(
     if model.adata is None and datamodule is None:
         msg = "The model was loaded without data; load it with the data to train on."
         raise ValueError(msg)
+    if split["batch_size"] is None:
+        n_here = MANY_SEEN if datamodule is not None else model.adata.n_obs
+        split = {**split, "batch_size": default_batch_size(n_here, split["train_size"])}
     strategy = trainer_kwargs.get("strategy")
     options = model._objective(objective) | (plan_kwargs or {})
     refuse_unseeded(strategy)
@@ -127,6 +134,8 @@ def train(
             warn_of_other_cells(model.split_["train"], held["n_cells"], stacklevel=3)
         if "covariate" in options:
             options["covariate"] = [None]  # whose batch is not known
+    if max_epochs is None:
+        max_epochs = default_epochs(cells.n_train + cells.n_val)
     plan = model._training_plan_cls(
         model.module,
         model._fit_floor(cells.floor_minibatches(), torch.from_numpy(seen)),
@@ -135,6 +144,20 @@ def train(
         **options,
     )
     fit(model, plan, cells, max_epochs=max_epochs, split={"train": held}, **trainer_kwargs)
+
+
+def default_epochs(n_cells: int) -> int:
+    """Passes over some cells: 100, and of more than 20,000 cells as many as see 2 million cells, but 10 at least."""
+    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(MANY_SEEN / max(n_cells, 1))))
+
+
+def default_batch_size(n_cells: int, train_size: float | None) -> int:
+    """Cells of a minibatch: a sixteenth of the training cells, as a power of two from 32 to 512.
+
+    So few cells give some steps in an epoch too; from about 9,000 cells on, it is 512.
+    """
+    n_train = int(n_cells * (0.9 if train_size is None else train_size))
+    return min(max(1 << max(n_train // 16, 1).bit_length() - 1, SMALLEST_BATCH), LARGEST_BATCH)
 
 
 def refuse_with_datamodule(*, measured: Any, strategy: Any) -> None:

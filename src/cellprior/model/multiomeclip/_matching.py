@@ -180,6 +180,13 @@ def transfer_labels(
         msg = "labels_key is needed, here or in the setup: the column of the reference's obs with the labels."
         raise ValueError(msg)
     cells, latent, rows = latents(model, reference, source)
+    if key not in cells.obs and isinstance(reference, ad.AnnData):
+        msg = (
+            f"The reference is an AnnData, and its obs has no column {key!r}; its columns are "
+            f"{list(cells.obs.columns)}. Pass the whole MuData, whose obs has the labels: source={source!r} says which "
+            f"modality is read. Or copy them first: reference.obs[{key!r}] = mdata.obs[{key!r}]."
+        )
+        raise KeyError(msg)
     labels = read_names(cells.obs, key, frame="mdata.obs")
     warn_of_unlabeled(pd.unique(labels), unknown, where=f"mdata.obs[{key!r}]")
     is_labelled = labels != unknown

@@ -435,13 +435,13 @@ class MultiomeCLIP(PretrainedModel):
 
     def train(
         self,
-        max_epochs: int = 100,
+        max_epochs: int | None = None,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
         train_size: float | None = None,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         early_stopping: bool = False,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
@@ -488,10 +488,14 @@ class MultiomeCLIP(PretrainedModel):
             If a loss is not finite. The model has the last weights with a finite loss.
         """
         split: dict[str, Any] = {"train_size": train_size, "validation_size": validation_size}
-        split |= {"shuffle_set_split": shuffle_set_split, "batch_size": batch_size}
+        # contrast needs other cells in the minibatch: it does not shrink with the data
+        split |= {
+            "shuffle_set_split": shuffle_set_split,
+            "batch_size": 512 if batch_size is None else batch_size,
+        }
         training.train(
             self,
-            max_epochs=max_epochs,
+            max_epochs=100 if max_epochs is None else max_epochs,
             accelerator=accelerator,
             devices=devices,
             split=split,

@@ -15,7 +15,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior._arguments import flag, one_of
-from cellprior.model._base import Precision, PretrainedModel
+from cellprior.model._base import Precision, PretrainedModel, Size
 from cellprior.model.data._cells import Cells
 from cellprior.model.data._fields import CountsManager
 from cellprior.model.data._minibatches import first_cells
@@ -32,6 +32,7 @@ from cellprior.model.nicheformer._inputs import (
 from cellprior.model.nicheformer._loss import context_of
 from cellprior.model.nicheformer._masked import masked_scores
 from cellprior.model.nicheformer._module import POOLINGS, NicheformerModule, Pooling
+from cellprior.model.nicheformer._vocabulary import shipped
 from cellprior.weights import Bundle, InertCheckpoint
 
 SCALE_CELLS = 10_000  # training cells that means are taken over, at least, where there are so many
@@ -54,6 +55,9 @@ class Nicheformer(PretrainedModel):
         data.
     min_coverage
         Least share of genes that must match, see :func:`cellprior.genes.match`.
+    size
+        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
+        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_hidden, n_layers, n_heads, n_feedforward, n_positions, dropout_rate, gene_scale
         Of the network, see :class:`~cellprior.model.nicheformer._module.NicheformerModule`.
 
@@ -76,6 +80,11 @@ class Nicheformer(PretrainedModel):
     _input_buffers = ("gene_means",)
     objectives = {"masked": {}}
 
+    sizes = {
+        "small": {"n_hidden": 128, "n_layers": 3, "n_heads": 4, "n_feedforward": 256},
+        "released": {"n_hidden": 512, "n_layers": 12, "n_heads": 16, "n_feedforward": 1024},
+    }
+
     def __init__(
         self,
         adata: ad.AnnData | None = None,
@@ -83,10 +92,11 @@ class Nicheformer(PretrainedModel):
         *,
         genes: pd.DataFrame | Sequence[str] | None = None,
         min_coverage: float = 0.25,
-        n_hidden: int = 512,
-        n_layers: int = 12,
-        n_heads: int = 16,
-        n_feedforward: int = 1024,
+        size: Size | None = None,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+        n_feedforward: int | None = None,
         n_positions: int = 1500,
         dropout_rate: float = 0.0,
         gene_scale: GeneScale = "clean",
@@ -171,6 +181,10 @@ class Nicheformer(PretrainedModel):
             manager = PretrainedModel._manager(adata, setup_method_args, **kwargs)
         manager.register_new_fields([ContextField(args)])
         return manager
+
+    @classmethod
+    def _genes_on_hand(cls, name: str, folder: Path) -> pd.DataFrame | None:
+        return shipped().genes if name == "nicheformer" else super()._genes_on_hand(name, folder)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:

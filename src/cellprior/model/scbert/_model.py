@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from cellprior._arguments import whole
-from cellprior.model._base import Indices, Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel, Size
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.scbert._attention import KeyMax
 from cellprior.model.scbert._checkpoint import CHECKPOINT_SUFFIX, GENE_FILE, find_official, read_official
@@ -41,6 +41,9 @@ class ScBERT(PretrainedModel):
         data.
     min_coverage
         Least share of genes that must match, see :func:`cellprior.genes.match`.
+    size
+        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
+        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_hidden, n_layers, n_heads, head_dim, n_bins, n_features, dropout_rate, gene_vectors, key_max, n_official_classes
         Of the network, see :class:`~cellprior.model.scbert._module.ScBERTModule`.
 
@@ -68,6 +71,11 @@ class ScBERT(PretrainedModel):
         "masked+contrastive": {"contrast_weight": 0.3},
     }
 
+    sizes = {
+        "small": {"n_hidden": 64, "n_layers": 3, "n_heads": 4, "head_dim": 16},
+        "released": {"n_hidden": 200, "n_layers": 6, "n_heads": 10, "head_dim": 64},
+    }
+
     def __init__(
         self,
         adata: ad.AnnData | None = None,
@@ -75,10 +83,11 @@ class ScBERT(PretrainedModel):
         *,
         genes: pd.DataFrame | Sequence[str] | None = None,
         min_coverage: float = 0.25,
-        n_hidden: int = 200,
-        n_layers: int = 6,
-        n_heads: int = 10,
-        head_dim: int = 64,
+        size: Size | None = None,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+        head_dim: int | None = None,
         n_bins: int = 5,
         n_features: int | None = None,
         dropout_rate: float = 0.0,

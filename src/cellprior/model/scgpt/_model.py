@@ -12,7 +12,7 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from cellprior.model._base import Indices, Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel, Size
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.scgpt import _context
 from cellprior.model.scgpt._checkpoint import (
@@ -49,6 +49,9 @@ class ScGPT(PretrainedModel):
         data.
     min_coverage
         Least share of genes that must match, see :func:`cellprior.genes.match`.
+    size
+        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
+        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_hidden, n_layers, n_heads, n_ff, dropout_rate, n_bins
     value_style, cls_value, ties, expression, mvc, zero_probability, generative
     batch_norm, batch_norm_eps, n_batches, batch_decoder, adversary
@@ -77,6 +80,11 @@ class ScGPT(PretrainedModel):
         "integration": {"lr": 1e-4, "ecs_weight": 10.0, "dab_weight": 1.0, "with_zeros": True},
     }
 
+    sizes = {
+        "small": {"n_hidden": 128, "n_layers": 3, "n_heads": 4, "n_ff": 128},
+        "released": {"n_hidden": 512, "n_layers": 12, "n_heads": 8, "n_ff": 512},
+    }
+
     def __init__(
         self,
         adata: ad.AnnData | None = None,
@@ -84,10 +92,11 @@ class ScGPT(PretrainedModel):
         *,
         genes: pd.DataFrame | Sequence[str] | None = None,
         min_coverage: float = 0.25,
-        n_hidden: int = 512,
-        n_layers: int = 12,
-        n_heads: int = 8,
-        n_ff: int = 512,
+        size: Size | None = None,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+        n_ff: int | None = None,
         dropout_rate: float = 0.2,
         n_bins: int = N_BINS,
         value_style: ValueStyle = "continuous",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cellprior._arguments import one_of, whole
-from cellprior.model._base import Indices, Precision, PretrainedModel
+from cellprior.model._base import Indices, Precision, PretrainedModel, Size
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._minibatches import pieces_of
 from cellprior.model.learning._masked import MaskedScores
@@ -53,6 +53,9 @@ class UCE(PretrainedModel):
         the order given.
     min_coverage
         Least share of genes that must match, of each species, see :func:`cellprior.genes.match`.
+    size
+        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
+        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_chromosomes, n_hidden, n_layers, n_heads, n_feedforward, n_protein, n_latent, dropout_rate
     decoder_width, binary_widths, sentence_length
         Of the network, see :class:`~cellprior.model.uce._module.UCEModule`.
@@ -76,6 +79,25 @@ class UCE(PretrainedModel):
     _input_buffers = ("gene_number", "gene_chromosome", "gene_start", "gene_species", "chromosome_code")
     objectives = {"presence": {"lr": 1e-4}}
 
+    sizes = {
+        "small": {
+            "n_hidden": 256,
+            "n_layers": 2,
+            "n_heads": 8,
+            "n_feedforward": 1024,
+            "n_latent": 256,
+            "decoder_width": 256,
+        },
+        "released": {
+            "n_hidden": 1280,
+            "n_layers": 4,
+            "n_heads": 20,
+            "n_feedforward": 5120,
+            "n_latent": 1280,
+            "decoder_width": 1024,
+        },
+    }
+
     def __init__(
         self,
         adata: ad.AnnData | None = None,
@@ -83,15 +105,16 @@ class UCE(PretrainedModel):
         *,
         genes: pd.DataFrame | Sequence[str] | None = None,
         min_coverage: float = 0.25,
+        size: Size | None = None,
         n_chromosomes: int = 1,
-        n_hidden: int = 1280,
-        n_layers: int = 4,
-        n_heads: int = 20,
-        n_feedforward: int = 5120,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+        n_feedforward: int | None = None,
         n_protein: int | None = None,
-        n_latent: int = 1280,
+        n_latent: int | None = None,
         dropout_rate: float = 0.05,
-        decoder_width: int = 1024,
+        decoder_width: int | None = None,
         binary_widths: Sequence[int] = (2048, 512, 128),
         sentence_length: int = SENTENCE_LENGTH,
     ) -> None:
