@@ -127,7 +127,7 @@ def train(
         cells, seen = model._attached_cells(measured, **split, **(datasplitter_kwargs or {}))
         held = hold_out(model, "train", model.adata.obs_names, cells, split, datasplitter_kwargs)
     else:
-        refuse_with_datamodule(measured=measured, strategy=strategy)
+        refuse_with_datamodule(datamodule, measured=measured, strategy=strategy)
         cells, seen = model._streamed_cells(datamodule, **split)
         held = {"cells": "of a datamodule", "n_cells": cells.n_train + cells.n_val}
         if model.split_.get("train"):
@@ -160,8 +160,8 @@ def default_batch_size(n_cells: int, train_size: float | None) -> int:
     return min(max(1 << max(n_train // 16, 1).bit_length() - 1, SMALLEST_BATCH), LARGEST_BATCH)
 
 
-def refuse_with_datamodule(*, measured: Any, strategy: Any) -> None:
-    """Refuse what needs to know whose cells are in a minibatch.
+def refuse_with_datamodule(datamodule: Any, *, measured: Any, strategy: Any) -> None:
+    """Refuse what needs to know whose cells are in a minibatch, and processes that would all read the same.
 
     Raises
     ------
@@ -171,8 +171,9 @@ def refuse_with_datamodule(*, measured: Any, strategy: Any) -> None:
     if measured is not None:
         msg = "measured= names genes by batch, and the minibatches of a datamodule mix batches: leave it out."
         raise ValueError(msg)
-    if "ddp" in str(strategy).lower():
+    if "ddp" in str(strategy).lower() and not getattr(datamodule, "by_process", False):
         msg = (
-            "With datamodule=, each process would train on the same cells: use one process, or attached data."
+            "With datamodule=, each process would train on the same cells: use one process, attached data, or "
+            "scripts/pretrain.py, whose processes share the cells of a collection."
         )
         raise ValueError(msg)

@@ -30,14 +30,41 @@ def log_share(counts: Tensor, *, weight: Tensor | None = None) -> Tensor:
     if counts.layout != torch.sparse_csr:
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1.0) * TARGET_SUM
         return torch.log1p(shares if weight is None else shares * weight)
-    indptr, column, values = counts.crow_indices(), counts.col_indices(), counts.values()
-    n = indptr.diff()
+    column, values = counts.col_indices(), counts.values()
+    n = counts.crow_indices().diff()
     row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-    total = values.new_zeros(len(n)).index_add_(0, row, values).clamp(min=1.0)
-    shares = values / total[row] * TARGET_SUM
+    shares = values / totals(counts).clamp(min=1.0)[row] * TARGET_SUM
     if weight is not None:
         shares = shares * weight[column]
     return with_values(counts, torch.log1p(shares))
+
+
+def totals(counts: Tensor) -> Tensor:
+    """Counts of each cell, dense or sparse CSR ``(cells,)``."""
+    if counts.layout != torch.sparse_csr:
+        return counts.sum(1)
+    n = counts.crow_indices().diff()
+    row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
+    return counts.values().new_zeros(len(n)).index_add_(0, row, counts.values())
+
+
+def thinned(counts: sp.csr_matrix, least: float, rng: np.random.Generator) -> sp.csr_matrix:
+    """Each cell with a share of its counts, drawn between ``least`` and 1: what it would be, sequenced less deeply.
+
+    Parameters
+    ----------
+    counts
+        Whole numbers ``(cells, features)``.
+    least
+        Share that is kept, at least.
+    rng
+        Draws the shares and the counts.
+    """
+    share = np.repeat(rng.uniform(least, 1.0, counts.shape[0]), np.diff(counts.indptr))
+    kept = rng.binomial(counts.data.astype(np.int64), share).astype(counts.dtype)
+    found = sp.csr_matrix((kept, counts.indices, counts.indptr), shape=counts.shape, copy=True)
+    found.eliminate_zeros()
+    return found
 
 
 def open_peaks(counts: Tensor) -> Tensor:

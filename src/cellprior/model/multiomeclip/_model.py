@@ -61,9 +61,9 @@ NOT_IN_SCCLIP = re.compile(r"(rna|atac)\.(maximum|order)|alignment\..*")
 class MultiomeCLIP(PretrainedModel):
     """MultiomeCLIP: RNA and ATAC of a cell in one space, learned from cells that have both.
 
-    With ``encoder="mlp"``, components of the log-normalised RNA and of the TF-IDF of ATAC through wide layers; with
-    ``encoder="vit"``, the transformer of scCLIP [Xiong23]_. Everything that is fitted, the weights of the peaks and
-    the components among it, comes from the training cells, is saved with the model and applied to queries.
+    With ``encoder="mlp-depth"``, components of the log-normalised RNA and of the TF-IDF of ATAC, and the depth of the
+    cell, through wide layers; with ``encoder="mlp"``, without the depth; with ``encoder="vit"``, the transformer of
+    scCLIP [Xiong23]_. Everything that is fitted, the weights of the peaks and the components among it, comes from the training cells, is saved with the model and applied to queries.
 
     Parameters
     ----------
@@ -112,9 +112,9 @@ class MultiomeCLIP(PretrainedModel):
         peaks: Sequence[str] | None = None,
         min_coverage: float = 0.25,
         genomic_order: bool = True,
-        encoder: EncoderKind = "mlp",
+        encoder: EncoderKind = "mlp-depth",
         n_latent: int = 64,
-        n_hidden: int = 256,
+        n_hidden: int | None = None,
         n_layers: int | None = None,
         dropout_rate: float | None = None,
         n_components: Sequence[int] = (64, 256),
@@ -447,6 +447,7 @@ class MultiomeCLIP(PretrainedModel):
         datasplitter_kwargs: dict[str, Any] | None = None,
         *,
         micro_batch_size: int | None = None,
+        thin_to: float | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Train on the cells that have both modalities, from where the weights are.
@@ -474,6 +475,9 @@ class MultiomeCLIP(PretrainedModel):
             :class:`~cellprior.model.multiomeclip._training.PairedSplitter`.
         micro_batch_size
             Cells whose gradient is computed at a time. Saves memory, and changes neither the loss nor the negatives.
+        thin_to
+            Each time a cell is trained on, each of its modalities keeps a share of its counts, drawn between this and
+            1: so depth is known, and not trusted. By default 0.5 of ``encoder="mlp-depth"``, and 1, all, of the others.
         **trainer_kwargs
             To :class:`~scvi.train.Trainer`. ``gradient_clip_val`` is 2 unless given.
 
@@ -481,7 +485,7 @@ class MultiomeCLIP(PretrainedModel):
         ------
         ValueError
             If the model has no data, too few cells have both modalities, cells that are given lack one,
-            ``micro_batch_size`` is no whole number, or early stopping has no cells held out.
+            ``micro_batch_size`` is no whole number, ``thin_to`` no share, or early stopping has no cells held out.
         RuntimeError
             If several processes have no seed to begin alike.
         DivergedError
@@ -491,11 +495,11 @@ class MultiomeCLIP(PretrainedModel):
         # contrast needs other cells in the minibatch: it does not shrink with the data
         split |= {
             "shuffle_set_split": shuffle_set_split,
-            "batch_size": 512 if batch_size is None else batch_size,
+            "batch_size": 128 if batch_size is None else batch_size,
         }
         training.train(
             self,
-            max_epochs=100 if max_epochs is None else max_epochs,
+            max_epochs=50 if max_epochs is None else max_epochs,
             accelerator=accelerator,
             devices=devices,
             split=split,
@@ -503,6 +507,7 @@ class MultiomeCLIP(PretrainedModel):
             plan_kwargs=plan_kwargs,
             datasplitter_kwargs=datasplitter_kwargs,
             micro_batch_size=micro_batch_size,
+            thin_to=thin_to,
             **trainer_kwargs,
         )
 

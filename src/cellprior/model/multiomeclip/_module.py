@@ -29,6 +29,7 @@ from cellprior.model.multiomeclip._inputs import (
     inverse_document_frequency,
     log_share,
     open_peaks,
+    totals,
 )
 from cellprior.model.multiomeclip._loss import infonce, sigmoid_loss
 
@@ -39,7 +40,7 @@ RIDGE = 0.1  # of the alignment, in units of the mean variance
 
 Modality = Literal["rna", "atac"]
 MODALITIES: tuple[Modality, ...] = ("rna", "atac")
-EncoderKind = Literal["mlp", "vit"]
+EncoderKind = Literal["mlp-depth", "mlp", "vit"]
 Loss = Literal["infonce", "sigmoid"]
 
 
@@ -51,18 +52,18 @@ class MultiomeCLIPModule(BaseModuleClass):
     n_genes, n_peaks
         Sizes of the vocabularies.
     encoder
-        ``"mlp"``: components of the weighted counts through a wide network. ``"vit"``: scCLIP's transformer over
-        patches of features.
+        ``"mlp-depth"``: components of the weighted counts, and the logarithm of a cell's depth, through a wide network.
+        ``"mlp"``: the same without the depth. ``"vit"``: scCLIP's transformer over patches of features.
     n_latent
         Width of the shared space.
     n_hidden
-        Width of a layer, or of a patch; by default 256.
+        Width of a layer, or of a patch; by default 512 of ``"mlp-depth"``, and 256 of the others.
     n_layers
-        Layers; by default 2 of ``"mlp"`` and 6 of ``"vit"``.
+        Layers; by default 2, and 6 of ``"vit"``.
     dropout_rate
-        By default 0.5 of ``"mlp"`` and 0.1 of ``"vit"``.
+        By default 0.5, and 0.1 of ``"vit"``.
     n_components
-        Of RNA and ATAC, for ``"mlp"``.
+        Of RNA and ATAC; not of ``"vit"``.
     n_heads, n_mlp, n_patches
         Of ``"vit"``: attention heads, width of the feed-forward network, and patches of RNA and ATAC.
     mask_padding
@@ -78,9 +79,9 @@ class MultiomeCLIPModule(BaseModuleClass):
         n_genes: int,
         n_peaks: int,
         *,
-        encoder: EncoderKind = "mlp",
+        encoder: EncoderKind = "mlp-depth",
         n_latent: int = 64,
-        n_hidden: int = 256,
+        n_hidden: int | None = None,
         n_layers: int | None = None,
         dropout_rate: float | None = None,
         n_components: Sequence[int] = (64, 256),
@@ -92,8 +93,10 @@ class MultiomeCLIPModule(BaseModuleClass):
         loss: Loss = "infonce",
     ) -> None:
         super().__init__()
-        one_of(("mlp", "vit"), encoder=encoder)
+        one_of(("mlp-depth", "mlp", "vit"), encoder=encoder)
         one_of(("infonce", "sigmoid"), loss=loss)
+        if n_hidden is None:
+            n_hidden = 512 if encoder == "mlp-depth" else 256
         whole(n_latent=n_latent, n_hidden=n_hidden, n_heads=n_heads, n_mlp=n_mlp)
         if n_layers is not None:
             whole(least=0, n_layers=n_layers)
@@ -105,12 +108,13 @@ class MultiomeCLIPModule(BaseModuleClass):
         encoders: list[MLPEncoder | ViTEncoder] = []
         for i, (modality, n_features) in enumerate(zip(MODALITIES, (n_genes, n_peaks), strict=True)):
             is_atac = modality == "atac"
-            if encoder == "mlp":
+            if encoder != "vit":
                 encoders.append(
                     MLPEncoder(
                         n_features,
                         n_latent,
                         is_atac=is_atac,
+                        reads_depth=encoder == "mlp-depth",
                         n_components=min(n_components[i], n_features),
                         n_hidden=n_hidden,
                         n_layers=2 if n_layers is None else n_layers,
@@ -149,7 +153,7 @@ class MultiomeCLIPModule(BaseModuleClass):
         """
         for name, values in state_dict.items():
             part = name.removeprefix("rna.").removeprefix("atac.")
-            if part in ("spread", "maximum") and not bool((values > 0).all()):
+            if part in ("spread", "depth_spread", "maximum") and not bool((values > 0).all()):
                 msg = f"the tensor {name} has values that are not above 0."
             elif part == "idf" and not bool((values >= 0).all()):
                 msg = f"the tensor {name} has values below 0."
@@ -272,6 +276,9 @@ class Alignment(nn.Module):
 class MLPEncoder(nn.Module):
     """Components of weighted counts through wide layers.
 
+    The depth of a cell says how far its components can be trusted, and, as both modalities of a cell are deep or
+    shallow together, something about its partner.
+
     Attributes
     ----------
     idf
@@ -280,12 +287,16 @@ class MLPEncoder(nn.Module):
         ``(n_features, n_components)``.
     mean, spread
         Of the training cells on the components ``(n_components,)``, and how far they are from it.
+    depth_mean, depth_spread
+        Mean and standard deviation of the logarithm of the depth of the training cells, if it is read.
     """
 
     idf: Tensor
     components: Tensor
     mean: Tensor
     spread: Tensor
+    depth_mean: Tensor
+    depth_spread: Tensor
 
     def __init__(
         self,
@@ -297,15 +308,19 @@ class MLPEncoder(nn.Module):
         n_hidden: int,
         n_layers: int,
         dropout_rate: float,
+        reads_depth: bool = False,
     ) -> None:
         super().__init__()
-        self.is_atac = is_atac
+        self.is_atac, self.reads_depth = is_atac, reads_depth
         self.register_buffer("idf", torch.ones(n_features))
         self.register_buffer("components", torch.zeros(n_features, n_components))
         self.register_buffer("mean", torch.zeros(n_components))
         self.register_buffer("spread", torch.tensor(1.0))
+        if reads_depth:
+            self.register_buffer("depth_mean", torch.tensor(0.0))
+            self.register_buffer("depth_spread", torch.tensor(1.0))
         layers: list[nn.Module] = []
-        width = n_components
+        width = n_components + reads_depth
         for _ in range(n_layers):
             layers += [nn.Linear(width, n_hidden), nn.ELU(), nn.Dropout(dropout_rate)]
             width = n_hidden
@@ -332,11 +347,28 @@ class MLPEncoder(nn.Module):
         self.components.copy_(torch.from_numpy(components))
         self.mean.copy_(torch.from_numpy(mean))
         self.spread.fill_(spread)
+        if self.reads_depth:
+            depths = torch.cat([self._log_depth(csr_tensor(part)) for part in _row_blocks(counts)])
+            self.depth_mean.copy_(depths.mean())
+            self.depth_spread.copy_(depths.std(correction=0) if bool(depths.std(correction=0) > 0) else 1.0)
 
-    def inputs(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
+    def places(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
         """Place of each cell on the components, its own or others ``(cells, n_components)``."""
         components = self.components if components is None else components
         return (weighted_gene_sum(self._weigh(counts), components) - self.mean) / self.spread
+
+    def inputs(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
+        """What the layers read: places, and with ``reads_depth``, the depth ``(cells, n_components + reads_depth)``."""
+        places = self.places(counts, components)
+        if not self.reads_depth:
+            return places
+        depth = (self._log_depth(counts) - self.depth_mean) / self.depth_spread
+        return torch.cat([places, depth[:, None]], dim=1)
+
+    def _log_depth(self, counts: Tensor) -> Tensor:
+        """``ln(1 + d)``, with ``d`` the counts of a cell, or its open peaks ``(cells,)``."""
+        read = open_peaks(counts) if self.is_atac else counts
+        return torch.log1p(totals(read))
 
     def _weigh(self, counts: Tensor) -> Tensor:
         if not self.is_atac:

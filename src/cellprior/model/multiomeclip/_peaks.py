@@ -257,7 +257,7 @@ def atac_representation(model: Any, adata: Any, indices: Any, batch_size: int | 
     some = cells.only(["atac"])
 
     def components(_: Any, chunks: Iterable[Joint], covariates: Any) -> Iterator[Tensor]:
-        return (encoder.inputs(chunk.counts["atac"][1]) for chunk in chunks)
+        return (encoder.places(chunk.counts["atac"][1]) for chunk in chunks)
 
     options: dict[str, Any] = {"encode": components, "width": encoder.components.shape[1]}
     return in_memory(Embedding(model._encoder(some), some, rows, batch_size=batch_size, **options))
@@ -273,7 +273,7 @@ def components_of(model: Any) -> MLPEncoder:
     """
     encoder = model.module.encoder_of("atac")
     if not isinstance(encoder, MLPEncoder):
-        msg = 'Components of ATAC are needed, which encoder="vit" has not; make the model with encoder="mlp".'
+        msg = 'Components of ATAC are needed, which encoder="vit" has not; make the model with encoder="mlp-depth" or "mlp".'
         raise ValueError(msg)
     return encoder
 

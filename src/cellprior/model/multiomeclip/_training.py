@@ -18,11 +18,12 @@ from cellprior._obs import read_names, warn_of_unlabeled
 from cellprior.model.data._cells import Cells, Counts
 from cellprior.model.data._counts import csr_tensor, row_numbers
 from cellprior.model.data._minibatches import SentenceSampler
-from cellprior.model.data._ranks import from_first
+from cellprior.model.data._ranks import from_first, rank_and_count
 from cellprior.model.learning._fit import KeepBest, fit
 from cellprior.model.learning._holdout import hold_out
 from cellprior.model.learning._plan import Plan
 from cellprior.model.learning._processes import gather_cells, refuse_unseeded
+from cellprior.model.multiomeclip._inputs import thinned
 from cellprior.model.multiomeclip._loss import infonce_chance, same_label, sigmoid_chance
 from cellprior.model.multiomeclip._metrics import depth_scores, latent_metrics, matching_metrics
 from cellprior.model.multiomeclip._module import MODALITIES, MLPEncoder, Modality, MultiomeCLIPModule
@@ -30,6 +31,7 @@ from cellprior.model.multiomeclip._module import MODALITIES, MLPEncoder, Modalit
 MAX_MATCHED = 5_000  # held-out cells that are matched with each other in every epoch
 MAX_FITTED = 20_000  # training cells that components are found from
 MIN_UNSEEN = 50  # held-out cells that the means of the modalities are taken from, if there are as many
+THIN_TO = 0.5  # share of its counts that a cell keeps at least, where its depth is read
 ROWS = 2048  # cells that are read at a time
 LABEL, ROW = "label", "row"
 PRETRAINED = "pretrained"  # modality, in the training state of a model that has not been trained yet
@@ -48,6 +50,12 @@ class PairedCells(Dataset):
         Cells that will be asked for.
     label
         Code of each cell's label, or None ``(n_obs,)``.
+    to_thin
+        Cells that are thinned each time they are asked for, see :func:`~cellprior.model.multiomeclip._inputs.thinned`.
+    thin_to
+        Share of their counts that they keep at least.
+    seed
+        Of what they keep.
     """
 
     def __init__(
@@ -56,31 +64,47 @@ class PairedCells(Dataset):
         module: MultiomeCLIPModule,
         rows: np.ndarray,
         label: np.ndarray | None,
+        *,
+        to_thin: np.ndarray | None = None,
+        thin_to: float = 1.0,
+        seed: int = 0,
     ) -> None:
-        self.counts, self.label = counts, label
+        self.counts, self.label, self.thin_to = counts, label, thin_to
+        self.is_thinned = np.zeros(int(rows.max()) + 1, dtype=bool)
+        if to_thin is not None and thin_to < 1:
+            self.is_thinned[to_thin] = True
+            rows = rows[~self.is_thinned[rows]]
+        self.rng = np.random.default_rng([seed, rank_and_count()[0]])
+        self.encoders: dict[Modality, MLPEncoder] = {}
         self.inputs: dict[Modality, Tensor] = {}
-        self.place = np.full(int(rows.max()) + 1, -1)
+        self.place = np.full(len(self.is_thinned), -1)
         self.place[rows] = np.arange(len(rows))
         for name in MODALITIES:
             encoder = module.encoder_of(name)
             if isinstance(encoder, MLPEncoder):
-                with torch.no_grad():
-                    parts = [
-                        encoder.inputs(csr_tensor(counts[name].read(b)).to(module.device)).cpu()
-                        for b in in_parts(rows)
-                    ]
-                self.inputs[name] = torch.cat(parts)
+                self.encoders[name] = encoder
+                parts = [self._inputs(name, counts[name].read(part)) for part in in_parts(rows)]
+                self.inputs[name] = torch.cat(parts) if parts else torch.empty(0)
+
+    @torch.no_grad()
+    def _inputs(self, name: Modality, counts: sp.csr_matrix) -> Tensor:
+        encoder = self.encoders[name]
+        return encoder.inputs(csr_tensor(counts).to(encoder.components.device)).cpu()
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
         cells = np.asarray(rows)
         batch: dict[str, Tensor] = {ROW: torch.from_numpy(cells)}
         if self.label is not None:
             batch[LABEL] = torch.from_numpy(self.label[cells])
+        is_thinned = self.is_thinned[cells].any()
         for name in MODALITIES:
-            if name in self.inputs:
+            if name in self.inputs and not is_thinned:
                 batch[name] = self.inputs[name][self.place[cells]]
-            else:
-                batch[name] = csr_tensor(self.counts[name].read(cells))
+                continue
+            counts = self.counts[name].read(cells)
+            if is_thinned:
+                counts = thinned(counts, self.thin_to, self.rng)
+            batch[name] = self._inputs(name, counts) if name in self.inputs else csr_tensor(counts)
         return batch
 
 
@@ -297,12 +321,18 @@ def train(
     plan_kwargs: dict[str, Any] | None,
     datasplitter_kwargs: dict[str, Any] | None,
     micro_batch_size: int | None,
+    thin_to: float | None,
     early_stopping: bool,
     **trainer_kwargs: Any,
 ) -> None:
     """See :meth:`cellprior.model.MultiomeCLIP.train`; ``split`` is ``train_size`` to ``batch_size``."""
     if micro_batch_size is not None:
         count(micro_batch_size=micro_batch_size)
+    if thin_to is None:
+        thin_to = THIN_TO if getattr(model.module.atac, "reads_depth", False) else 1.0
+    if not 0 < thin_to <= 1:
+        msg = f"thin_to={thin_to}; a share of the counts above 0 is needed, 1 to keep them all."
+        raise ValueError(msg)
     if model.adata is None:
         msg = "The model was loaded without data; load it with the data to train on."
         raise ValueError(msg)
@@ -323,7 +353,15 @@ def train(
     if not model.is_trained_ or model.training_state_:
         _fit_inputs(model, cells, held_out, seed)
     label = codes_of(cells.obs, args["labels_key"], unlabeled=args["unlabeled_category"])
-    pairs.dataset = PairedCells(counts, model.module, np.concatenate([rows, held_out]), label)
+    pairs.dataset = PairedCells(
+        counts,
+        model.module,
+        np.concatenate([rows, held_out]),
+        label,
+        to_thin=rows,
+        thin_to=thin_to,
+        seed=seed,
+    )
     plan = model._training_plan_cls(
         model.module,
         n_steps=max_epochs * len(pairs.train_dataloader()),
