@@ -63,7 +63,8 @@ class MultiomeCLIP(PretrainedModel):
 
     With ``encoder="mlp-depth"``, components of the log-normalised RNA and of the TF-IDF of ATAC, and the depth of the
     cell, through wide layers; with ``encoder="mlp"``, without the depth; with ``encoder="vit"``, the transformer of
-    scCLIP [Xiong23]_. Everything that is fitted, the weights of the peaks and the components among it, comes from the training cells, is saved with the model and applied to queries.
+    scCLIP [Xiong23]_. Everything that is fitted, the weights of the peaks and the components among it, comes from the
+    training cells, is saved with the model and applied to queries.
 
     Parameters
     ----------
