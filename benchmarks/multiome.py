@@ -1,6 +1,7 @@
 """MultiomeCLIP on a paired multiome: matching of held-out cells beside a linear map, sequencing depth and MULTIVI.
 
-    python benchmarks/multiome.py cells.h5mu [--labels-key cell_type] [--seeds 3] [--multivi] [--pretrain-atac]
+    python benchmarks/multiome.py cells.h5mu [--labels-key cell_type] [--seeds 3] [--plain] [--multivi]
+        [--pretrain-atac]
 
 The file is a MuData of raw counts of RNA and ATAC. Markdown tables on stdout, progress on stderr. A split and a run per
 seed: 80 % of the cells are trained on, the others tested.
@@ -226,13 +227,13 @@ def run(mdata: MuData, seed: int, args: argparse.Namespace) -> tuple[dict[str, d
     """Numbers of one split by table, and how many cells were tested."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(mdata.n_obs)
-    n_test = round(args.test_size * mdata.n_obs)
+    n_test = round(args.test_size * mdata.n_obs) if args.test_size < 1 else int(args.test_size)
     test, train = subset(mdata, np.sort(order[:n_test])), subset(mdata, np.sort(order[n_test:]))
     names = None
     if "label" in mdata.obs:
         names = (train.obs["label"].to_numpy(), test.obs["label"].to_numpy())
-    is_mlp = args.network["encoder"] == "mlp"
-    kinds = [PLAIN, LABELLED] if names is not None else [PLAIN]
+    is_mlp = args.network["encoder"] != "vit"
+    kinds = [PLAIN, LABELLED] if names is not None and not args.plain else [PLAIN]
     kinds += [PRETRAINED] if args.pretrain_atac else []
     models = {what: fitted(what, train, seed, args) for what in kinds}
     model = models[PLAIN]
@@ -272,13 +273,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--atac-layer", help="layer with raw counts, X if not given")
     parser.add_argument("--labels-key", default="cell_type")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--test-size", type=float, default=0.2)
+    parser.add_argument("--test-size", type=float, default=0.2, help="share of the cells, or their number")
+    parser.add_argument("--plain", action="store_true", help="no second model that is told the labels")
     parser.add_argument(
         "--train-size", type=float, default=1.0, help="share of the others that is trained on"
     )
-    parser.add_argument("--encoder", choices=("mlp", "vit"), default="mlp")
-    parser.add_argument("--max-epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--encoder", choices=("mlp-depth", "mlp", "vit"), default="mlp-depth")
+    parser.add_argument("--max-epochs", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument(
         "--multivi", action="store_true", help="train MULTIVI on the same cells, which takes longer"
@@ -288,8 +290,8 @@ def arguments() -> argparse.Namespace:
         "--pretrain-atac", action="store_true", help="and a model whose encoder of ATAC is pretrained"
     )
     args = parser.parse_args()
-    if args.pretrain_atac and args.encoder != "mlp":
-        parser.error("--pretrain-atac needs --encoder mlp")
+    if args.pretrain_atac and args.encoder == "vit":
+        parser.error("--pretrain-atac needs another encoder than vit")
     args.network = {"encoder": args.encoder}
     return args
 

@@ -87,7 +87,9 @@ class Sections(pl.Callback):
         if trainer.is_global_zero:
             os.replace(self.folder / (CHECKPOINT + ".new"), self.folder / CHECKPOINT)
             pd.DataFrame(self.rows).to_csv(self.folder / LOG, index=False)
-            log.info("section %d: %s", trainer.current_epoch, ", ".join(f"{k} {v:.4g}" for k, v in losses.items()))
+            log.info(
+                "section %d: %s", trainer.current_epoch, ", ".join(f"{k} {v:.4g}" for k, v in losses.items())
+            )
 
 
 def build(args: argparse.Namespace, cells: CollectionCells) -> Any:
@@ -98,7 +100,9 @@ def build(args: argparse.Namespace, cells: CollectionCells) -> Any:
     cls.setup_anndata(few)
     if args.genes is None:
         columns = cells.var.rename(columns=str.lower)
-        genes = pd.DataFrame({"ensembl_id": "", "symbol": cells.var.index.astype(str), "previous_symbols": ""})
+        genes = pd.DataFrame(
+            {"ensembl_id": "", "symbol": cells.var.index.astype(str), "previous_symbols": ""}
+        )
         if cells.var.index.str.startswith("ENS").mean() > 0.5:
             symbol = next((columns[k] for k in ("feature_name", "gene_symbol", "symbol") if k in columns), "")
             genes = pd.DataFrame({"ensembl_id": cells.var.index, "symbol": symbol, "previous_symbols": ""})
@@ -141,8 +145,8 @@ def describe(model: Any, cells: CollectionCells, n_sections: int) -> str:
     """What is trained on what, in a line."""
     million = sum(p.numel() for p in model.module.parameters()) / 1e6
     return (
-        f"{type(model).__name__}, {million:.2f} million parameters, {len(model.genes):,} genes; {cells.n_train:,} cells "
-        f"to train on, {cells.n_val:,} held out; {n_sections} sections"
+        f"{type(model).__name__}, {million:.2f} million parameters, {len(model.genes):,} genes; {cells.n_train:,} "
+        f"cells to train on, {cells.n_val:,} held out; {n_sections} sections"
     )
 
 
@@ -153,20 +157,32 @@ def judge(args: argparse.Namespace, bundle: Path, cells: CollectionCells) -> dic
     cls.setup_anndata(held_out)
     model = cls.from_pretrained(bundle, held_out)
     if model.can("predict hidden genes"):
-        table = cp.evaluate.masked_prediction(model, mask_shares=(0.15,), seeds=2, max_cells=200, progress=False)
-        found["Hidden genes of held-out cells"] = table[["metric", "better", "method", "value", "low", "high"]]
+        table = cp.evaluate.masked_prediction(
+            model, mask_shares=(0.15,), seeds=2, max_cells=200, progress=False
+        )
+        found["Hidden genes of held-out cells"] = table[
+            ["metric", "better", "method", "value", "low", "high"]
+        ]
     for path in args.evaluate:
         adata = ad.read_h5ad(path)
-        scores = cp.evaluate.linear_probe(adata, str(bundle), labels_key=args.labels_key, seeds=3, progress=False)
+        scores = cp.evaluate.linear_probe(
+            adata, str(bundle), labels_key=args.labels_key, seeds=3, progress=False
+        )
         scores = scores[scores["metric"].isin(["accuracy", "macro_f1"])]
-        table = scores.groupby(["method", "probe", "metric"], sort=False)["value"].mean().unstack().reset_index()
+        table = (
+            scores.groupby(["method", "probe", "metric"], sort=False)["value"].mean().unstack().reset_index()
+        )
         found[f"Labels of {path.stem}, which was not trained on"] = table
     return found
 
 
-def card(args: argparse.Namespace, what: str, rows: Sequence[dict[str, Any]], tables: dict[str, pd.DataFrame]) -> str:
+def card(
+    args: argparse.Namespace, what: str, rows: Sequence[dict[str, Any]], tables: dict[str, pd.DataFrame]
+) -> str:
     """The card of the bundle; each number on it is computed here."""
-    last = {name: value for name, value in sorted(rows[-1].items()) if name.startswith(("train_", "validation_"))}
+    last = {
+        name: value for name, value in sorted(rows[-1].items()) if name.startswith(("train_", "validation_"))
+    }
     losses = pd.DataFrame({"after the last section": last}).rename_axis("loss, or its floor").reset_index()
     seconds = np.median([row["cells_per_second"] for row in rows])
     parts = [
@@ -183,7 +199,9 @@ def card(args: argparse.Namespace, what: str, rows: Sequence[dict[str, Any]], ta
 
 def markdown(table: pd.DataFrame) -> str:
     """A table as Markdown."""
-    rows = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in table.itertuples(index=False)]
+    rows = [
+        [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in table.itertuples(index=False)
+    ]
     lines = [list(map(str, table.columns)), ["---"] * table.shape[1], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -209,24 +227,36 @@ def pair(text: str) -> tuple[str, Any]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="collection of annbatch, of raw counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and bundle")
-    parser.add_argument("--genes", type=Path, help="genes.tsv of a bundle as vocabulary; by default the collection's")
-    parser.add_argument("--network", type=pair, nargs="*", default=[], metavar="NAME=VALUE", help="such as n_layers=6")
+    parser.add_argument(
+        "--genes", type=Path, help="genes.tsv of a bundle as vocabulary; by default the collection's"
+    )
+    parser.add_argument(
+        "--network", type=pair, nargs="*", default=[], metavar="NAME=VALUE", help="such as n_layers=6"
+    )
     parser.add_argument("--objective", help="one of the model's objectives; by default the first")
-    parser.add_argument("--plan", type=pair, nargs="*", default=[], metavar="NAME=VALUE", help="such as lr=1e-4")
+    parser.add_argument(
+        "--plan", type=pair, nargs="*", default=[], metavar="NAME=VALUE", help="such as lr=1e-4"
+    )
     parser.add_argument("--passes", type=int, default=1, help="over all training cells")
     parser.add_argument("--section", type=int, help="cells between two checkpoints; by default all")
     parser.add_argument("--batch-size", type=int, default=256, help="of each process")
-    parser.add_argument("--held-out", type=float, default=0.01, help="share of the cells, the first of the collection")
+    parser.add_argument(
+        "--held-out", type=float, default=0.01, help="share of the cells, the first of the collection"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategy", default="auto", help="ddp for several processes")
     parser.add_argument("--devices", default="auto", help="how many processes")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true", help="bf16-mixed on a GPU")
-    parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="labelled .h5ad that were not trained on")
+    parser.add_argument(
+        "--evaluate", type=Path, nargs="*", default=[], help="labelled .h5ad that were not trained on"
+    )
     parser.add_argument("--labels-key", default="cell_type", help="of these")
     parser.add_argument("--progress", action="store_true", help="draw a bar")
     args = parser.parse_args(argv)
@@ -240,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     plan = args.out / PLAN
-    if (args.out / CHECKPOINT).exists() and (before := json.loads(plan.read_text())) != (now := as_json(args)):
+    if (args.out / CHECKPOINT).exists() and (before := json.loads(plan.read_text())) != (
+        now := as_json(args)
+    ):
         changed = [f"{k}: {before.get(k)!r}, now {now.get(k)!r}" for k in now if now[k] != before.get(k)]
         log.error("%s was begun with other arguments (%s). Take another --out.", args.out, "; ".join(changed))
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,9 @@ from anndata import AnnData
 from cellprior.genes import GeneMatchError
 from cellprior.model import CellPLM, NotCountsError, ScBERT
 from cellprior.model._base import PretrainedModel
+from cellprior.model.data._collection import Sections
 from cellprior.model.data._datamodule import StreamedCells
+from cellprior.model.learning._training import refuse_with_datamodule
 from tests.contract.models import blood_cells
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
@@ -171,3 +174,34 @@ def test_annbatch_reads_the_training_cells_from_a_collection_on_disk(model, adat
         )
     known = adata[:, model.genes["symbol"]].X.sum(axis=0)
     np.testing.assert_array_equal(seen.sum(0).numpy(), np.asarray(known).ravel())
+
+
+@pytest.mark.parametrize(("n_ranks", "batch_size", "size"), [(1, 64, None), (2, 48, 500), (3, 10, 700)])
+def test_no_cell_is_read_twice_in_a_pass_and_every_process_has_as_many_minibatches(n_ranks, batch_size, size):
+    sections = Sections(110, 2_300, batch_size, size, seed=3, chunk=16)
+    passes = []
+    for number in range(2):
+        seen = []
+        for section in range(number * sections.n_sections, (number + 1) * sections.n_sections):
+            for rank in range(n_ranks):
+                batches = [
+                    np.concatenate([np.arange(s.start, s.stop) for s in request["requests"]])[split]
+                    for request in sections.requests(section, rank=rank, n_ranks=n_ranks)
+                    for split in request["splits"]
+                ]
+                assert len(batches) == sections.n_batches(n_ranks) > 0
+                assert {len(batch) for batch in batches} == {batch_size}
+                seen += batches
+        passes.append(np.concatenate(seen))
+        assert len(np.unique(passes[-1])) == len(passes[-1])
+        assert passes[-1].min() >= 110 and passes[-1].max() < 2_300
+        assert len(passes[-1]) > 0.8 * 2_190  # of few cells, more are left over
+    assert not np.array_equal(*passes)
+    again = Sections(110, 2_300, batch_size, size, seed=3, chunk=16)
+    assert again.chunks(1, rank=0, n_ranks=n_ranks) == sections.chunks(1, rank=0, n_ranks=n_ranks)
+
+
+def test_processes_may_share_the_cells_of_a_datamodule_that_deals_them_out():
+    refuse_with_datamodule(SimpleNamespace(by_process=True), measured=None, strategy="ddp")
+    with pytest.raises(ValueError, match="each process would train on the same cells"):
+        refuse_with_datamodule(SimpleNamespace(), measured=None, strategy="ddp")

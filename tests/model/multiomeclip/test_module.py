@@ -163,3 +163,25 @@ def test_the_means_are_those_of_cells_that_were_not_trained_on_if_there_are_any(
             torch.testing.assert_close(module.alignment[name].mean, latent.mean(0))
         found.append(module.alignment["rna"].axes)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("encoder", ["mlp-depth", "mlp"])
+def test_a_deeper_cell_of_the_same_composition_is_told_apart_where_the_depth_is_read_only(counts, encoder):
+    module = fitted(counts, encoder=encoder)
+    rna = torch.from_numpy(counts["rna"].toarray())
+    with torch.no_grad():
+        once, twice = (module.embed("rna", x) for x in (rna, 2 * rna))
+    assert torch.allclose(once, twice, atol=1e-5) == (encoder == "mlp")
+
+
+def test_the_depth_of_atac_is_the_number_of_open_peaks_in_units_of_the_training_cells(counts):
+    atac = counts["atac"]
+    encoder = fitted(counts).encoder_of("atac")
+    depth = np.log1p(np.asarray((atac > 0).sum(axis=1)).ravel())
+    expected = (depth - depth.mean()) / depth.std()
+    for x in (csr_tensor(atac), torch.from_numpy(atac.toarray())):
+        np.testing.assert_allclose(encoder.inputs(x)[:, -1], expected, rtol=1e-4, atol=1e-4)
+        assert encoder.places(x).shape[1] == encoder.inputs(x).shape[1] - 1
+    same = sp.csr_matrix(np.ones((5, 70), dtype=np.float32))
+    encoder.fit(same, seed=0)
+    assert encoder.inputs(csr_tensor(same)).isfinite().all()  # cells of one depth

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from cellprior.model.multiomeclip import MultiomeCLIP
+from cellprior.model.multiomeclip._inputs import thinned
 from cellprior.model.multiomeclip._loss import infonce_chance, same_label, sigmoid_chance, sigmoid_loss
 from cellprior.model.multiomeclip._metrics import depth_scores, latent_metrics, matching_metrics
-from cellprior.model.multiomeclip._training import PairedSplitter
+from cellprior.model.multiomeclip._training import PairedCells, PairedSplitter
 
 from .data import N_CELLS, QUIET, cells, multiome
 
@@ -235,3 +236,35 @@ def test_patches_follow_the_genome_unless_told_otherwise():
     assert places == sorted(places)
     assert as_it_is.module.atac.order.tolist() == list(range(240))
     assert ordered.module.rna.order.tolist() == list(range(60))
+
+
+def test_training_cells_are_thinned_anew_each_time_and_held_out_cells_never(trained):
+    rows = np.arange(20)
+    counts = trained._cells().counts
+    data = PairedCells(counts, trained.module, rows, None, to_thin=rows[:10], thin_to=0.5)
+    for name in ("rna", "atac"):
+        seen = [data[[0, 1, 2]][name] for _ in range(2)]
+        assert seen[0].shape == seen[1].shape
+        assert not torch.equal(*seen)
+        assert torch.equal(data[[12, 13]][name], data[[12, 13]][name])
+        whole = PairedCells(counts, trained.module, rows, None)
+        torch.testing.assert_close(data[[12, 13]][name], whole[[12, 13]][name])
+        depth = -1  # the last input
+        assert (seen[0][:, depth] <= whole[[0, 1, 2]][name][:, depth] + 1e-5).all()
+
+
+def test_a_thinned_cell_keeps_the_share_that_is_asked_for_and_its_zeros():
+    counts = cells().mod["rna"].X
+    found = thinned(counts, 0.5, np.random.default_rng(0))
+    share = np.asarray(found.sum(axis=1) / counts.sum(axis=1)).ravel()
+    assert 0.35 < share.min() < share.max() < 1.0 and abs(share.mean() - 0.75) < 0.03
+    assert (found > counts).nnz == 0 and (found.data > 0).all()
+    assert counts.sum() == cells().mod["rna"].X.sum()
+
+
+@pytest.mark.parametrize("thin_to", [0, -0.5, 1.5])
+def test_a_share_of_counts_that_is_none_is_refused(mdata, thin_to):
+    MultiomeCLIP.setup_mudata(mdata)
+    model = MultiomeCLIP(mdata, n_hidden=8, n_latent=4, n_components=(4, 4))
+    with pytest.raises(ValueError, match=f"thin_to={thin_to}; a share of the counts above 0 is needed"):
+        model.train(max_epochs=1, thin_to=thin_to, **QUIET)

@@ -152,7 +152,9 @@ class CollectionCells(pl.LightningDataModule):
         batch_size: int = 512,
     ) -> None:
         """Hold out the first cells of the collection, which are any cells, as it is shuffled."""
-        share = 1 - train_size if validation_size is None and train_size is not None else validation_size or 0.0
+        share = (
+            1 - train_size if validation_size is None and train_size is not None else validation_size or 0.0
+        )
         self.batch_size = batch_size
         self.n_val = round(share * self.n_obs)
         self.n_train = self.n_obs - self.n_val
@@ -239,7 +241,9 @@ class SectionLoader:
         loader = Loader(batch_sampler=InOrder(), preload_to_gpu=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*obsm.*|.*layers.*")  # which are not read
-            loader.add_adatas([AnnData(adata.X, obs=adata.obs[[]], var=adata.var[[]]) for adata in cells.adatas])
+            loader.add_adatas(
+                [AnnData(adata.X, obs=adata.obs[[]], var=adata.var[[]]) for adata in cells.adatas]
+            )
         yield from loader
 
     def _held_out(self, rank: int, n_ranks: int) -> Iterator[dict[str, Any]]:
@@ -265,6 +269,10 @@ def _open(path: Path) -> list[AnnData]:
         msg = f"{path} holds no cells: add_adatas of annbatch.DatasetCollection puts them there."
         raise ValueError(msg)
     return [
-        AnnData(ad.io.sparse_dataset(group["X"]), obs=ad.io.read_elem(group["obs"]), var=ad.io.read_elem(group["var"]))
+        AnnData(
+            ad.io.sparse_dataset(group["X"]),
+            obs=ad.io.read_elem(group["obs"]),
+            var=ad.io.read_elem(group["var"]),
+        )
         for group in collection
     ]

@@ -50,6 +50,7 @@ from cellprior.model.multiomeclip._module import (
     Loss,
     Modality,
     MultiomeCLIPModule,
+    default_width,
 )
 from cellprior.model.multiomeclip._peaks import MASK_SHARE
 from cellprior.weights import Bundle, InertCheckpoint, WeightsError
@@ -135,6 +136,7 @@ class MultiomeCLIP(PretrainedModel):
         if peaks is None:
             peaks = peak_names(self._find_cells(adata).counts["atac"].matrix.var)
         self.peaks = list(peaks)
+        n_hidden = default_width(encoder) if n_hidden is None else n_hidden  # written with the weights
         self._finish_init(locals())
         order = order_along_genome(self.peaks) if encoder == "vit" and genomic_order else None
         network = {name: value for name, value in self._network().items() if name != "genomic_order"}

@@ -44,6 +44,11 @@ EncoderKind = Literal["mlp-depth", "mlp", "vit"]
 Loss = Literal["infonce", "sigmoid"]
 
 
+def default_width(encoder: EncoderKind) -> int:
+    """``n_hidden`` where none is given."""
+    return 512 if encoder == "mlp-depth" else 256
+
+
 class MultiomeCLIPModule(BaseModuleClass):
     """MultiomeCLIP.
 
@@ -95,8 +100,7 @@ class MultiomeCLIPModule(BaseModuleClass):
         super().__init__()
         one_of(("mlp-depth", "mlp", "vit"), encoder=encoder)
         one_of(("infonce", "sigmoid"), loss=loss)
-        if n_hidden is None:
-            n_hidden = 512 if encoder == "mlp-depth" else 256
+        n_hidden = default_width(encoder) if n_hidden is None else n_hidden
         whole(n_latent=n_latent, n_hidden=n_hidden, n_heads=n_heads, n_mlp=n_mlp)
         if n_layers is not None:
             whole(least=0, n_layers=n_layers)

@@ -273,7 +273,10 @@ def components_of(model: Any) -> MLPEncoder:
     """
     encoder = model.module.encoder_of("atac")
     if not isinstance(encoder, MLPEncoder):
-        msg = 'Components of ATAC are needed, which encoder="vit" has not; make the model with encoder="mlp-depth" or "mlp".'
+        msg = (
+            'Components of ATAC are needed, which encoder="vit" has not; make the model with encoder="mlp-depth" or '
+            'encoder="mlp".'
+        )
         raise ValueError(msg)
     return encoder
 
