@@ -199,9 +199,12 @@ def naming(model: MultiomeCLIP, whole: MultiomeCLIP, train: MuData, test: MuData
             model.get_latent_representation(x, modality=kind) for x in (train, test)
         )
     spaces["PCA of RNA, 50 components"] = pca_of_rna(train, test)
-    spaces["LSI of ATAC, 256 components"] = tuple(
-        whole.get_atac_representation(x["atac"]) for x in (train, test)
-    )
+    lsi = [whole.get_atac_representation(x["atac"]) for x in (train, test)]
+    for n_components in (30, 256):
+        spaces[f"LSI of ATAC, {n_components} components"] = (
+            lsi[0][:, :n_components],
+            lsi[1][:, :n_components],
+        )
     rows = {}
     for name, (seen, asked) in spaces.items():
         guess = knn_predict(seen, names, asked)

@@ -54,11 +54,11 @@ def test_the_wheel_holds_the_weights_of_every_packaged_entry_the_types_and_the_l
     assert {"cellprior/py.typed", "cellprior/weights/registry.yaml", f"{info}/licenses/LICENSE"} <= names
     registry = parse_registry(ROOT / "src" / "cellprior" / "weights" / "registry.yaml")
     packaged = [entry for entry in registry.values() if entry.packaged]
-    assert {entry.name for entry in packaged} >= {"cellplm-starter", "scbert-starter"}
+    assert {entry.name for entry in packaged} >= {"cellplm-starter", "multiomeclip-starter", "scbert-starter"}
     for entry in packaged:
         folder = entry.folder.relative_to(ROOT / "src").as_posix()
         assert {f"{folder}/{file.name}" for file in entry.files} <= names
-    assert sum(item.compress_size for item in wheel.infolist()) < 12e6
+    assert sum(item.compress_size for item in wheel.infolist()) < 16e6
 
 
 def test_the_wheel_says_its_version_its_licence_and_its_command(wheel, info):

@@ -64,6 +64,7 @@ def test_the_registry_has_the_promised_entries_each_with_a_licence_and_a_citatio
         "cellplm-20231027",
         "cellplm-20230926",
         "scbert-starter",
+        "multiomeclip-starter",
         "scbert-panglao",
         "geneformer-v1-10m",
         "geneformer-v2-104m",

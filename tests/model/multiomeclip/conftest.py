@@ -19,7 +19,7 @@ def trained() -> MultiomeCLIP:
     mdata = cells()
     MultiomeCLIP.setup_mudata(mdata, labels_key="type")
     model = MultiomeCLIP(mdata, n_hidden=32, n_latent=16, n_components=(12, 20), dropout_rate=0.2)
-    model.train(max_epochs=45, batch_size=64, train_size=0.8, **QUIET)
+    model.train(max_epochs=30, batch_size=64, train_size=0.8, thin_to=1.0, **QUIET)  # of one depth
     return model
 
 
