@@ -36,6 +36,7 @@ from cellprior.model.multiomeclip._loss import infonce, sigmoid_loss
 ROWS = 4096  # cells whose weighted counts are made at a time
 SCALE, MAX_SCALE = 1 / 0.07, 100.0  # of the scores, at the start and at most
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # where SigLIP starts
+LEAST_SPREAD = 0.1  # of the logarithm of the depth: of cells of one depth, a tenth more is not far away
 RIDGE = 0.1  # of the alignment, in units of the mean variance
 
 Modality = Literal["rna", "atac"]
@@ -354,7 +355,7 @@ class MLPEncoder(nn.Module):
         if self.reads_depth:
             depths = torch.cat([self._log_depth(csr_tensor(part)) for part in _row_blocks(counts)])
             self.depth_mean.copy_(depths.mean())
-            self.depth_spread.copy_(depths.std(correction=0) if bool(depths.std(correction=0) > 0) else 1.0)
+            self.depth_spread.copy_(depths.std(correction=0).clamp(min=LEAST_SPREAD))
 
     def places(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
         """Place of each cell on the components, its own or others ``(cells, n_components)``."""
