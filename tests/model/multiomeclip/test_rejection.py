@@ -35,8 +35,7 @@ def test_cells_unlike_those_of_the_reference_are_unknown(trained):
     query = cells(200, seed=5)
     rng = np.random.default_rng(0)
     for adata in query.mod.values():  # of no type: as many counts, anywhere
-        depth = int(adata.X[0].sum())
-        adata.X = rng.multinomial(depth, np.full(adata.n_vars, 1 / adata.n_vars), adata.n_obs).astype(np.float32)
+        adata.X = rng.multinomial(60, np.full(adata.n_vars, 1 / adata.n_vars), adata.n_obs).astype(np.float32)
     with pytest.warns(
         UserWarning, match=r"of 200 cells are called 'unknown'.* too far from every type"
     ) as said:
@@ -45,7 +44,7 @@ def test_cells_unlike_those_of_the_reference_are_unknown(trained):
     assert "unknown" not in set(found["best_guess"])
     assert "best_guess" not in trained.transfer_labels(query=query)
     assert set(found["label"][found["label"] != found["best_guess"]]) == {"unknown"}
-    strange, _ = rates(found, query.obs["type"])
+    strange = (found["label"] == "unknown").mean()  # perhaps all
     known, _ = rates(trained.transfer_labels(query=cells(200, seed=6), reject=0.2), query.obs["type"])
     assert strange > known + 0.4
 
