@@ -283,7 +283,7 @@ def test_a_pretrained_model_is_saved_and_trained_later_as_if_it_had_not_been(tmp
 def test_without_pretraining_the_representation_of_atac_is_that_of_its_components(trained, mdata):
     atac = mdata.mod["atac"]
     with torch.no_grad():
-        expected = trained.module.atac.inputs(csr_tensor(sp.csr_matrix(atac.X)))
+        expected = trained.module.atac.places(csr_tensor(sp.csr_matrix(atac.X)))
     for size in (7, None):
         found = trained.get_atac_representation(atac, batch_size=size)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
