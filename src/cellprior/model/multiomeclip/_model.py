@@ -468,8 +468,8 @@ class MultiomeCLIP(PretrainedModel):
         accelerator, devices, train_size, validation_size, shuffle_set_split
             As of :meth:`cellprior.model.CellPLM.train`; the split is of the complete cells.
         batch_size
-            Cells of a minibatch, 128 unless given, each the negative of the others, within one category of ``batch_key``; of each
-            process, where several train, and then those of all are negatives.
+            Cells of a minibatch, 128 unless given, each the negative of the others, within one category of
+            ``batch_key``; of each process, where several train, and then those of all are negatives.
         early_stopping
             Stop when ``validation_foscttm`` has not fallen for 45 epochs, and go back to the best.
         plan_kwargs
