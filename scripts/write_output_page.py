@@ -43,12 +43,14 @@ def main() -> int:
                 run_shell(block[3])
         lines = [line.rstrip() for line in said.getvalue().replace(str(Path.home()), "~").splitlines()]
         lines = [re.sub(r"\S*(?=/cellprior/weights/)", "...", line) for line in lines]
+        if any(line.startswith("```") for line in lines):  # of a card, which has code of its own
+            lines = [*lines[:1], "..."]
         if len(lines) > MOST:
             lines = [*lines[: MOST - 2], "..."]
         return block[0][: block.start(4) - block.start()] + "\n".join(lines) + "\n```"
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        os.environ["CELLPRIOR_OFFLINE"] = "1"
+        os.environ |= {"CELLPRIOR_OFFLINE": "1", "CELLPRIOR_PROGRESS": "0"}
         for name in ("cells", "reference", "query"):
             cells.write_h5ad(f"{name}.h5ad")
         text = BLOCK.sub(filled, text)
