@@ -226,8 +226,8 @@ def test_there_is_a_signal_if_the_best_of_all_readings_is_better_than_the_best_o
     assert all(np.bincount(again).tolist() == [40] * 3 for again in labellings)
     assert all((again != codes).mean() > 0.4 for again in labellings[1:])
     rng = np.random.default_rng(0)
-    noise = [[rng.integers(0, 3, labellings.shape)] for _ in range(3)]
-    told = [np.where(rng.random(120) < 0.7, codes, rng.integers(0, 3, (len(labellings), 120)))]
+    noise = [[rng.integers(0, 3, labellings.shape)] for _ in range(40)]  # on average nobody reads anything
+    told = [np.where(rng.random(120) < 0.3, codes, rng.integers(0, 3, (len(labellings), 120)))]
     split = [Split(RANDOM, 0, "", cells[:0], cells)]
     assert p_value([*noise, told], labellings, split) == pytest.approx(1 / 101)
     assert p_value(noise, labellings, split) > 0.05
