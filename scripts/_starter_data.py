@@ -67,12 +67,17 @@ def read_set(folder: Path, name: str) -> CellSet:
         name=name,
         counts=sp.csr_matrix(adata.X, dtype=np.float32),
         genes=adata.var_names,
-        labels=None if name == UNLABELLED else adata.obs["cell_type"].astype(str).to_numpy(),
+        labels=labels_of(adata.obs) if name != UNLABELLED else None,
         batch=adata.obs["batch"].astype(str).to_numpy(),
         cells=adata.obs_names,
         provenance={key: str(value) for key, value in adata.uns["provenance"].items()},
         ensembl_id=adata.var["ensembl_id"].astype(str).to_numpy() if "ensembl_id" in adata.var else None,
     )
+
+
+def labels_of(obs: pd.DataFrame) -> np.ndarray | None:
+    """Cell types as text, None where a study names none."""
+    return obs["cell_type"].astype(str).to_numpy() if "cell_type" in obs else None
 
 
 def read_pbmc68k_reduced() -> CellSet:
@@ -109,10 +114,9 @@ def read_pbmc68k_reduced() -> CellSet:
 def read_gene_names(folder: Path, studies: list[CellSet]) -> pd.DataFrame:
     """Every (Ensembl id, symbol) pair: of GENCODE 48 (`current`), of 38, and of studies that carry ids themselves."""
     columns = ["ensembl_id", "symbol"]
-    older, newer = (
-        pd.read_csv(folder / name, header=None, usecols=[0, 1], names=columns)
-        for name in (OLDER_TABLE, CURRENT_TABLE)
-    )
+    older = pd.read_csv(folder / OLDER_TABLE, header=None, usecols=[0, 1], names=columns)
+    named = [*columns, "biotype"]  # of which the older table says nothing
+    newer = pd.read_csv(folder / CURRENT_TABLE, header=None, usecols=[0, 1, 4], names=named)
     own = [
         pd.DataFrame(dict(zip(columns, (own_ids(c), c.genes), strict=True)))
         for c in studies

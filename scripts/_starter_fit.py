@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anndata as ad
@@ -86,6 +86,7 @@ def train(
     steps: int,
     clip: float,
     average: float,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Train a model's module by a recipe of its own."""
     log.info("%.2f million parameters", sum(p.numel() for p in model.module.parameters()) / 1e6)
@@ -98,7 +99,7 @@ def train(
         devices=1,
         split={},
         gradient_clip_val=clip,
-        callbacks=[Average(average), Log()],
+        callbacks=[Average(average), Log(), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -8,13 +8,14 @@ import anndata as ad
 import numpy as np
 import pytest
 import scvi
+import torch
 from anndata import AnnData
 
 import cellprior as cp
 from cellprior.cli import main
 from cellprior.model import CellPLM
 from cellprior.model.learning._annotation import labels_of
-from tests.contract.models import blood_cells
+from tests.contract.models import blood_cells, tiny_scbert
 
 STARTER, KEY = "cellplm-starter", "cellplm_label"
 QUICK: dict[str, Any] = {"max_epochs": 10, "enable_progress_bar": False}
@@ -103,9 +104,12 @@ def test_the_word_for_no_label_can_be_said_and_its_spelling_is_warned_of(
     by, reference, query, tmp_path, monkeypatch
 ):
     learned = []
-    monkeypatch.setattr(
-        CellPLM, "fine_tune", lambda self, key, **options: learned.append(labels_of(self, key))
-    )
+
+    def learn(self: CellPLM, key: str, **options: Any) -> None:
+        learned.append(labels_of(self, key))
+        raise RuntimeError("no labels to give")
+
+    monkeypatch.setattr(CellPLM, "fine_tune", learn)
     reference.obs["label"] = reference.obs["bulk_labels"].astype(str)
     reference.obs.loc[reference.obs_names[:90], "label"] = "Unknown"
 
@@ -136,7 +140,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_written(reference, query,
     for arguments, error, message in (
         ((STARTER, reference), ValueError, "needed together"),
         ((STARTER, None, "bulk_labels"), ValueError, "needed together"),
-        ((STARTER,), RuntimeError, "no labels to give"),
+        ((tiny_scbert(),), RuntimeError, "no labels to give"),
         ((STARTER, reference, "nope"), KeyError, "'nope' not found in adata.obs"),
     ):
         with pytest.raises(error, match=message):
@@ -204,6 +208,65 @@ def test_annotate_writes_names_and_says_how_many_cells_have_each(reference, quer
 def test_annotate_without_anything_to_learn_from_says_so(query, tmp_path, capsys):
     query.write_h5ad(tmp_path / "query.h5ad")
     paths = [str(tmp_path / name) for name in ("query.h5ad", "named.h5ad")]
-    assert main(["annotate", *paths, "--weights", STARTER]) == 1
+    assert main(["annotate", *paths, "--weights", tiny_scbert()]) == 1
     assert "cellprior annotate: The model has no labels to give" in capsys.readouterr().err
     assert not (tmp_path / "named.h5ad").exists()
+
+
+COARSE = {
+    "CD4+/CD25 T Reg": "T cell",
+    "CD4+/CD45RA+/CD25- Naive T": "T cell",
+    "CD4+/CD45RO+ Memory": "T cell",
+    "CD8+ Cytotoxic T": "T cell",
+    "CD8+/CD45RA+ Naive Cytotoxic": "T cell",
+    "CD19+ B": "B cell",
+    "CD14+ Monocyte": "myeloid cell",
+    "Dendritic": "myeloid cell",
+    "CD56+ NK": "innate lymphoid cell",
+}
+
+
+def test_the_starter_names_blood_without_a_reference_and_knows_the_ontology(query, tmp_path):
+    query.write_h5ad(tmp_path / "cells.h5ad")
+    cp.tl.annotate(query, STARTER)
+    coarse = query.obs[f"{KEY}_coarse"].astype(str)
+    right = query.obs["truth"].astype(str).map(COARSE)
+    asked = right.notna()
+    named = coarse[asked] != "unknown"
+    assert named.mean() > 0.7
+    assert (coarse[asked] == right[asked])[named].mean() > 0.9
+    fine, ids = query.obs[KEY].astype(str), query.obs[f"{KEY}_ontology_term_id"].astype(str)
+    assert ((ids == "") == (fine == "unknown")).all()
+    assert set(ids[fine == "B cell"]) == {"CL:0000236"}
+    assert "none of these" not in {*fine, *query.obs[f"{KEY}_best_guess"]}
+    record = query.uns["cellprior"][KEY]
+    assert record["params"]["reject"] == CellPLM.from_pretrained(STARTER).annotation_["reject"]
+    # on the command line, and with every cell named
+    assert (
+        main(["annotate", *(str(tmp_path / x) for x in ("cells.h5ad", "out.h5ad")), "--weights", STARTER])
+        == 0
+    )
+    assert (ad.read_h5ad(tmp_path / "out.h5ad").obs[KEY].astype(str) == fine).all()
+    cp.tl.annotate(query, STARTER, reject=None)
+    assert "unknown" not in {*query.obs[KEY], *query.obs[f"{KEY}_coarse"]}
+
+
+def test_cells_of_no_type_that_the_weights_name_are_unknown_and_no_best_guess_says_so(query, tmp_path):
+    model = CellPLM.from_pretrained(STARTER)
+    none = model.annotation_["labels"].index(model.annotation_["none"])
+    with torch.no_grad():
+        model.module.annotation.linear.bias[none] += 20.0
+    model.save_pretrained(tmp_path / "weights")
+    with pytest.warns(UserWarning, match="cells are called 'nothing'"):
+        cp.tl.annotate(query, tmp_path / "weights", unlabeled_category="nothing")
+    assert set(query.obs[KEY]) == set(query.obs[f"{KEY}_coarse"]) == {"nothing"}
+    assert set(query.obs[f"{KEY}_ontology_term_id"]) == {""}
+    assert query.obs[f"{KEY}_probability"].max() < 0.01
+    assert "none of these" not in set(query.obs[f"{KEY}_best_guess"])
+
+
+def test_a_reject_that_is_neither_a_share_nor_stored_is_refused(query):
+    with pytest.raises(
+        ValueError, match='a share between 0 and 1 is needed, such as 0.1, or None, or "stored"'
+    ):
+        cp.tl.annotate(query, STARTER, reject="high")

@@ -16,8 +16,10 @@ def test_the_demo_draws_saves_and_judges_without_a_network(tmp_path, monkeypatch
     monkeypatch.setenv("CELLPRIOR_OFFLINE", "1")
     assert main(["demo", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
-    table = {line.rsplit(None, 2)[0].strip(): line.split()[-1] for line in printed.splitlines()[1:3]}
-    assert list(table) == ["CellPLM starter", "PCA"]
+    table = {line.rsplit(None, 2)[0].strip(): line.split()[-1] for line in printed.splitlines()[1:5]}
+    shallow = [f"{name}, 50 counts a cell" for name in ("CellPLM starter", "PCA")]
+    assert list(table) == ["CellPLM starter", "PCA", *shallow]
+    assert float(table[shallow[0]]) > float(table[shallow[1]]) + 0.03  # where a prior helps
     adata = ad.read_h5ad(tmp_path / "new" / "cellprior_demo.h5ad")
     for name, key in (("CellPLM starter", "X_cellplm"), ("PCA", "X_pca")):
         accuracy = neighbour_accuracy(adata.obsm[key], adata.obs["bulk_labels"].to_numpy())

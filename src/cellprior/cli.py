@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_embed)
 
     command = commands.add_parser(
-        "annotate", help="name the cells of an h5ad file after a labelled reference"
+        "annotate", help="name the cells of an h5ad file, after a labelled reference or by what weights know"
     )
     command.add_argument("input", type=Path, help="h5ad file with raw counts")
     command.add_argument("output", type=Path, help="h5ad file to write")
@@ -182,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         help="label of the reference that stands for none, and name of rejected cells (unknown)",
     )
     command.add_argument(
-        "--reject", type=float, help="share that may be called unknown or be wrong, such as 0.1"
+        "--reject",
+        type=float,
+        help="share that may be called unknown or be wrong, such as 0.1 (default: what the weights were saved with)",
     )
     command.add_argument(
         "--trainable", help="part of the network that learns, besides the head (default: last)"
@@ -345,9 +347,9 @@ def _annotate(args: argparse.Namespace) -> None:
     adata: Any = _read(args.input)
     _refuse_full(adata, args.output)
     reference: Any = None if args.reference is None else _read(args.reference)
-    names = ("layer", "gene_key", "batch_key", "reject", "key_added", "device", "save", "known_hash")
+    names = ("layer", "gene_key", "batch_key", "key_added", "device", "save", "known_hash")
     options = {name: getattr(args, name) for name in names}
-    for name in ("trainable", "max_epochs"):  # the defaults are those of fine_tune
+    for name in ("reject", "trainable", "max_epochs"):  # the defaults are those of annotate and fine_tune
         if (value := getattr(args, name)) is not None:
             options[name] = value
     options["setup"] = dict(args.setup)

@@ -221,7 +221,7 @@ def annotate(
     gene_key: str | None = None,
     batch_key: str | None = None,
     unlabeled_category: str = "unknown",
-    reject: float | None = None,
+    reject: float | Literal["stored"] | None = "stored",
     key_added: str | None = None,
     batch_size: int | None = None,
     min_coverage: float = 0.25,
@@ -239,8 +239,8 @@ def annotate(
     adata
         Annotated data ``(cells, genes)`` with raw counts.
     weights
-        As of :func:`embed`. Without ``reference``, those of a fine-tuned model: a folder written by ``save``, or by
-        ``save_pretrained``.
+        As of :func:`embed`. Without ``reference``, those of a model that has learned labels: ``"cellplm-starter"``,
+        which names common human types, a folder written by ``save``, or by ``save_pretrained``.
     reference
         Labelled cells that the model learns from first, see :doc:`/user_guide/annotation`; genes are matched by name.
         ``layer``, ``gene_key`` and ``batch_key`` are those of both.
@@ -252,7 +252,8 @@ def annotate(
         Label of the reference that stands for "not labelled", and the name of cells that are rejected.
     reject
         Between 0 and 1: call a cell ``unlabeled_category`` at this calibrated rate, see
-        :meth:`cellprior.model.CellPLM.predict`. ``None`` names every cell.
+        :meth:`cellprior.model.CellPLM.predict`. ``None`` names every cell. By default what the weights were saved
+        with, if they need no reference, and else ``None``.
     key_added
         Column of ``obs``; by default that of the model, such as ``cellplm_label``.
     save
@@ -264,7 +265,9 @@ def annotate(
     -------
     ``None``, or with ``copy`` the copy. Written are ``obs[key_added]``, names; ``obs[key_added + "_probability"]``,
     how probable the model finds the best name, float32; with ``reject``, ``obs[key_added + "_best_guess"]``, the best
-    name of each cell, known or not; and ``uns["cellprior"][key_added]``, as of :func:`embed`, with the numbers of
+    name of each cell, known or not; where the weights came with names, ``obs[key_added + "_coarse"]``, a coarser name
+    with a rejection of its own, and ``obs[key_added + "_ontology_term_id"]``, of the Cell Ontology, "" for an unknown
+    cell; and ``uns["cellprior"][key_added]``, as of :func:`embed`, with the numbers of
     cells that are unknown, by reason. A warning explains it if far more cells are unknown than should be.
 
     Raises
@@ -283,12 +286,13 @@ def annotate(
     --------
     >>> cp.tl.annotate(adata, "cellplm-starter", reference, "cell_type", layer="counts", reject=0.1)
     >>> sc.pl.umap(adata, color=["cellplm_label", "cellplm_label_probability"])
+    >>> cp.tl.annotate(adata, "cellplm-starter", layer="counts")  # by the names that the weights came with
     """
     import numpy as np
     import pandas as pd
 
     from cellprior.model import model_class
-    from cellprior.model.learning._annotation import name_cells
+    from cellprior.model.learning._annotation import STORED, name_cells
     from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
@@ -311,8 +315,11 @@ def annotate(
     if save is not None and os.path.lexists(save):
         msg = f"{os.fspath(save)} is there already: choose another folder for what is learned."
         raise FileExistsError(msg)
-    if reject is not None:
+    if not isinstance(reject, str) and reject is not None:
         check_share(reject)
+    elif reject not in (None, STORED):
+        msg = f'reject={reject!r}; a share between 0 and 1 is needed, such as 0.1, or None, or "stored".'
+        raise ValueError(msg)
     if copy:
         adata = _copy(adata)
     else:
@@ -336,8 +343,12 @@ def annotate(
             model.save_pretrained(save)
         guess = f"in obs[{key + '_best_guess'!r}]"
         found = name_cells(model, adata, reject=reject, batch_size=batch_size, guess=guess)
+        if reject == STORED:
+            reject = model.annotation_.get("reject")
     adata.obs[key] = pd.Categorical(found.names)
-    adata.obs[f"{key}_probability"] = found.probability.max(axis=1).astype(np.float32)
+    adata.obs[f"{key}_probability"] = found.confidence.astype(np.float32)
+    for name, values in found.more.items():
+        adata.obs[f"{key}_{name}"] = pd.Categorical(values)
     if reject is not None:
         adata.obs[f"{key}_best_guess"] = pd.Categorical(found.best_guess)
         record["unknown"] = {"too_far": found.n_far, "too_uncertain": found.n_uncertain}

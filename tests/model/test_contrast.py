@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from cellprior.model.learning._contrast import in_micro_batches, info_nce, retrieval_accuracy, similarities
+from cellprior.model.learning._contrast import (
+    chance_of_labels,
+    in_micro_batches,
+    info_nce,
+    label_contrast,
+    retrieval_accuracy,
+    similarities,
+)
+from cellprior.model.learning._views import draw_view
 
 
 def views(n_cells: int = 12, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,3 +111,53 @@ def test_functions_may_read_several_tensors_and_give_any_number_of_rows():
 def test_cosines_do_not_depend_on_length():
     first, second = views()
     torch.testing.assert_close(similarities(3 * first, second / 7), similarities(first, second))
+
+
+def test_label_contrast_is_the_mean_over_all_other_views_of_a_label_and_leaves_out_cells_without_one():
+    first, second = views(6)
+    code = torch.tensor([0, 1, 0, -1, 2, 1])
+    known = [i for i in range(6) if code[i] >= 0]
+    x = np.concatenate([first.double().numpy()[known], second.double().numpy()[known]])
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    label = np.tile(code[known].numpy(), 2)
+    total = 0.0
+    for a in range(len(x)):
+        others = [j for j in range(len(x)) if j != a]
+        share = np.exp(x[others] @ x[a] / 0.3)
+        share /= share.sum()
+        total -= np.mean([np.log(share[k]) for k, j in enumerate(others) if label[j] == label[a]]) / len(x)
+    found = label_contrast(first, second, code, temperature=0.3)
+    assert found.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_chance_of_label_contrast_is_what_a_constant_embedding_reaches():
+    same, code = torch.ones(7, 4), torch.tensor([0, 0, 1, -1, 2, 2, -1])
+    found = label_contrast(same, same, code, temperature=0.1)
+    assert found.item() == pytest.approx(chance_of_labels(code), rel=1e-6)
+    assert chance_of_labels(code) == pytest.approx(math.log(9))
+    none = torch.full((7,), -1)
+    assert label_contrast(same, same, none, temperature=0.1).item() == chance_of_labels(none) == 0
+
+
+def test_a_view_has_fewer_counts_of_some_of_the_measured_genes():
+    rng = np.random.default_rng(0)
+    counts = torch.from_numpy(rng.poisson(3.0, (40, 200)).astype(np.float32))
+    measured = torch.arange(0, 200, 2)
+    sizes, shares = [], []
+    for _ in range(200):
+        view = draw_view(counts, measured, rng, depths=(50.0, 500.0), panels=(0.1, 1.0))
+        assert torch.isin(view.genes, measured).all() and (view.genes.diff() > 0).all()
+        seen = counts[:, view.genes]
+        assert (view.counts <= seen).all() and torch.equal(view.counts, view.counts.round())
+        sizes.append(len(view.genes))
+        shares.append(float(view.counts.sum() / seen.sum()))
+    whole = np.mean(np.array(sizes) == 100)
+    assert 0.4 < whole < 0.62 and 10 <= min(sizes) < 15
+    # evenly on the logarithm: counts of about 600 become 50 to 500, in the middle of it 158
+    assert 0.15 < np.median(shares) < 0.4 and max(shares) <= 1
+
+
+def test_a_cell_with_fewer_counts_than_the_view_keeps_them_all():
+    counts = torch.tensor([[2.0, 0.0, 3.0]])
+    view = draw_view(counts, torch.arange(3), np.random.default_rng(0), depths=(1e3, 2e3), panel_rate=0.0)
+    assert torch.equal(view.counts, counts)

@@ -297,6 +297,28 @@ def test_two_genes_with_ids_of_their_own_may_share_a_symbol(tmp_path: Path):
             {"labels": ["A"], "calibration": {"novelty": ["a"]}},
             r"calibration\.novelty` is \['a'\]",
         ),
+        ("annotation", {"labels": ["A", "B"], "ontology": ["CL:1"]}, r"an id for each label"),
+        (
+            "annotation",
+            {"labels": ["A", "B"], "none": "C"},
+            r"`annotation\.none` is 'C'; needed: one of several",
+        ),
+        ("annotation", {"labels": ["A", "B"], "reject": 2}, r"`annotation\.reject` is 2"),
+        (
+            "annotation",
+            {"labels": ["A", "B"], "coarse": {"labels": ["a"]}},
+            r"`labels`, a name for each label",
+        ),
+        (
+            "annotation",
+            {"labels": ["A"], "coarse": {"labels": ["a"]}},
+            r"`annotation\.coarse` has no calibration",
+        ),
+        (
+            "annotation",
+            {"labels": ["A"], "coarse": {"labels": ["a"], "calibration": {"novelty": [1.0]}}},
+            r"in `annotation\.coarse`, `annotation\.calibration\.confidence` is None",
+        ),
         ("format_version", True, "no `format_version`"),
     ],
 )

@@ -183,7 +183,35 @@ def _annotation_problem(annotation: Mapping[str, Any]) -> str | None:
         return f"`annotation.labels` is {_shown(labels)}; needed: a list of names"
     if len(set(labels)) < len(labels):
         return "`annotation.labels` has a name twice"
-    calibration = annotation.get("calibration", {})
+    ontology, none = (annotation.get(name) for name in ("ontology", "none"))
+    if ontology is not None and not _are_names(ontology, len(labels)):
+        return f"`annotation.ontology` is {_shown(ontology)}; needed: an id for each label, or an empty text"
+    if none is not None and (none not in labels or len(labels) < 2):
+        return f"`annotation.none` is {_shown(none)}; needed: one of several labels"
+    if problem := _reject_problem(annotation):
+        return problem
+    if coarse := annotation.get("coarse"):
+        if not isinstance(coarse, dict) or not _are_names(coarse.get("labels"), len(labels)):
+            return f"`annotation.coarse` is {_shown(coarse)}; needed: `labels`, a name for each label"
+        if not coarse.get("calibration"):
+            return "`annotation.coarse` has no calibration"
+        if problem := _calibration_problem(coarse["calibration"]) or _reject_problem(coarse):
+            return f"in `annotation.coarse`, {problem}"
+    return _calibration_problem(annotation.get("calibration", {}))
+
+
+def _are_names(given: Any, n_labels: int) -> bool:
+    return isinstance(given, list) and len(given) == n_labels and all(isinstance(name, str) for name in given)
+
+
+def _reject_problem(state: Mapping[str, Any]) -> str | None:
+    reject = state.get("reject")
+    if reject is None or (_is_number(reject) and 0 < reject < 1):
+        return None
+    return f"`annotation.reject` is {_shown(reject)}; needed: a number between 0 and 1"
+
+
+def _calibration_problem(calibration: Any) -> str | None:
     if not isinstance(calibration, dict):
         return f"`annotation.calibration` is {_shown(calibration)}; needed: a mapping"
     lengths = set()

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from cellprior.model.cellplm._hidden import HiddenStates
-from cellprior.model.cellplm._module import N_STREAMS, Pair, Projections, add_up, as_float
+from cellprior.model.cellplm._module import N_STREAMS, Pair, Projections, add_up, as_float, sum_and_size
 from cellprior.model.engine._dask import Block, Cluster, Worker
 
 PART_CELLS = 8192  # of a sentence, that a worker has in one piece
@@ -58,18 +58,32 @@ def _projected(layer: Any, hidden: list[Tensor]) -> Projections:
     return Projections(layer.attention, layer.norm1, HiddenStates.of(hidden))
 
 
-def read_out(worker: Worker, hidden: list[Tensor]) -> np.ndarray:
-    """Latents ``(cells, n_latent)``."""
+def latent_sum(worker: Worker, hidden: list[Tensor]) -> Pair:
+    """What some cells give to the middle of their sentence."""
+    return worker.until_it_fits(lambda: add_up(map(sum_and_size, _latents(worker, hidden))))
+
+
+def read_out(worker: Worker, hidden: list[Tensor], *known: Pair) -> np.ndarray:
+    """Latents ``(cells, n_latent)``, or their directions from the middle of the sentence."""
 
     def latents() -> np.ndarray:
-        module = worker.ready().module
-        found = [module.latent.mean(module.pre_latent_norm(h), **worker.encoder.options) for h in hidden]
-        return np.concatenate([latent.float().cpu().numpy() for latent in found])
+        found, direction = _latents(worker, hidden), worker.encoder.module.direction
+        if known:
+            middle = direction.middle(known[0])
+            found = [direction(z, middle) for z in found]
+        return np.concatenate([latent.cpu().numpy() for latent in found])
 
     return worker.until_it_fits(latents)
 
 
-def submit_sentence(cluster: Cluster, cells: np.ndarray, n_layers: int) -> list[tuple[Any, np.ndarray]]:
+def _latents(worker: Worker, hidden: list[Tensor]) -> list[Tensor]:
+    module = worker.ready().module
+    return [module.latent.mean(module.pre_latent_norm(h), **worker.encoder.options).float() for h in hidden]
+
+
+def submit_sentence(
+    cluster: Cluster, cells: np.ndarray, n_layers: int, *, centred: bool = False
+) -> list[tuple[Any, np.ndarray]]:
     """Ask a cluster for the latents of a sentence; futures, and the cells of each. None of one that is not long.
 
     Parameters
@@ -80,6 +94,8 @@ def submit_sentence(cluster: Cluster, cells: np.ndarray, n_layers: int) -> list[
         Positions of the sentence's cells.
     n_layers
         Of the encoder.
+    centred
+        Whether the embedding is a direction from the middle of the sentence.
     """
     parts = np.array_split(cells, -(-len(cells) // PART_CELLS))
     if len(parts) == 1:
@@ -91,4 +107,5 @@ def submit_sentence(cluster: Cluster, cells: np.ndarray, n_layers: int) -> list[
         for _ in range(N_STREAMS):
             known.append(call(total, *(call(partial_sums, worker, number, h, *known) for h in hidden)))
         hidden = [call(layer_output, worker, number, len(cells), h, *known) for h in hidden]
-    return [(call(read_out, worker, h), part) for h, part in zip(hidden, parts, strict=True)]
+    middle = [call(total, *(call(latent_sum, worker, h) for h in hidden))] if centred else []
+    return [(call(read_out, worker, h, *middle), part) for h, part in zip(hidden, parts, strict=True)]

@@ -47,4 +47,5 @@ class SentenceEncoder(Encoder):
 
     def submit(self, cluster: Any, cells: np.ndarray) -> list[tuple[Any, np.ndarray]]:
         """A long sentence is worked on by several workers."""
-        return submit_sentence(cluster, cells, len(self.module.encoder))
+        centred = self.module.direction is not None
+        return submit_sentence(cluster, cells, len(self.module.encoder), centred=centred)

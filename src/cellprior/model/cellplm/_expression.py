@@ -33,7 +33,7 @@ def normalized_expression(
     """See :meth:`cellprior.model.CellPLM.get_normalized_expression`."""
     model._check_if_trained(warn=False)
     cells = model._cells(adata)
-    latent = model._embed(cells, indices, batch_size)
+    latent = model._embed(cells, indices, batch_size, decodable=True)
     match, rows = cells.counts["rna"].match, row_numbers(indices, cells.n_obs)
     names, columns = _named(gene_list, model.genes, match)
     seen = measured_genes(None, model.genes, match)
@@ -57,7 +57,7 @@ def impute(
     """See :meth:`cellprior.model.CellPLM.impute`."""
     model._check_if_trained(warn=False)
     cells = model._cells(adata)
-    latent = model._embed(cells, indices, batch_size)
+    latent = model._embed(cells, indices, batch_size, decodable=True)
     of_genes, rows = cells.counts["rna"], row_numbers(indices, cells.n_obs)
     names, columns = _named(genes, model.genes, of_genes.match)
     seen = measured_genes(measured, model.genes, of_genes.match, cells)

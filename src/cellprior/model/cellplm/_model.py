@@ -25,7 +25,7 @@ from cellprior.model.cellplm._encoder import SentenceEncoder
 from cellprior.model.cellplm._expression import Covariates, impute, normalized_expression
 from cellprior.model.cellplm._loss import GeneMeans
 from cellprior.model.cellplm._masked import Fitted, fit_covariates, masked_scores
-from cellprior.model.cellplm._module import CellPLMModule, Latent, Mixture
+from cellprior.model.cellplm._module import Absent, CellPLMModule, Kind, Latent, Mixture
 from cellprior.model.learning._masked import MaskedScores
 from cellprior.weights import Bundle
 
@@ -53,6 +53,8 @@ class CellPLM(PretrainedModel):
         authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
     n_hidden, n_layers, n_heads, n_latent, dropout_rate, latent, n_clusters, n_batches, n_datasets, target_sum
         Of the network, see :class:`~cellprior.model.cellplm._module.CellPLMModule`.
+    absent, embedding, decoder_rank
+        Of the network, see :class:`~cellprior.model.cellplm._module.CellPLMModule`.
 
     Examples
     --------
@@ -72,6 +74,7 @@ class CellPLM(PretrainedModel):
     objectives = {
         "masked": {},
         "imputation": {"imputation": True, "cell_rate": 0.95, "lr": 5e-4, "weight_decay": 1e-6},
+        "views": {"views": True, "lr": 5e-4},
     }
 
     sizes = {
@@ -97,6 +100,9 @@ class CellPLM(PretrainedModel):
         n_batches: int = 0,
         n_datasets: int = 0,
         target_sum: float | None = None,
+        absent: Absent = "zero",
+        embedding: Kind = "latent",
+        decoder_rank: int = 128,
     ) -> None:
         super().__init__(adata, registry, genes, min_coverage)
         self._finish_init(locals())
@@ -149,7 +155,8 @@ class CellPLM(PretrainedModel):
 
         Returns
         -------
-        Float32 array ``(n_cells, n_latent)``: the means of the latent.
+        Float32 array ``(n_cells, n_latent)``: the means of the latent, or their directions in the
+        sentence, see ``embedding`` of :class:`~cellprior.model.cellplm._module.CellPLMModule`.
 
         Raises
         ------
@@ -271,6 +278,12 @@ class CellPLM(PretrainedModel):
             msg = f"batches={ascii(batches)[:60]}; needed: a list of names."
             raise ValueError(msg)
         self.module.kl_weight, self._batches = float(kl_weight), batches
+
+    @property
+    def _input_buffers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What an average cell looks like, of a network that knows it."""
+        knows = self.module.embedder.knows_average
+        return ("embedder.share", "embedder.average") if knows else ()
 
     def _objective(self, name: str | None) -> dict[str, Any]:
         return super()._objective(name) | {"covariate": self._covariate()}

@@ -24,17 +24,19 @@ from torch import Tensor, nn
 from cellprior._arguments import one_of, positive, share, whole
 from cellprior.model.cellplm._hidden import HiddenStates
 from cellprior.model.cellplm._loss import reconstruction_loss, sentence_losses
+from cellprior.model.cellplm._views import sentence_view_losses
 from cellprior.model.engine._cores import on_cores
 from cellprior.model.engine._kernels import log_counts, weighted_gene_sum
 
 FLOW_EPS = 1e-6
 N_STREAMS = 3  # times that attention reads a sentence to find what its cells know of each other
-DECODER_RANK = 128  # width of the layer in front of the gene means
 GMVAE_HIDDEN = 512
 KEEP_BYTES = 128 * 2**20  # queries, keys and values of a sentence are kept up to this size, else recomputed
 
 Latent = Literal["vae", "gmvae"]
 Mixture = Literal["expected", "argmax", "sampled"]
+Absent = Literal["zero", "average"]
+Kind = Literal["latent", "direction"]
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -64,6 +66,15 @@ class CellPLMModule(BaseModuleClass):
     target_sum
         Scale each cell to this many counts before the logarithm. ``None``, as in the original, feeds raw
         counts, so that the embedding moves with sequencing depth.
+    absent
+        What a gene that the data lack stands for: ``"zero"``, as in the original, a count of 0; ``"average"``, an
+        average cell's, which the network then knows: a cell is scaled to the part of ``target_sum`` that an average
+        cell has in the genes of the data, and a gene moves it as far as it differs from the average.
+    embedding
+        ``"latent"``, as in the original, or ``"direction"``: the latent from half way to the middle of its sentence,
+        over its length, see :class:`Direction`.
+    decoder_rank
+        Width of the layer in front of the decoder's means.
     """
 
     def __init__(
@@ -80,12 +91,18 @@ class CellPLMModule(BaseModuleClass):
         n_batches: int = 0,
         n_datasets: int = 0,
         target_sum: float | None = None,
+        absent: Absent = "zero",
+        embedding: Kind = "latent",
+        decoder_rank: int = 128,
     ) -> None:
         super().__init__()
         whole(n_hidden=n_hidden, n_layers=n_layers, n_heads=n_heads, n_latent=n_latent, n_clusters=n_clusters)
+        whole(decoder_rank=decoder_rank)
         whole(least=0, n_batches=n_batches, n_datasets=n_datasets)
         share(dropout_rate=dropout_rate)
         one_of(("vae", "gmvae"), latent=latent)
+        one_of(("zero", "average"), absent=absent)
+        one_of(("latent", "direction"), embedding=embedding)
         if target_sum is not None:
             positive(target_sum=target_sum)
         if n_hidden % n_heads or n_hidden % 4:
@@ -93,7 +110,7 @@ class CellPLMModule(BaseModuleClass):
             raise ValueError(msg)
         self.n_hidden, self.n_latent = n_hidden, n_latent
         self.kl_weight = 0.0  # rises in training; saved beside the tensors
-        self.embedder = Embedder(n_genes, n_hidden, dropout_rate, target_sum)
+        self.embedder = Embedder(n_genes, n_hidden, dropout_rate, target_sum, absent)
         self.encoder = nn.ModuleList(
             FlowformerLayer(n_hidden, n_heads, dropout_rate) for _ in range(n_layers)
         )
@@ -101,7 +118,9 @@ class CellPLMModule(BaseModuleClass):
         self.latent: VAELatent | GMVAELatent = (
             VAELatent(n_hidden, n_latent) if latent == "vae" else GMVAELatent(n_hidden, n_latent, n_clusters)
         )
-        self.decoder = NBDecoder(n_genes, n_hidden, n_latent, dropout_rate, n_batches, n_datasets)
+        self.direction = Direction(n_latent) if embedding == "direction" else None
+        sizes = (n_genes, n_hidden, n_latent, decoder_rank)
+        self.decoder = NBDecoder(*sizes, dropout_rate, n_batches, n_datasets)
 
     def encode(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
         """Embed one sentence that fits in memory.
@@ -127,24 +146,37 @@ class CellPLMModule(BaseModuleClass):
         gene_index: Tensor | None = None,
         mixture: Mixture = "expected",
         states: HiddenStates | None = None,
+        decodable: bool = False,
     ) -> Iterator[Tensor]:
         """Embed one sentence given in chunks of cells; the result does not depend on where the chunks are cut.
 
         Holds the hidden states of the whole sentence, ``4 * n_hidden`` bytes per cell, and releases them chunk
         by chunk as the latents are read. ``mixture`` is read by a GMVAE only, see :class:`GMVAELatent`; for ``states``
-        see :meth:`hidden_chunks`.
+        see :meth:`hidden_chunks`. ``decodable`` gives what the decoder reads, also where the embedding is its
+        direction.
 
         Yields
         ------
-        Latent means of each chunk ``(cells, n_latent)``, float32.
+        Latent means of each chunk ``(cells, n_latent)``, float32, or their directions.
         """
         hidden = self.hidden_chunks(chunks, gene_index=gene_index, states=states)
         noise = self.latent.draw_noise(sum(hidden.sizes)) if mixture == "sampled" else None
-        start = 0
-        for h in hidden.release():
-            rows = None if noise is None else noise[start : start + len(h)]
-            start += len(h)
-            yield self.latent.mean(h, mixture=mixture, noise=rows).float()
+
+        def latents(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+            start = 0
+            for h in chunks:
+                rows = None if noise is None else noise[start : start + len(h)]
+                start += len(h)
+                yield self.latent.mean(h, mixture=mixture, noise=rows).float()
+
+        if self.direction is None or decodable:
+            yield from latents(hidden.release())
+            return
+        middle = self.direction.middle(
+            add_up(map(sum_and_size, latents(hidden[i] for i in range(len(hidden)))))
+        )
+        for z in latents(hidden.release()):
+            yield self.direction(z, middle)
 
     def hidden_chunks(
         self,
@@ -201,14 +233,19 @@ class CellPLMModule(BaseModuleClass):
         return [linear for attention in attentions for linear in (attention.query, attention.value)]
 
     def decode(
-        self, z: Tensor, *, batch: Tensor | None = None, dataset: Tensor | None = None
+        self,
+        z: Tensor,
+        *,
+        batch: Tensor | None = None,
+        dataset: Tensor | None = None,
+        genes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Negative-binomial mean ``(cells, n_genes)`` and dispersion ``(n_genes,)`` of latents ``z``.
 
         The mean is up to a factor per cell: scale it to the cell's depth. A covariate that is not given is
-        averaged over.
+        averaged over. ``genes`` are numbers of those that are wanted, by default all.
         """
-        return self.decoder(z, batch=batch, dataset=dataset)
+        return self.decoder(z, batch=batch, dataset=dataset, genes=genes)
 
     def pretraining_loss(
         self,
@@ -252,31 +289,64 @@ class CellPLMModule(BaseModuleClass):
         reconstruction = reconstruction_loss(counts, mean, dispersion, None if imputation else mask)
         return {"loss": latent + reconstruction, "reconstruction": reconstruction, "latent": latent}
 
-    def training_losses(self, batch: Mapping[str, Tensor], **objective: Any) -> dict[str, Tensor]:
-        """Losses of one sentence of a training run, see :func:`~cellprior.model.cellplm._loss.sentence_losses`."""
-        return sentence_losses(self, batch, **objective)
+    def training_losses(
+        self, batch: Mapping[str, Tensor], *, views: bool = False, **objective: Any
+    ) -> dict[str, Tensor]:
+        """Losses of one sentence of a training run.
+
+        See :func:`~cellprior.model.cellplm._loss.sentence_losses`, with ``views``
+        :func:`~cellprior.model.cellplm._views.sentence_view_losses`.
+        """
+        return (sentence_view_losses if views else sentence_losses)(self, batch, **objective)
+
+
+class Genes(NamedTuple):
+    """What the embedder knows of the columns of some data."""
+
+    vectors: Tensor  # (genes, n_hidden)
+    target_sum: float | None  # of a cell's counts in these genes
+    average: Tensor | None  # what an average cell adds up to in these genes (n_hidden,)
 
 
 class Embedder(nn.Module):
     """Cells as weighted sums of gene vectors, then a linear layer and a group norm."""
 
-    def __init__(self, n_genes: int, n_hidden: int, dropout_rate: float, target_sum: float | None) -> None:
+    share: Tensor
+    average: Tensor
+
+    def __init__(
+        self, n_genes: int, n_hidden: int, dropout_rate: float, target_sum: float | None, absent: Absent
+    ) -> None:
         super().__init__()
-        self.target_sum = target_sum
+        self.target_sum, self.knows_average = target_sum, absent == "average"
         self.gene_embedding = nn.Parameter(torch.empty(n_genes, n_hidden))
         nn.init.normal_(self.gene_embedding, std=n_hidden**-0.5)
         self.linear = nn.Linear(n_hidden, n_hidden)
         self.dropout = nn.Dropout(dropout_rate)
         self.norm = nn.GroupNorm(4, n_hidden)
+        if self.knows_average:
+            # of an average cell: counts of each gene in 10,000, and the mean of the network's input
+            self.register_buffer("share", torch.full((n_genes,), 1e4 / n_genes))
+            self.register_buffer("average", torch.zeros(n_genes))
 
-    def table(self, gene_index: Tensor | None) -> Tensor:
-        """Gene vectors of the data's columns ``(genes, n_hidden)``, gathered once for all chunks."""
-        table = self.gene_embedding if gene_index is None else self.gene_embedding[gene_index]
-        device = table.device.type
-        return table.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else table
+    def table(self, gene_index: Tensor | None) -> Genes:
+        """What is known of the data's columns, gathered once for all chunks."""
+        every = slice(None) if gene_index is None else gene_index
+        vectors = self.gene_embedding[every]
+        target_sum, average = self.target_sum, None
+        if self.knows_average:
+            average = self.average[every] @ vectors
+            if target_sum is not None:
+                target_sum = target_sum * float(self.share[every].sum() / self.share.sum())
+        device = vectors.device.type
+        if torch.is_autocast_enabled(device):
+            vectors = vectors.to(torch.get_autocast_dtype(device))
+        return Genes(vectors, target_sum, average)
 
-    def forward(self, counts: Tensor, table: Tensor) -> Tensor:
-        x = weighted_gene_sum(log_counts(counts, self.target_sum), table)  # (cells, n_hidden)
+    def forward(self, counts: Tensor, table: Genes) -> Tensor:
+        x = weighted_gene_sum(log_counts(counts, table.target_sum), table.vectors)  # (cells, n_hidden)
+        if table.average is not None:
+            x = x - table.average
         return self.norm(self.dropout(F.relu(self.linear(x).float())))
 
 
@@ -449,6 +519,34 @@ def as_float(pair: Pair) -> Pair:
     return pair[0].float(), pair[1].float()
 
 
+def sum_and_size(z: Tensor) -> Pair:
+    """Sum ``(n_latent,)`` and number of some cells' latents ``(cells, n_latent)``."""
+    return z.sum(0), torch.tensor(float(len(z)), device=z.device)
+
+
+class Direction(nn.Module):
+    """The direction of a latent from half way to the middle of its sentence, of length 1.
+
+    The middle is what a study's protocol and its mixture of cells have in common. Half of it is taken off: all of it
+    costs more where few types make up a sentence than it gains, and a cell by itself has a direction too.
+    """
+
+    SHARE = 0.5
+
+    def __init__(self, n_latent: int) -> None:
+        super().__init__()
+        self.n_latent = n_latent
+
+    def middle(self, total: Pair) -> Tensor:
+        """Middle ``(n_latent,)`` of a sentence, from :func:`sum_and_size` of its latents."""
+        sum_, n_cells = total
+        return (sum_ / n_cells).float()
+
+    def forward(self, z: Tensor, middle: Tensor, *, share: float = SHARE) -> Tensor:
+        """Directions ``(cells, n_latent)``."""
+        return F.normalize(z - share * middle, dim=1)
+
+
 class VAELatent(nn.Module):
     """Gaussian latent; its embedding is the mean."""
 
@@ -546,7 +644,14 @@ class NBDecoder(nn.Module):
     """Latent and covariates to the mean and dispersion of a negative binomial per gene."""
 
     def __init__(
-        self, n_genes: int, n_hidden: int, n_latent: int, dropout_rate: float, n_batches: int, n_datasets: int
+        self,
+        n_genes: int,
+        n_hidden: int,
+        n_latent: int,
+        rank: int,
+        dropout_rate: float,
+        n_batches: int,
+        n_datasets: int,
     ) -> None:
         super().__init__()
         self.hidden = nn.Sequential(
@@ -554,17 +659,21 @@ class NBDecoder(nn.Module):
         )
         self.batch = Covariate(n_batches, n_hidden) if n_batches else None
         self.dataset = Covariate(n_datasets, n_hidden) if n_datasets else None
-        self.rank = nn.Linear(n_hidden, DECODER_RANK)
-        self.log_mean = nn.Linear(DECODER_RANK, n_genes)
+        self.rank = nn.Linear(n_hidden, rank)
+        self.log_mean = nn.Linear(rank, n_genes)
         self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
 
-    def forward(self, z: Tensor, *, batch: Tensor | None, dataset: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, *, batch: Tensor | None, dataset: Tensor | None, genes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = self.hidden(z)
         for covariate, code in ((self.batch, batch), (self.dataset, dataset)):
             if covariate is not None:
                 x = x + covariate(code)
-        mean = self.log_mean(F.relu(self.rank(x))).exp().clamp(1e-5, 1e6)
-        return mean, self.log_dispersion.exp().clamp(1e-4, 1e4)
+        every = slice(None) if genes is None else genes
+        of_genes = self.log_mean.weight[every], self.log_mean.bias[every]
+        mean = F.linear(F.relu(self.rank(x)), *of_genes).exp().clamp(1e-5, 1e6)
+        return mean, self.log_dispersion[every].exp().clamp(1e-4, 1e4)
 
 
 class Covariate(nn.Module):

@@ -34,20 +34,26 @@ from cellprior.model.learning._rejection import (
     check_reject,
     explain_unknown,
     find_limits,
+    limits_of,
 )
+
+STORED = "stored"
 
 
 class Names(NamedTuple):
     """What cells are called ``(cells,)``, the best guess for each, and probabilities ``(cells, n_classes)``.
 
-    And how many cells are unknown for lying too far from every type, and for an uncertain name.
+    And how probable the best guess is, how many cells are unknown for lying too far from every type, and for an
+    uncertain name, and what else is said of the cells, by name.
     """
 
     names: np.ndarray
     best_guess: np.ndarray
     probability: np.ndarray
+    confidence: np.ndarray
     n_far: int
     n_uncertain: int
+    more: dict[str, np.ndarray]
 
 
 def refuse_unless_annotates(model: Any) -> None:
@@ -281,13 +287,13 @@ def name_cells(
     adata: ad.AnnData | None,
     indices: Sequence[int] | Sequence[bool] | np.ndarray | None = None,
     *,
-    reject: float | None,
+    reject: float | str | None,
     batch_size: int | None,
     guess: str = "what is given without reject",
 ) -> Names:
     """Name cells; see :meth:`cellprior.model._base.PretrainedModel.predict`.
 
-    ``guess`` says in a warning where the best guesses are.
+    ``guess`` says in a warning where the best guesses are; ``reject=STORED`` is what the weights were saved with.
     """
     refuse_unless_annotates(model)
     if not model.annotation_:
@@ -297,20 +303,59 @@ def name_cells(
             "or call fine_tune first, or load a fine-tuned model."
         )
         raise RuntimeError(msg)
-    limits = None if reject is None else limits_for(model, reject)
+    state = model.annotation_
+    share: float | None
+    of_coarse: float | None
+    if isinstance(reject, str):  # STORED
+        share, of_coarse = state.get("reject"), state.get("coarse", {}).get("reject")
+    else:
+        share = of_coarse = reject
+    limits = None if share is None else limits_for(model, share)
     logits, novelty = scores_of(model, adata, indices, batch_size)
     probability = _softmax(logits)
-    best = np.asarray(model.annotation_["labels"], dtype=object)[probability.argmax(axis=1)]
-    if reject is None or limits is None:
-        return Names(best, best, probability, 0, 0)
+    labels = np.asarray(state["labels"], dtype=object)
+    named = labels != state.get("none")
+    best = labels[named][probability[:, named].argmax(axis=1)]
+    confidence = probability[:, named].max(axis=1)
     unknown = str(model.registry["setup_args"]["unlabeled_category"])
-    confidence = probability.max(axis=1)
-    far, uncertain = limits.unknown(novelty, confidence)
-    explain_unknown(
-        calibration_of(model), limits, novelty, confidence, reject=reject, unknown=unknown, guess=guess
-    )
+    far = uncertain = np.zeros(len(best), dtype=bool)
+    if share is not None and limits is not None:
+        far, uncertain = limits.unknown(novelty, confidence)
+        explain_unknown(
+            calibration_of(model), limits, novelty, confidence, reject=share, unknown=unknown, guess=guess
+        )
     names = np.where(far | uncertain, unknown, best).astype(object)
-    return Names(names, best, probability, int(far.sum()), int(uncertain.sum()))
+    more = _said_of(model, names, probability, named, novelty, reject=of_coarse, unknown=unknown)
+    return Names(names, best, probability, confidence, int(far.sum()), int(uncertain.sum()), more)
+
+
+def _said_of(
+    model: Any,
+    names: np.ndarray,
+    probability: np.ndarray,
+    named: np.ndarray,
+    novelty: np.ndarray,
+    *,
+    reject: float | None,
+    unknown: str,
+) -> dict[str, np.ndarray]:
+    """What else weights that came with names know of them: a coarse name, with a rejection of its own, and its id."""
+    state = model.annotation_
+    more: dict[str, np.ndarray] = {}
+    if "coarse" in state:
+        of, groups = np.unique(np.asarray(state["coarse"]["labels"])[named], return_inverse=True)
+        sums = probability[:, named] @ np.eye(len(of))[groups]
+        coarse, confidence = of[sums.argmax(axis=1)].astype(object), sums.max(axis=1)
+        if reject is not None:
+            scores = state["coarse"]["calibration"]
+            limits = limits_of(*(np.asarray(scores[name]) for name in Calibration._fields), reject=reject)
+            far, uncertain = limits.unknown(novelty, confidence)
+            coarse = np.where(far | uncertain, unknown, coarse)
+        more["coarse"] = coarse
+    if "ontology" in state:
+        ids = dict(zip(state["labels"], state["ontology"], strict=True))
+        more["ontology_term_id"] = np.array([ids.get(name, "") for name in names], dtype=object)
+    return more
 
 
 def calibration_of(model: Any) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -77,3 +78,37 @@ def in_micro_batches(function: Callable[..., Tensor], *tensors: Tensor, size: in
     return torch.cat(
         [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=True) for part in parts]
     )
+
+
+def label_contrast(first: Tensor, second: Tensor, code: Tensor, *, temperature: float | Tensor) -> Tensor:
+    """Supervised contrast [Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, L_out].
+
+    For each of the two views of a labelled cell, the mean over all other views of cells of its label, its own among
+    them, of ``-ln(exp s_ap / Σ_j exp s_aj)``, with s the cosine over the temperature and j over all views but a. Who
+    cannot tell the views apart reaches ``ln(2 cells - 1)``. Cells without a label are left out: they may be of any.
+
+    Parameters
+    ----------
+    first, second
+        Two views of the same cells ``(cells, width)``.
+    code
+        Label of each cell, negative for none ``(cells,)``.
+    temperature
+        Of the softmax.
+    """
+    known = code >= 0
+    if int(known.sum()) < 2:
+        return first.sum() * 0.0
+    views = torch.cat([first[known], second[known]])
+    label = code[known].repeat(2)
+    itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+    scores = (similarities(views, views) / temperature).masked_fill(itself, -torch.inf)
+    alike = (label[:, None] == label) & ~itself
+    of_alike = scores.log_softmax(1).masked_fill(~alike, 0.0)
+    return -(of_alike.sum(1) / alike.sum(1)).mean()
+
+
+def chance_of_labels(code: Tensor) -> float:
+    """What :func:`label_contrast` is for whom all views are alike: ``ln(2 cells - 1)``, 0 for fewer than two cells."""
+    n_known = int((code >= 0).sum())
+    return math.log(2 * n_known - 1) if n_known > 1 else 0.0
