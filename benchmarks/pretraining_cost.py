@@ -74,7 +74,7 @@ def measured(name: str, n_cells: int, n_expressed: int) -> tuple[float, float, f
     adata = made_up(n_cells, N_GENES[name], n_expressed)
     cls = getattr(cp.model, name)
     cls.setup_anndata(adata)
-    model, meter = cls(adata), Meter()
+    model, meter = cls(adata, size="released"), Meter()
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # whose products are counted
         warnings.simplefilter("ignore")
         model.train(

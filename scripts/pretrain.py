@@ -108,7 +108,7 @@ def build(args: argparse.Namespace, cells: CollectionCells) -> Any:
             genes = pd.DataFrame({"ensembl_id": cells.var.index, "symbol": symbol, "previous_symbols": ""})
     else:
         genes = pd.read_csv(args.genes, sep="\t", dtype=str, keep_default_na=False)
-    return cls(few, genes=genes.reset_index(drop=True), **dict(args.network))
+    return cls(few, genes=genes.reset_index(drop=True), **{"size": "released", **dict(args.network)})
 
 
 def train(args: argparse.Namespace) -> tuple[Any, CollectionCells, Sections]:
@@ -237,7 +237,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--genes", type=Path, help="genes.tsv of a bundle as vocabulary; by default the collection's"
     )
     parser.add_argument(
-        "--network", type=pair, nargs="*", default=[], metavar="NAME=VALUE", help="such as n_layers=6"
+        "--network",
+        type=pair,
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="others than the released size has",
     )
     parser.add_argument("--objective", help="one of the model's objectives; by default the first")
     parser.add_argument(
