@@ -209,7 +209,8 @@ def _weights(var: pd.DataFrame, totals: Any) -> tuple[pd.DataFrame, str | None, 
                     warnings.simplefilter("ignore")  # what they say is in the table
                     by_genes[key] = match(var, genes, gene_counts=totals, min_coverage=0.0)
             except (GeneMatchError, ValueError) as error:
-                by_genes[key] = re.split(r"(?<=[.;]) |\n", str(error))[0].rstrip(".;")
+                reason = re.split(r"(?<=[.;]) |\n", str(error))[0].rstrip(".;")
+                by_genes[key] = re.sub(r" \([^)]*\)", "", reason)  # without examples
         result = by_genes[key]
         row: dict[str, Any] = {"model": entry.model, "genes": 0.0, "counts": np.nan, "status": entry.status}
         if isinstance(result, str):
