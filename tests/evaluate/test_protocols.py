@@ -65,7 +65,7 @@ def test_every_table_has_its_baselines(cells, capsys):
 def test_all_protocols_show_their_arguments_with_their_defaults():
     shared = {
         "batch_key": None, "layer": None, "seeds": 5, "test_size": 0.2, "scvi_epochs": None, "max_cells": 20_000,
-        "embed_options": None, "progress": True,
+        "embed_options": None, "progress": None,
     }  # fmt: skip
     for function in (
         cp.evaluate.zero_shot,

@@ -188,6 +188,7 @@ def test_of_equal_epochs_that_with_the_lower_loss_is_kept_or_else_the_first(loss
     epochs = [(0.5, 0.1), (0.9, 0.3), (0.9, 0.2), (0.9, 0.2), (0.8, 0.0), (torch.nan, 0.0)]
     for epoch, (f1, value) in enumerate(epochs):
         torch.nn.init.constant_(plan.module.weight, epoch)
+        trainer.current_epoch = epoch
         trainer.callback_metrics = {"f1": torch.tensor(f1), "loss": torch.tensor(value)}
         best.on_validation_end(trainer, plan)
     best.on_train_end(trainer, plan)
