@@ -43,7 +43,7 @@ def bar(
     unit
         What is counted, with a space before it; ``"B"`` for bytes.
     progress
-        Whether to draw it; ``None`` for what :attr:`cellprior.settings.progress` says. In a log file or a notebook, a
+        Whether to draw it; ``None`` for what ``cellprior.settings.progress`` says. In a log file or a notebook, a
         short step draws one only if it was asked for by name.
     initial
         How much is done already.
@@ -81,7 +81,7 @@ def bar(
 
 
 def tell(text: str, *, verbosity: int = 1) -> None:
-    """Say something that is no warning, if :attr:`cellprior.settings.verbosity` is high enough."""
+    """Say something that is no warning, if ``cellprior.settings.verbosity`` is high enough."""
     if settings.verbosity < verbosity or (_inside.get() and settings.verbosity < 2):
         return
     from tqdm import tqdm

@@ -114,7 +114,7 @@ def embed(
     hidden
         With ``out``, for CellPLM: ``"memory"``, or a folder for the hidden states of the cells of a sentence.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
     client
         ``distributed.Client`` of a Dask cluster that embeds; the counts are then dask arrays, or in a path that the
         workers can read.

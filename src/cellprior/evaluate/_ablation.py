@@ -83,7 +83,7 @@ def pretraining_ablation(
     embed_options
         To ``get_latent_representation``, for the embeddings.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
     **fine_tune
         Other arguments of ``fine_tune``, the same for all arms: ``batch_size``, ``patience``, ``validation_size``, ...
 

@@ -147,7 +147,7 @@ def ask(
     labellings
         The labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there is a signal.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
     """
     answers = Answers(task.splits[kind], task.copies)
     n_steps = len(answers.splits) * (len(task.methods) + whole)

@@ -93,7 +93,7 @@ def masked_prediction(
     max_cells
         Of the test cells of a split, at most; drawn at random.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
 
     Returns
     -------

@@ -57,7 +57,7 @@ PARAMETERS = """Parameters
         Arguments of ``get_latent_representation`` by name of weights, the same for the network with random weights:
         ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says."""
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says."""
 COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"baseline"``; ``reader``, the classifier;
     ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
     interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired

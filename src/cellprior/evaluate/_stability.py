@@ -98,7 +98,7 @@ def stability(
     embed_options
         To ``get_latent_representation``.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
 
     Returns
     -------

@@ -68,7 +68,7 @@ def transfer(
     embed_options
         Arguments of ``get_latent_representation`` by name of weights.
     progress
-        Whether to draw a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
 
     Returns
     -------

@@ -32,7 +32,7 @@ def download(url: str, target: Path, *, most: int | None, progressbar: bool | No
     most
         Bytes that it may have; by default as many as the host announces, or `UNSTATED`.
     progressbar
-        Whether to draw one on stderr, see :attr:`cellprior.settings.progress`.
+        Whether to draw one on stderr, see ``cellprior.settings.progress``.
 
     Raises
     ------

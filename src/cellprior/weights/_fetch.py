@@ -41,7 +41,7 @@ def fetch(name: str, *, progressbar: bool | None = None) -> Path:
     name
         Entry name, as listed by `available`.
     progressbar
-        Whether downloads show a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether downloads show a bar, by default as ``cellprior.settings.progress`` says.
 
     Returns
     -------
@@ -78,7 +78,7 @@ def resolve(
     known_hash
         sha256 that the file must have; of a bundle: that of all of it, see `sha256`. Needed with an address.
     progressbar
-        Whether downloads show a bar, by default as :attr:`cellprior.settings.progress` says.
+        Whether downloads show a bar, by default as ``cellprior.settings.progress`` says.
 
     Raises
     ------
