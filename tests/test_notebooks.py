@@ -66,4 +66,5 @@ def test_what_is_shown_comes_from_the_code_and_the_weights_as_they_are_now():
         if made_from := notebook["metadata"].get("cellprior", {}).get("made_from"):
             now = source.fingerprint(["".join(cell["source"]) for cell in code(notebook["cells"])])
             known[path.stem] = made_from == now
+    assert "04_evaluate" in known
     assert all(known.values()), [name for name, same in known.items() if not same]
