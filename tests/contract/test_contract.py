@@ -186,6 +186,7 @@ def with_repeated_names(adata: AnnData) -> AnnData:
 
 @pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
 @pytest.mark.filterwarnings("ignore:var_names are not unique:UserWarning")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.reset_index")  # mudata, of such names
 @pytest.mark.parametrize("change", [shuffled, with_unknown_genes, with_repeated_names])
 def test_genes_are_found_wherever_they_are(entry, model, reference, change):
     changed = change(entry.make_data())
