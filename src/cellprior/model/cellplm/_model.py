@@ -69,6 +69,7 @@ class CellPLM(PretrainedModel):
 
     _module_cls = CellPLMModule
     obsm_key = "X_cellplm"
+    default_batch_size = 512  # of these, several are worked on at a time, a core each
     _encoder_cls = SentenceEncoder
     # imputation: rates of the original's fine-tuning pipeline
     objectives = {
