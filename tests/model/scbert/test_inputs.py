@@ -8,7 +8,8 @@ import scipy.sparse as sp
 import torch
 
 from cellprior.model.data._counts import csr_tensor
-from cellprior.model.scbert._inputs import cell_depth, counts_to_bins, loses_single_counts, sample_mask
+from cellprior.model.engine._kernels import cell_depth
+from cellprior.model.scbert._inputs import counts_to_bins, loses_single_counts, sample_mask
 
 
 def exact_bins(counts: np.ndarray, n_bins: int = 5) -> np.ndarray:

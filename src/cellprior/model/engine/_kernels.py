@@ -1,4 +1,4 @@
-"""Sums of the vectors of features, weighted by counts: the one product that touches the count matrix."""
+"""Work on the count matrix itself: sums of the vectors of features, weighted by counts, and the depth of cells."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def log_counts(counts: Tensor, target_sum: float | None) -> Tensor:
         return torch.log1p(counts)
     values = counts.values()
     if target_sum is not None:
-        rows = _rows(counts)
-        total = torch.zeros(len(counts), device=values.device).index_add_(0, rows, values)
-        values = values * (target_sum / total.clamp(min=1.0))[rows]
+        rows = row_of_each(counts)
+        values = values * (target_sum / cell_depth(counts, rows).clamp(min=1.0))[rows]
     crow, col = counts.crow_indices(), counts.col_indices()
     return torch.sparse_csr_tensor(crow, col, torch.log1p(values), counts.shape, check_invariants=False)
 
@@ -81,6 +80,14 @@ def _as_scipy(x: Tensor, values: Tensor) -> sp.csr_matrix:
     return sp.csr_matrix(parts, shape=tuple(x.shape))
 
 
-def _rows(x: Tensor) -> Tensor:
+def row_of_each(x: Tensor) -> Tensor:
     """Row of each stored value of a CSR tensor."""
     return torch.repeat_interleave(torch.arange(len(x), device=x.device), x.crow_indices().diff())
+
+
+def cell_depth(counts: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Sum of each cell's counts ``(cells,)``; dense or CSR, of which :func:`row_of_each` may be known already."""
+    if counts.layout is torch.strided:
+        return counts.sum(1)
+    rows = row_of_each(counts) if rows is None else rows
+    return counts.values().new_zeros(len(counts)).index_add_(0, rows, counts.values())

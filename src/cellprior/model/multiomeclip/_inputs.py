@@ -9,6 +9,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from cellprior.genes._intervals import read_peaks
+from cellprior.model.engine._kernels import cell_depth, row_of_each
 
 TARGET_SUM = 10_000.0
 DEPTH_CORRELATION = 0.5  # of a component with the logarithm of the depth, from which on it is the depth
@@ -30,22 +31,11 @@ def log_share(counts: Tensor, *, weight: Tensor | None = None) -> Tensor:
     if counts.layout != torch.sparse_csr:
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1.0) * TARGET_SUM
         return torch.log1p(shares if weight is None else shares * weight)
-    column, values = counts.col_indices(), counts.values()
-    n = counts.crow_indices().diff()
-    row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-    shares = values / totals(counts).clamp(min=1.0)[row] * TARGET_SUM
+    rows = row_of_each(counts)
+    shares = counts.values() / cell_depth(counts, rows).clamp(min=1.0)[rows] * TARGET_SUM
     if weight is not None:
-        shares = shares * weight[column]
+        shares = shares * weight[counts.col_indices()]
     return with_values(counts, torch.log1p(shares))
-
-
-def totals(counts: Tensor) -> Tensor:
-    """Counts of each cell, dense or sparse CSR ``(cells,)``."""
-    if counts.layout != torch.sparse_csr:
-        return counts.sum(1)
-    n = counts.crow_indices().diff()
-    row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-    return counts.values().new_zeros(len(n)).index_add_(0, row, counts.values())
 
 
 def thinned(counts: sp.csr_matrix, least: float, rng: np.random.Generator) -> sp.csr_matrix:

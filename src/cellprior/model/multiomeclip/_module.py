@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cellprior._arguments import flag, one_of, pair, share, whole
 from cellprior.model.data._counts import csr_tensor
-from cellprior.model.engine._kernels import weighted_gene_sum
+from cellprior.model.engine._kernels import cell_depth, weighted_gene_sum
 from cellprior.model.learning._contrast import in_micro_batches, similarities
 from cellprior.model.learning._processes import gather_cells
 from cellprior.model.multiomeclip._inputs import (
@@ -29,7 +29,6 @@ from cellprior.model.multiomeclip._inputs import (
     inverse_document_frequency,
     log_share,
     open_peaks,
-    totals,
 )
 from cellprior.model.multiomeclip._loss import infonce, sigmoid_loss
 
@@ -373,7 +372,7 @@ class MLPEncoder(nn.Module):
     def _log_depth(self, counts: Tensor) -> Tensor:
         """``ln(1 + d)``, with ``d`` the counts of a cell, or its open peaks ``(cells,)``."""
         read = open_peaks(counts) if self.is_atac else counts
-        return torch.log1p(totals(read))
+        return torch.log1p(cell_depth(read))
 
     def _weigh(self, counts: Tensor) -> Tensor:
         if not self.is_atac:

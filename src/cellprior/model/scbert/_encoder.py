@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from cellprior.model.engine._encoder import Covariates, Encoder
-from cellprior.model.scbert._inputs import cell_depth, loses_single_counts
+from cellprior.model.engine._kernels import cell_depth
+from cellprior.model.scbert._inputs import loses_single_counts
 
 
 @dataclass

@@ -8,7 +8,8 @@ import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 
-from cellprior.model.scbert._inputs import TARGET_SUM, cell_depth, counts_to_bins
+from cellprior.model.engine._kernels import cell_depth
+from cellprior.model.scbert._inputs import TARGET_SUM, counts_to_bins
 
 PRIOR = 1.0  # places of average bins that the frequencies of a gene or a cell are mixed with
 SHARE_OF_AVERAGE = 0.02  # in the Poisson predictor, lest a single surprising count cost without bound

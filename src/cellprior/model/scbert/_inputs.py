@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellprior.model.engine._kernels import cell_depth, row_of_each
+
 TARGET_SUM = 10_000.0
 
 
@@ -28,10 +30,10 @@ def counts_to_bins(counts: Tensor, n_bins: int = 5) -> Tensor:
     -------
     Bins 0 to ``n_bins``, ``(cells, genes)``, dense uint8. A cell without counts is all 0.
     """
-    row = None if counts.layout is torch.strided else _rows(counts)
+    row = None if counts.layout is torch.strided else row_of_each(counts)
     # Apple's GPUs have no float64; there a scaled count beyond 2^24 / 10,000 may round across an edge
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
-    depth = cell_depth(counts).to(wide).clamp(min=1.0)
+    depth = cell_depth(counts, row).to(wide).clamp(min=1.0)
     x = counts if row is None else counts.values()
     depth = depth[:, None] if row is None else depth[row]
     scaled = (x.to(wide) * TARGET_SUM / depth).float()  # rounded as in the original
@@ -42,20 +44,6 @@ def counts_to_bins(counts: Tensor, n_bins: int = 5) -> Tensor:
     dense = bins.new_zeros(counts.shape)
     dense[row, counts.col_indices()] = bins
     return dense
-
-
-def cell_depth(counts: Tensor) -> Tensor:
-    """Sum of each cell's counts ``(cells,)``; dense or CSR."""
-    if counts.layout is torch.strided:
-        return counts.sum(1)
-    return counts.values().new_zeros(len(counts)).index_add_(0, _rows(counts), counts.values())
-
-
-def _rows(counts: Tensor) -> Tensor:
-    """Row of each stored value of a CSR tensor."""
-    return torch.repeat_interleave(
-        torch.arange(len(counts), device=counts.device), counts.crow_indices().diff()
-    )
 
 
 def loses_single_counts(depth: Tensor) -> Tensor:
