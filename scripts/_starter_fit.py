@@ -41,9 +41,9 @@ class DrawnCells(pl.LightningDataModule):
 
     n_val = 0
 
-    def __init__(self, draw: Callable[[], Any]) -> None:
+    def __init__(self, draw: Callable[[], Any], n_train: int) -> None:
         super().__init__()
-        self.draw = draw
+        self.draw, self.n_train = draw, n_train
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(
@@ -83,17 +83,18 @@ def train(
     plan: pl.LightningModule,
     draw: Callable[[], Any],
     *,
+    n_train: int,
     steps: int,
     clip: float,
     average: float,
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """Train a model's module by a recipe of its own."""
+    """Train a model's module by a recipe of its own, on minibatches that are drawn from ``n_train`` cells."""
     log.info("%.2f million parameters", sum(p.numel() for p in model.module.parameters()) / 1e6)
     fit(
         model,
         plan,
-        DrawnCells(draw),
+        DrawnCells(draw, n_train),
         max_epochs=steps // STEPS,
         accelerator="cpu",
         devices=1,

@@ -98,6 +98,11 @@ class Corpus:
         """Sources that are cells; they come first."""
         return sum(not source.is_profile for source in self.sources)
 
+    @property
+    def n_cells(self) -> int:
+        """Cells and profiles."""
+        return sum(source.counts.shape[0] for source in self.sources)
+
 
 def read(data: Path, gene_tables: Path, recipe: Recipe) -> Corpus:
     """Read the sets and the profiles, and choose the vocabulary."""
@@ -287,7 +292,12 @@ def train_decoder(model: CellPLM, corpus: Corpus, recipe: Recipe) -> None:
     model.module.requires_grad_(False)
     model.module.decoder.requires_grad_(True)
     plan = DecoderPlan(model.module, corpus, recipe)
-    steps = {"steps": recipe.decoder_steps, "clip": recipe.clip, "average": recipe.average}
+    steps = {
+        "n_train": corpus.n_cells,
+        "steps": recipe.decoder_steps,
+        "clip": recipe.clip,
+        "average": recipe.average,
+    }
     train(model, plan, lambda: draw_sentence(corpus, recipe, rng), **steps)
     model.module.requires_grad_(True)
 
@@ -319,7 +329,7 @@ def train_on(corpus: Corpus, recipe: Recipe, callbacks: Sequence[Any] = ()) -> C
     model = build(corpus, recipe)
     rng = np.random.default_rng(recipe.seed)
     plan = StarterPlan(model.module, corpus, recipe)
-    steps = {"steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
+    steps = {"n_train": corpus.n_cells, "steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
     train(model, plan, lambda: draw_sentence(corpus, recipe, rng), callbacks=callbacks, **steps)
     return model
 

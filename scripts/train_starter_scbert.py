@@ -265,7 +265,7 @@ def train_on(
     start_from_pca(model.module, sets, recipe)
     drawn = steps_of(sets, recipe)
     plan = StarterPlan(model.module, recipe)
-    steps = {"steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
+    steps = {"n_train": adata.n_obs, "steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
     train(model, plan, lambda: next(drawn), **steps)
     return model
 

@@ -79,8 +79,9 @@ def shown(
             f"{cells.n_val:,} held out. {_epochs(max_epochs)} at most."
         )
     total = cells.n_train * max_epochs if max_epochs > 0 else None
-    with bar(total, "epoch 1", progress=None if progress and first else False) as drawn:
-        yield [Steps(drawn)]
+    drawing = progress and first
+    with bar(total, "epoch 1", progress=None if drawing else False) as drawn:
+        yield [Steps(drawn)] if drawing else []
 
 
 def told_end(history: Mapping[str, pd.DataFrame], trainer: Any, *, best: int | None) -> None:
