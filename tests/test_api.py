@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cellprior as cp
+from cellprior._docs import PART, described
 
 ROOT = Path(__file__).parent.parent
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -63,6 +64,8 @@ def test_every_public_name_says_what_it_is_and_what_each_parameter_means():
             text = inspect.getdoc(member) or ""
             if len(text) <= 20:
                 wrong.append(f"{where} has no docstring")
+            if PART.search(text):
+                wrong.append(f"{where} shows the name of a part that is not put in")
             if "Parameters\n---" not in text:
                 continue  # one line says it all, or refers to where it is said
             for parameter in inspect.signature(member).parameters:
@@ -79,3 +82,22 @@ def test_what_the_page_of_the_api_names_exists():
         path, _, last = name.rpartition(".")
         module = import_module(f"cellprior.{path}")
         assert hasattr(module, last), name
+
+
+def test_parts_of_docstrings_are_put_in_at_their_depth_and_python_may_have_dropped_the_docstrings():
+    class Described:
+        @classmethod
+        def method(cls) -> None:
+            """Do.
+
+            Parameters
+            ----------
+            <outer>
+            <unknown>
+            """
+
+    described(Described, {"outer": "<inner>", "inner": "name\n    What it is."})
+    expected = "Do.\n\nParameters\n----------\nname\n    What it is.\n<unknown>"
+    assert inspect.getdoc(Described.method) == expected
+    Described.method.__func__.__doc__ = None  # as of python -OO
+    assert described(Described).method.__doc__ is None

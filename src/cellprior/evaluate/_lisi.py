@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from cellprior._docs import described
 from cellprior.evaluate._graph import Neighbors, exact_neighbors
 from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
 
 HALVINGS = 45  # of an interval of 60 in log2 of the kernel's width
 
 
+@described
 def clisi(embedding: Any, labels: Any, *, n_neighbors: int = 90, perplexity: float = 30.0) -> float:
     r"""Purity of labels around a cell, cLISI: 0 to 1, higher is better.
 
@@ -27,20 +29,12 @@ def clisi(embedding: Any, labels: Any, *, n_neighbors: int = 90, perplexity: flo
         ``(cells, dimensions)``.
     labels
         ``(cells,)``.
-    n_neighbors
-        The cell among them. Equally near cells are taken in random order, the same each time.
-    perplexity
-        How many neighbours effectively count.
-
-    Raises
-    ------
-    ValueError
-        If the embedding is not finite, labels are missing or all the same, there are fewer cells than neighbours, or
-        the perplexity is not between 1 and ``n_neighbors - 1``.
+    <near>
     """
     return purity(*_checked(embedding, labels, n_neighbors, perplexity, name="labels"), perplexity)
 
 
+@described
 def ilisi(embedding: Any, batches: Any, *, n_neighbors: int = 90, perplexity: float = 30.0) -> float:
     r"""Mixing of batches around a cell, iLISI: 0 to 1, higher is better mixed.
 
@@ -54,16 +48,7 @@ def ilisi(embedding: Any, batches: Any, *, n_neighbors: int = 90, perplexity: fl
         ``(cells, dimensions)``.
     batches
         ``(cells,)``.
-    n_neighbors
-        The cell among them. Equally near cells are taken in random order, the same each time.
-    perplexity
-        How many neighbours effectively count.
-
-    Raises
-    ------
-    ValueError
-        If the embedding is not finite, batches are missing or all the same, there are fewer cells than neighbours, or
-        the perplexity is not between 1 and ``n_neighbors - 1``.
+    <near>
     """
     return mixing(*_checked(embedding, batches, n_neighbors, perplexity, name="batches"), perplexity)
 

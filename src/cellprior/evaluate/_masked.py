@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
 
+from cellprior._docs import described
 from cellprior._talk import bar
 from cellprior.evaluate._intervals import Resampling, compared
 from cellprior.evaluate._splits import Split, random_splits
@@ -32,6 +33,7 @@ class PerCell(NamedTuple):
     sums: dict[str, dict[str, np.ndarray]]
 
 
+@described
 def masked_prediction(
     model: PretrainedModel,
     adata: ad.AnnData | None = None,
@@ -92,8 +94,7 @@ def masked_prediction(
         Share of the cells that the predictors are not fitted to.
     max_cells
         Of the test cells of a split, at most; drawn at random.
-    progress
-        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
+    <progress>
 
     Returns
     -------
@@ -107,12 +108,9 @@ def masked_prediction(
     ------
     NotImplementedError
         If the model is of another kind.
-    RuntimeError
-        If the model has neither been trained nor loaded from weights.
+    <not_embedded>
     ValueError
         If a share is not between 0 and 1, or there are too few cells.
-    NotCountsError, GeneMatchError
-        If the data are not raw counts, or too few of their genes are known.
     """
     if not model.can("predict hidden genes"):
         msg = (

@@ -15,6 +15,7 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import NearestNeighbors
 
+from cellprior._docs import described
 from cellprior._obs import text_of
 from cellprior.evaluate._graph import Neighbors, exact_neighbors, umap_weights
 from cellprior.evaluate._inputs import as_codes, as_embedding, at_least_two, enough_cells
@@ -69,46 +70,33 @@ def knn_predict(train: Any, train_labels: Any, test: Any, *, n_neighbors: int = 
     return np.asarray(values[neighbor[np.arange(len(test)), wins.argmax(axis=1)]])
 
 
+@described
 def accuracy(truth: Any, predicted: Any) -> float:
     """Share of cells whose label is predicted: 0 to 1, higher is better.
 
     Always predicting the most common label gives that label's share, however little was learned: look at
     :func:`macro_f1` beside it.
 
-    Parameters
-    ----------
-    truth, predicted
-        Labels of the same cells ``(cells,)``.
-
-    Raises
-    ------
-    ValueError
-        If labels are missing or the lengths differ.
+    <truth>
     """
     true, guess, _ = _codes_of_both(truth, predicted)
     return float((true == guess).mean())
 
 
+@described
 def balanced_accuracy(truth: Any, predicted: Any) -> float:
     r"""Mean over labels of the share of its cells that are predicted: 0 to 1, higher is better.
 
     :math:`\frac{1}{K} \sum_k \mathrm{TP}_k / n_k` over the K labels in ``truth``; chance is 1 / K. Some papers report
     it as "accuracy" (torchmetrics averages over labels by default); it is not comparable with :func:`accuracy`.
 
-    Parameters
-    ----------
-    truth, predicted
-        Labels of the same cells ``(cells,)``.
-
-    Raises
-    ------
-    ValueError
-        If labels are missing or the lengths differ.
+    <truth>
     """
     hit, there, _ = tally(*_codes_of_both(truth, predicted))
     return float((hit / there).mean())
 
 
+@described
 def macro_f1(truth: Any, predicted: Any) -> float:
     r"""Mean F1 of the labels: 0 to 1, higher is better.
 
@@ -116,15 +104,7 @@ def macro_f1(truth: Any, predicted: Any) -> float:
     predicted to be. The mean is over the labels in ``truth``: a label that no cell has is wrong wherever it is
     predicted, but is not averaged in as another 0, as it is by scikit-learn unless ``labels`` says otherwise.
 
-    Parameters
-    ----------
-    truth, predicted
-        Labels of the same cells ``(cells,)``.
-
-    Raises
-    ------
-    ValueError
-        If labels are missing or the lengths differ.
+    <truth>
     """
     return float(f1(*tally(*_codes_of_both(truth, predicted))).mean())
 

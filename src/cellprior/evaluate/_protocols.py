@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 import pandas as pd
 from anndata import AnnData
 
+from cellprior._docs import PARTS, described
 from cellprior.evaluate._ask import PROBES, ZERO_SHOT, ask, tabulate
 from cellprior.evaluate._splits import HELD_OUT
 from cellprior.evaluate._structure import structure
@@ -29,53 +30,57 @@ class Options(TypedDict, total=False):
     embed_options: Mapping[str, Mapping[str, Any]] | None
 
 
-PARAMETERS = """Parameters
-    ----------
-    adata
-        Annotated data ``(cells, genes)`` with raw counts, in memory or backed; left as it is.
-    embeddings
-        What is evaluated: keys of ``obsm``, names of weights, folders or official checkpoints, or arrays
-        ``(cells, dimensions)`` by name.
-    labels_key
-        Column of ``obs`` with cell types. Cells without one, and types of fewer than 10 cells, are not asked about.
-    batch_key
-        Column of ``obs`` with the batch or donor. Given, each is held out in turn, and that is the headline; random
-        splits come second. For CellPLM's weights it also says which cells see each other.
-    layer
-        Layer with raw counts; ``None`` for ``X``.
-    seeds
-        Random splits: parts of the cells that are held out in turn. If more are wanted than there are parts, the cells
-        are divided again.
-    test_size
-        Share of the cells in a part: 0.2 makes five.
-    scvi_epochs
-        Train scVI on the training cells of each split, for as many epochs, as one more baseline; ``None`` does not,
-        as it takes far longer than all the others.
-    max_cells
-        Of more cells, as many are drawn at random.
-    embed_options
-        Arguments of ``get_latent_representation`` by name of weights, the same for the network with random weights:
-        ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
-    progress
-        Whether to draw a bar, by default as ``cellprior.settings.progress`` says."""
-COLUMNS = """``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"baseline"``; ``reader``, the classifier;
-    ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
-    interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
-    ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; ``seen``, what the embedding has
-    learned from, labels aside: ``"no cell"`` of yours or ``"training cells"`` (inductive), or ``"all cells"``
-    (transductive); and ``seconds`` that all splits took."""
-RAISES = """Raises
-    ------
-    TypeError
-        If the data are no AnnData, but a MuData.
-    KeyError
-        If a column, a layer or an embedding is missing.
-    ValueError
-        If an embedding does not fit the data, or labels or batches cannot be held out.
-    NotCountsError
-        If the data are not raw counts.
-    WeightsError
-        If weights are not found, damaged, or of no known model."""
+SECTIONS = {
+    "PARAMETERS": """\
+Parameters
+----------
+adata
+    Annotated data ``(cells, genes)`` with raw counts, in memory or backed; left as it is.
+embeddings
+    What is evaluated: keys of ``obsm``, names of weights, folders or official checkpoints, or arrays
+    ``(cells, dimensions)`` by name.
+labels_key
+    Column of ``obs`` with cell types. Cells without one, and types of fewer than 10 cells, are not asked about.
+batch_key
+    Column of ``obs`` with the batch or donor. Given, each is held out in turn, and that is the headline; random
+    splits come second. For CellPLM's weights it also says which cells see each other.
+layer
+    Layer with raw counts; ``None`` for ``X``.
+seeds
+    Random splits: parts of the cells that are held out in turn. If more are wanted than there are parts, the cells
+    are divided again.
+test_size
+    Share of the cells in a part: 0.2 makes five.
+scvi_epochs
+    Train scVI on the training cells of each split, for as many epochs, as one more baseline; ``None`` does not,
+    as it takes far longer than all the others.
+max_cells
+    Of more cells, as many are drawn at random.
+embed_options
+    Arguments of ``get_latent_representation`` by name of weights, the same for the network with random weights:
+    ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
+<progress>""",
+    "COLUMNS": """\
+``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"baseline"``; ``reader``, the classifier;
+``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
+interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
+``difference`` to it with its interval, ``difference_low`` to ``difference_high``; ``seen``, what the embedding has
+learned from, labels aside: ``"no cell"`` of yours or ``"training cells"`` (inductive), or ``"all cells"``
+(transductive); and ``seconds`` that all splits took.""",
+    "RAISES": """\
+Raises
+------
+TypeError
+    If the data are no AnnData, but a MuData.
+KeyError
+    If a column, a layer or an embedding is missing.
+ValueError
+    If an embedding does not fit the data, or labels or batches cannot be held out.
+NotCountsError
+    If the data are not raw counts.
+WeightsError
+    If weights are not found, damaged, or of no known model.""",
+}
 
 
 def protocol(function: Protocol) -> Protocol:
@@ -84,18 +89,15 @@ def protocol(function: Protocol) -> Protocol:
     The sections that the protocols share are put into the docstring. In the signature, those arguments of
     :func:`~cellprior.evaluate._task.make_task` that are `Options` stand in the place of ``**options``.
     """
-    text = function.__doc__ or ""
-    for name, section in (("PARAMETERS", PARAMETERS), ("COLUMNS", COLUMNS), ("RAISES", RAISES)):
-        text = text.replace(f"<{name}>", section)
-    function.__doc__ = text
+    described(function, {**PARTS, **SECTIONS})
     signature = inspect.signature(function)
     *own, _ = signature.parameters.values()
     of_task = inspect.signature(make_task).parameters
     shown = signature.replace(parameters=[*own, *(of_task[name] for name in Options.__annotations__)])
-    described: Any = function
-    described.__signature__ = shown
+    complete: Any = function
+    complete.__signature__ = shown
     hints = get_type_hints(make_task)  # whose names the module of the function need not know
-    described.__annotations__ = {
+    complete.__annotations__ = {
         **{name: hint for name, hint in function.__annotations__.items() if name != "options"},
         **{name: hints[name] for name in Options.__annotations__},
     }
@@ -128,7 +130,8 @@ def zero_shot(
 
     Returns
     -------
-    A tidy table: <COLUMNS>
+    A tidy table:
+    <COLUMNS>
     Rows of ``split`` ``"all cells"`` have no ``versus``; their interval is a jackknife of five times a fifth of the
     cells left out, or all but 1,000 [Shao and Wu, Ann. Stat. 17:1176, 1989], and ``reason`` says why a score is NaN.
 
@@ -162,7 +165,8 @@ def linear_probe(
 
     Returns
     -------
-    A tidy table: <COLUMNS>
+    A tidy table:
+    <COLUMNS>
 
     <RAISES>
     """
@@ -191,7 +195,8 @@ def few_shot(
 
     Returns
     -------
-    A tidy table with ``n_per_class``, and otherwise: <COLUMNS>
+    A tidy table with ``n_per_class``, and otherwise:
+    <COLUMNS>
 
     <RAISES>
     """

@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import paired_cosine_distances
 from sklearn.neighbors import NearestNeighbors
 
+from cellprior._docs import described
 from cellprior._matrix import matrix_of
 from cellprior._talk import bar
 from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
@@ -48,6 +49,7 @@ class Moved(NamedTuple):
     kept: np.ndarray  # share of the neighbours
 
 
+@described
 def stability(
     model: PretrainedModel,
     adata: ad.AnnData | None = None,
@@ -97,8 +99,7 @@ def stability(
         At most; drawn at random. The others are not their companions either.
     embed_options
         To ``get_latent_representation``.
-    progress
-        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
+    <progress>
 
     Returns
     -------
@@ -117,12 +118,9 @@ def stability(
     ------
     NotImplementedError
         If the model is of another kind.
-    RuntimeError
-        If the model has neither been trained nor loaded from weights.
+    <not_embedded>
     ValueError
         If a share is not between 0 and 1, or there are not more cells than twice ``n_neighbors``.
-    NotCountsError, GeneMatchError
-        If the data are not raw counts, or too few of their genes are known.
     """
     model._check_if_trained(warn=False)
     if wrong := [share for share in (*depths, *gene_dropouts) if not 0 < share < 1]:

@@ -185,9 +185,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         ----------
         adata
             Annotated data ``(cells, genes)``; not a view.
-        layer
-            Layer with raw counts; ``None`` for ``X``; ``"raw"`` for ``adata.raw`` and its genes, unless a layer has
-            this name.
+        <layer>
         gene_key
             Column of ``var`` with gene symbols or Ensembl ids; by default the place that matches best.
         batch_key
@@ -238,15 +236,11 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
 
         Parameters
         ----------
-        adata
-            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
-        indices
-            Cells to embed, as numbers or a mask; the result is in this order.
+        <embedded>
         batch_size
             Cells in memory at a time, at least 16; by default what fits a quarter of a GPU's free memory, and 1,024 on
             a CPU. Bounds the memory and never changes the result.
-        precision
-            ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
+        <precision>
 
         Returns
         -------
@@ -254,10 +248,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
 
         Raises
         ------
-        RuntimeError
-            If the model has neither been trained nor loaded from weights.
-        NotCountsError, GeneMatchError
-            If the data are not raw counts, or too few of their genes are known.
+        <not_embedded>
         """
         return self._embed(adata, indices, batch_size, precision)
 
@@ -292,8 +283,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         max_epochs
             Passes over the training cells. By default 100 for up to 20,000 cells, and fewer for more, so that as many
             cells are seen; 10 at least.
-        accelerator, devices
-            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        <trainer>
         train_size, validation_size, shuffle_set_split
             Split of the cells, see :class:`~scvi.dataloaders.DataSplitter`; by default 90 % are trained on. It is
             kept with the weights: of the same cells, the next call holds out the same, unless another split is asked
@@ -334,8 +324,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
             If several processes have no seed to begin alike.
         KeyError
             If ``measured`` lacks a batch, or names a gene that neither the data nor the vocabulary have.
-        DivergedError
-            If a loss is not finite. The model has the last weights with a finite loss.
+        <diverged>
         """
         split: dict[str, Any] = {"train_size": train_size, "validation_size": validation_size}
         split |= {"shuffle_set_split": shuffle_set_split, "batch_size": batch_size}
@@ -406,8 +395,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         transductive
             Put all cells of the attached data into the sentences as context, labelled or not, as the original does.
             By default a training sentence holds training cells only.
-        accelerator, devices
-            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        <trainer>
         **trainer_kwargs
             To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says
             otherwise.

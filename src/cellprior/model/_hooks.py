@@ -16,6 +16,7 @@ import torch
 from scvi.train import TrainRunner
 from torch import Tensor
 
+from cellprior._docs import described
 from cellprior.model.data._minibatches import VocabularySplitter
 from cellprior.model.engine._encoder import Encoder
 from cellprior.model.learning._masked import MaskedScores
@@ -76,6 +77,7 @@ class Hooks(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        described(cls)
         if retired := [name for name in RETIRED if name in vars(cls)]:
             msg = (
                 f"{cls.__name__} gives {', '.join(retired)}, which nothing asks for any more: how cells are encoded is "

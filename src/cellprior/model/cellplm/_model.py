@@ -39,18 +39,7 @@ class CellPLM(PretrainedModel):
 
     Parameters
     ----------
-    adata
-        AnnData registered with :meth:`setup_anndata`.
-    registry
-        Registry of a saved model, instead of data.
-    genes
-        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
-        data.
-    min_coverage
-        Least share of genes that must match, see :func:`cellprior.genes.match`.
-    size
-        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
-        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
+    <built>
     n_hidden, n_layers, n_heads, n_latent, dropout_rate, latent, n_clusters, n_batches, n_datasets, target_sum
         Of the network, see :class:`~cellprior.model.cellplm._module.CellPLMModule`.
     absent, embedding, decoder_rank
@@ -151,8 +140,7 @@ class CellPLM(PretrainedModel):
         mixture
             For ``latent="gmvae"``: ``"expected"`` averages the components' means over the cell's probabilities,
             ``"argmax"`` takes the most likely component, ``"sampled"`` draws one, as the original does (seed torch).
-        precision
-            ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
+        <precision>
 
         Returns
         -------
@@ -161,10 +149,7 @@ class CellPLM(PretrainedModel):
 
         Raises
         ------
-        RuntimeError
-            If the model has neither been trained nor loaded from weights.
-        NotCountsError, GeneMatchError
-            If the data are not raw counts, or too few of their genes are known.
+        <not_embedded>
         """
         if mixture not in ("expected", "argmax", "sampled"):
             msg = f'mixture={mixture!r} is not known; choose "expected", "argmax" or "sampled".'
@@ -185,10 +170,7 @@ class CellPLM(PretrainedModel):
 
         Parameters
         ----------
-        adata
-            Data, by default the attached.
-        indices
-            Cells, as numbers or a mask.
+        <some_cells>
         gene_list
             Names of the data, symbols or Ensembl ids; by default the whole vocabulary.
         library_size
@@ -238,10 +220,7 @@ class CellPLM(PretrainedModel):
         ----------
         genes
             Names of the data, symbols or Ensembl ids.
-        adata
-            Data, by default the attached.
-        indices
-            Cells, as numbers or a mask.
+        <some_cells>
         measured
             For panels that differ between batches: the genes measured in each category of ``batch_key``. The counts of
             the others must be 0 there. By default all genes of the data were measured everywhere.

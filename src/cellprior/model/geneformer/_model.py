@@ -39,18 +39,7 @@ class Geneformer(PretrainedModel):
 
     Parameters
     ----------
-    adata
-        AnnData registered with :meth:`setup_anndata`.
-    registry
-        Registry of a saved model, instead of data.
-    genes
-        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
-        data.
-    min_coverage
-        Least share of genes that must match, see :func:`cellprior.genes.match`.
-    size
-        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
-        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
+    <built>
     n_hidden, n_layers, n_heads, n_feedforward, n_positions, special_tokens, dropout_rate
         Of the network, see :class:`~cellprior.model.geneformer._module.GeneformerModule`.
 
@@ -135,10 +124,7 @@ class Geneformer(PretrainedModel):
 
         Parameters
         ----------
-        adata
-            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
-        indices
-            Cells to embed, as numbers or a mask; the result is in this order.
+        <embedded>
         batch_size
             Cells that are read at a time, at least 16; a few of them, of nearly equal length, go through the network
             together. Never changes the result.
@@ -157,12 +143,9 @@ class Geneformer(PretrainedModel):
 
         Raises
         ------
-        RuntimeError
-            If the model has neither been trained nor loaded from weights.
+        <not_embedded>
         ValueError
             If there is no such layer, or no such token.
-        NotCountsError, GeneMatchError
-            If the data are not raw counts, or too few of their genes are known.
         """
         self.module.checked_layer(layer)
         pooling = self.module.checked_pooling(pooling)
@@ -220,10 +203,7 @@ class Geneformer(PretrainedModel):
 
         Raises
         ------
-        KeyError
-            If a gene is not in the vocabulary.
-        ValueError
-            If there are no cells.
+        <genes_in_cells>
         """
         return attention_between(self, adata, indices, genes)
 
@@ -256,10 +236,7 @@ class Geneformer(PretrainedModel):
             ``"delete"`` takes the genes out of a cell's list, so that the others move up; ``"overexpress"`` puts them
             to the top, also where the cell lacks them; ``"inhibit"`` puts them to the end. What is not among the
             tokens of a cell cannot be deleted or inhibited there: such a cell has no row.
-        adata
-            Data, by default the attached.
-        indices
-            Cells, as numbers or a mask.
+        <some_cells>
         shift_of
             Genes whose own vectors are compared too, in the cells that have them.
         n_controls
@@ -307,10 +284,8 @@ class Geneformer(PretrainedModel):
 
         Parameters
         ----------
-        labels_key
-            Column of ``obs``; by default the one given to ``setup_anndata``.
-        **options
-            All other arguments of that method.
+        <labels_key>
+        <options>
         """
         if not self.is_trained_ and self.adata is not None:
             cells, _ = self._attached_cells(None, train_size=1.0, validation_size=None, batch_size=512)

@@ -493,8 +493,7 @@ class MultiomeCLIP(PretrainedModel):
             ``micro_batch_size`` is no whole number, ``thin_to`` no share, or early stopping has no cells held out.
         RuntimeError
             If several processes have no seed to begin alike.
-        DivergedError
-            If a loss is not finite. The model has the last weights with a finite loss.
+        <diverged>
         """
         split: dict[str, Any] = {"train_size": train_size, "validation_size": validation_size}
         # contrast needs other cells in the minibatch: it does not shrink with the data
@@ -562,8 +561,7 @@ class MultiomeCLIP(PretrainedModel):
             Passes over the training cells.
         mask_share
             Share of the open peaks that is hidden.
-        accelerator, devices
-            See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
+        <trainer>
         train_size, validation_size, shuffle_set_split
             Split of the cells with ATAC; by default 90 % are trained on. The next call holds out the same.
         batch_size
@@ -579,8 +577,7 @@ class MultiomeCLIP(PretrainedModel):
         ValueError
             If the model has been trained, or reads no components (``encoder="vit"``), ``mask_share`` is no share, or
             too few cells have ATAC.
-        DivergedError
-            If a loss is not finite. The model has the last weights with a finite loss.
+        <diverged>
         NotCountsError, PeakMatchError
             If the data are not raw counts, or too few peaks are known.
         """

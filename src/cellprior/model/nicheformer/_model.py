@@ -46,18 +46,7 @@ class Nicheformer(PretrainedModel):
 
     Parameters
     ----------
-    adata
-        AnnData registered with :meth:`setup_anndata`.
-    registry
-        Registry of a saved model, instead of data.
-    genes
-        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
-        data.
-    min_coverage
-        Least share of genes that must match, see :func:`cellprior.genes.match`.
-    size
-        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
-        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
+    <built>
     n_hidden, n_layers, n_heads, n_feedforward, n_positions, dropout_rate, gene_scale
         Of the network, see :class:`~cellprior.model.nicheformer._module.NicheformerModule`.
 
@@ -131,9 +120,7 @@ class Nicheformer(PretrainedModel):
         ----------
         adata
             Annotated data ``(cells, genes)``; not a view.
-        layer
-            Layer with raw counts; ``None`` for ``X``; ``"raw"`` for ``adata.raw`` and its genes, unless a layer has
-            this name.
+        <layer>
         gene_key
             Column of ``var`` with gene symbols or Ensembl ids; by default the place that matches best. For mouse, the
             one-to-one orthologues of human.
@@ -251,12 +238,9 @@ class Nicheformer(PretrainedModel):
 
         Raises
         ------
-        RuntimeError
-            If the model has neither been trained nor loaded from weights.
+        <not_embedded>
         ValueError
             If an argument is not one of those above.
-        NotCountsError, GeneMatchError
-            If the data are not raw counts, or too few of their genes are known.
         """
         self.module.checked_layer(layer)
         self.module.checked_scale(gene_scale)
@@ -275,8 +259,7 @@ class Nicheformer(PretrainedModel):
         ----------
         labels_key
             Column of ``obs``, of cell types, niches or regions; by default the one given to ``setup_anndata``.
-        **options
-            All other arguments of that method.
+        <options>
         """
         if not self.is_trained_ and self.adata is not None:
             cells, _ = self._attached_cells(None, train_size=1.0, validation_size=None, batch_size=512)

@@ -32,18 +32,7 @@ class ScBERT(PretrainedModel):
 
     Parameters
     ----------
-    adata
-        AnnData registered with :meth:`setup_anndata`.
-    registry
-        Registry of a saved model, instead of data.
-    genes
-        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
-        data.
-    min_coverage
-        Least share of genes that must match, see :func:`cellprior.genes.match`.
-    size
-        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
-        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
+    <built>
     n_hidden, n_layers, n_heads, head_dim, n_bins, n_features, dropout_rate, gene_vectors, key_max, n_official_classes
         Of the network, see :class:`~cellprior.model.scbert._module.ScBERTModule`.
 
@@ -127,18 +116,14 @@ class ScBERT(PretrainedModel):
 
         Parameters
         ----------
-        adata
-            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
-        indices
-            Cells to embed, as numbers or a mask; the result is in this order.
+        <embedded>
         batch_size
             Cells that are read at a time, at least 16; a few of them go through the network together, as many as its
             size allows. Never changes the result, unless the network has ``key_max="batch"``.
         pooling
             Over which positions the mean is taken: ``"mean"`` all genes of the vocabulary, ``"expressed"`` those above
             bin 0; or ``"cls"``, the class token, which no pretraining objective trains.
-        precision
-            ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
+        <precision>
         n_zero_genes
             Approximate, and much faster for a large vocabulary: keep all expressed genes of a cell, and so many of
             the others, which stand for all of them in every sum. ``None`` is exact.
@@ -149,10 +134,7 @@ class ScBERT(PretrainedModel):
 
         Raises
         ------
-        RuntimeError
-            If the model has neither been trained nor loaded from weights.
-        NotCountsError, GeneMatchError
-            If the data are not raw counts, or too few of their genes are known.
+        <not_embedded>
 
         Warns
         -----
@@ -213,10 +195,7 @@ class ScBERT(PretrainedModel):
 
         Raises
         ------
-        KeyError
-            If a gene is not in the vocabulary.
-        ValueError
-            If there are no cells.
+        <genes_in_cells>
         """
         return attention_between(self, adata, indices, genes)
 
@@ -227,13 +206,11 @@ class ScBERT(PretrainedModel):
 
         Parameters
         ----------
-        labels_key
-            Column of ``obs``; by default the one given to ``setup_anndata``.
+        <labels_key>
         n_zero_genes
             Approximate, and much faster, see :meth:`get_latent_representation`; :meth:`predict` then approximates
             too. ``None`` is exact.
-        **options
-            All other arguments of that method.
+        <options>
 
         Raises
         ------

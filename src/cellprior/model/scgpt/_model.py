@@ -40,18 +40,7 @@ class ScGPT(PretrainedModel):
 
     Parameters
     ----------
-    adata
-        AnnData registered with :meth:`setup_anndata`.
-    registry
-        Registry of a saved model, instead of data.
-    genes
-        Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``; by default that of the
-        data.
-    min_coverage
-        Least share of genes that must match, see :func:`cellprior.genes.match`.
-    size
-        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
-        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
+    <built>
     n_hidden, n_layers, n_heads, n_ff, dropout_rate, n_bins
     value_style, cls_value, ties, expression, mvc, zero_probability, generative
     batch_norm, batch_norm_eps, n_batches, batch_decoder, adversary
@@ -151,10 +140,7 @@ class ScGPT(PretrainedModel):
 
         Parameters
         ----------
-        adata
-            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
-        indices
-            Cells to embed, as numbers or a mask; the result is in this order.
+        <embedded>
         batch_size
             Cells that are read at a time, at least 16; of these, cells of like length go through the network together.
             Never changes the result.
@@ -172,8 +158,7 @@ class ScGPT(PretrainedModel):
             genes that has nothing to do with their counts. The original keeps 1,199, others each time.
         domain
             For a network that norms each batch on its own: whose statistics are used, a number from 0 on.
-        precision
-            ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
+        <precision>
 
         Returns
         -------
@@ -181,10 +166,7 @@ class ScGPT(PretrainedModel):
 
         Raises
         ------
-        RuntimeError
-            If the model has neither been trained nor loaded from weights.
-        NotCountsError, GeneMatchError
-            If the data are not raw counts, or too few of their genes are known.
+        <not_embedded>
         ValueError
             If an argument is not one of those above.
         """
@@ -208,16 +190,14 @@ class ScGPT(PretrainedModel):
 
         Parameters
         ----------
-        labels_key
-            Column of ``obs``; by default the one given to ``setup_anndata``.
+        <labels_key>
         trainable
             ``"all"`` as the original, ``"transformer"`` as the original with ``freeze``, or as for other models.
         max_epochs, lr, batch_size
             By default the original's.
         max_genes, domain
             See :meth:`get_latent_representation`; :meth:`predict` then has them too.
-        **options
-            All other arguments of that method.
+        <options>
 
         Raises
         ------
@@ -268,10 +248,7 @@ class ScGPT(PretrainedModel):
 
         Parameters
         ----------
-        adata
-            Data, by default the attached.
-        indices
-            Cells, as numbers or a mask.
+        <some_cells>
         genes
             Names of the data, symbols or Ensembl ids.
         layer
@@ -285,10 +262,7 @@ class ScGPT(PretrainedModel):
 
         Raises
         ------
-        KeyError
-            If a gene is not in the vocabulary.
-        ValueError
-            If there are no cells.
+        <genes_in_cells>
         """
         if genes is None:
             return _context.attention_received(self, adata, indices, layer)

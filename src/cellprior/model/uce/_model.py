@@ -43,19 +43,14 @@ class UCE(PretrainedModel):
 
     Parameters
     ----------
-    adata
-        AnnData registered with :meth:`setup_anndata`.
-    registry
-        Registry of a saved model, instead of data.
+    <registered>
     genes
         Vocabulary: names, or a frame with ``ensembl_id``, ``symbol``, ``previous_symbols``, ``species``; by default
         that of the data. Without pretrained weights nothing is known of where genes lie: all are on one chromosome, in
         the order given.
     min_coverage
         Least share of genes that must match, of each species, see :func:`cellprior.genes.match`.
-    size
-        For a new network, the widths and layers that are not given: ``"small"``, or ``"released"`` for those of the
-        authors' weights. By default small for fewer than 100,000 cells, unless one of them is given.
+    <size>
     n_chromosomes, n_hidden, n_layers, n_heads, n_feedforward, n_protein, n_latent, dropout_rate
     decoder_width, binary_widths, sentence_length
         Of the network, see :class:`~cellprior.model.uce._module.UCEModule`.
@@ -285,10 +280,7 @@ class UCE(PretrainedModel):
 
         Parameters
         ----------
-        adata
-            Data to embed, by default the attached. Its genes are matched by name; it is not kept.
-        indices
-            Cells to embed, as numbers or a mask; the result is in this order.
+        <embedded>
         batch_size
             Cells that are read at a time, at least 16; of these, a few go through the network together. Never changes
             the result, but with ``padding="released"``.
@@ -305,8 +297,7 @@ class UCE(PretrainedModel):
             Of the draws.
         return_spread
             Give beside the vectors how far they may be from those of endlessly many draws.
-        precision
-            ``"bfloat16"`` computes the large products in half the bits, several times faster on recent hardware.
+        <precision>
 
         Returns
         -------
@@ -421,12 +412,10 @@ class UCE(PretrainedModel):
 
         Parameters
         ----------
-        labels_key
-            Column of ``obs``; by default the one given to ``setup_anndata``.
+        <labels_key>
         batch_size, lr
             Smaller than for other models, as a cell is a thousand tokens.
-        **options
-            All other arguments of that method.
+        <options>
         """
         super().fine_tune(labels_key, batch_size=batch_size, lr=lr, **options)
 
