@@ -13,10 +13,7 @@ LARGEST_SUM = 1e12  # counts that a cell is scaled to: squares of it are finite 
 def whole(*, least: int = 1, most: int = LARGEST, **values: Any) -> None:
     """Refuse what is no whole number of this range.
 
-    Raises
-    ------
-    ValueError
-        With the name of the argument.
+    Raises ValueError, with the name of the argument.
     """
     for name, value in values.items():
         if not _is(value, Integral) or not least <= value <= most:

@@ -40,6 +40,8 @@ def is_raw(adata: Any, layer: str | None) -> bool:
 def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: str | None = None) -> Matrix:
     """``X``, a layer, or ``raw.X``.
 
+    Raises ValueError if there is no such matrix.
+
     Parameters
     ----------
     adata
@@ -50,11 +52,6 @@ def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: s
         What names the layer, for errors.
     name
         What errors call the AnnData.
-
-    Raises
-    ------
-    ValueError
-        If there is no such matrix.
     """
     if is_raw(adata, layer):
         return Matrix(adata.raw.X, adata.raw.var, "raw.X")
@@ -93,10 +90,7 @@ def x_of(adata: Any) -> Any:
 def to_memory(adata: Any) -> Any:
     """A copy in memory of an AnnData in a file.
 
-    Raises
-    ------
-    ValueError
-        If the file has no ``X``: anndata then reads it whole, and no part of it.
+    Raises ValueError if the file has no ``X``: anndata then reads it whole, and no part of it.
     """
     if x_of(adata) is None:
         msg = (
@@ -110,10 +104,7 @@ def to_memory(adata: Any) -> Any:
 def totals(matrix: Matrix) -> np.ndarray | None:
     """Sum of each feature in float64 ``(features,)``; None of what is not in memory, as that would be read whole.
 
-    Raises
-    ------
-    ValueError
-        If the matrix is sparse and damaged.
+    Raises ValueError if the matrix is sparse and damaged.
     """
     x = matrix.x
     if isinstance(x, np.ndarray):
@@ -143,10 +134,7 @@ def totals(matrix: Matrix) -> np.ndarray | None:
 def refuse_damaged(x: Any, where: str) -> None:
     """Refuse a sparse matrix in memory whose indices do not fit its shape: compiled code would read beyond its arrays.
 
-    Raises
-    ------
-    ValueError
-        With what does not fit.
+    Raises ValueError, with what does not fit.
     """
     n_major, n_minor = x.shape if x.format == "csr" else x.shape[::-1]
     n = min(len(x.indices), len(x.data))

@@ -64,6 +64,8 @@ def read_column(
 ) -> tuple[np.ndarray, list[str]]:
     """Number the categories of a column of ``obs`` in which no value may be missing; see :func:`numbered`.
 
+    Raises KeyError if there is no such column; ValueError if values are missing, or several columns have this name.
+
     Parameters
     ----------
     obs
@@ -74,13 +76,6 @@ def read_column(
         What errors call ``obs``.
     advice
         What to do where values are missing.
-
-    Raises
-    ------
-    KeyError
-        If there is no such column.
-    ValueError
-        If values are missing, or several columns have this name.
     """
     if key not in obs:
         msg = f"{key!r} not found in {frame}; its columns are {list(obs.columns)}."
@@ -105,10 +100,7 @@ def read_names(obs: pd.DataFrame, key: str, **options: Any) -> np.ndarray:
 def read_presence(obs: pd.DataFrame, key: str, *, frame: str = "mdata.obs") -> np.ndarray:
     """A column of yes and no ``(cells,)``: booleans, 1 and 0, or the words true and false.
 
-    Raises
-    ------
-    ValueError
-        For anything else, and for missing values: neither is a yes.
+    Raises ValueError, for anything else, and for missing values: neither is a yes.
     """
     codes, names = read_column(
         obs, key, frame=frame, advice="It says which cells have the modality: write True or False for each."

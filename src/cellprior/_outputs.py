@@ -17,10 +17,7 @@ def partial_name(path: Path) -> Path:
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file under another name, and rename it: who reads it finds all of it, whenever the writer is killed.
 
-    Raises
-    ------
-    OSError
-        With the name of the file, which the system leaves out where a disk is full.
+    Raises OSError, with the name of the file, which the system leaves out where a disk is full.
     """
     partial = partial_name(path)
     try:
@@ -38,10 +35,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 def target(path: Path) -> Path:
     """Where something that is written to a path will be: where it leads, if it is a link.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no folder to write into.
+    Raises FileNotFoundError if there is no folder to write into.
     """
     found = Path(os.path.realpath(path)) if path.is_symlink() else path
     where = f"{path}, a link to {found}," if found is not path else str(path)
@@ -59,10 +53,7 @@ def target(path: Path) -> Path:
 def refuse_unwritable(folder: Path) -> None:
     """Try to write a file, since no other question is answered truly: of rights, quotas, read-only disks.
 
-    Raises
-    ------
-    OSError
-        With the folder and the reason.
+    Raises OSError, with the folder and the reason.
     """
     probe = partial_name(folder / "cellprior")
     try:
@@ -77,10 +68,7 @@ def refuse_unwritable(folder: Path) -> None:
 def refuse_full(folder: Path, n_bytes: int) -> None:
     """Refuse to begin what will not fit.
 
-    Raises
-    ------
-    OSError
-        With what is needed and what is free.
+    Raises OSError, with what is needed and what is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

@@ -433,12 +433,8 @@ def _read(path: Path) -> AnnData | MuData:
 def _write(data: AnnData | MuData, path: Path, *, replace: bool = True) -> None:
     """Write an h5ad or h5mu file, which is there once it is whole, however many processes write it.
 
-    Raises
-    ------
-    FileExistsError
-        If it is there meanwhile, and is not to be replaced; what was computed is kept under another name.
-    OSError
-        If it cannot be written.
+    Raises FileExistsError if it is there meanwhile, and is not to be replaced; what was computed is kept under
+    another name; OSError if it cannot be written.
     """
     from anndata import AnnData
 

@@ -17,6 +17,8 @@ def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray 
     Distances stay the same, but a large part that all cells share no longer costs them digits, and an embedding whose
     cells are all the same becomes zero exactly.
 
+    Raises ValueError if it is not a matrix, is empty or holds values that are not finite.
+
     Parameters
     ----------
     embedding
@@ -29,11 +31,6 @@ def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray 
     Returns
     -------
     Float64 ``(cells, dimensions)``, dense; never the array that was given.
-
-    Raises
-    ------
-    ValueError
-        If it is not a matrix, is empty or holds values that are not finite.
     """
     values = np.asarray(embedding.toarray() if sp.issparse(embedding) else embedding, dtype=np.float64)
     if values.ndim != 2 or 0 in values.shape:
@@ -52,6 +49,8 @@ def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray 
 def as_codes(labels: Any, n_cells: int | None = None, *, name: str = "labels") -> tuple[np.ndarray, pd.Index]:
     """Number labels of any type, in the order in which they come.
 
+    Raises ValueError if there are none, too few or too many, or some are missing.
+
     Parameters
     ----------
     labels
@@ -64,11 +63,6 @@ def as_codes(labels: Any, n_cells: int | None = None, *, name: str = "labels") -
     Returns
     -------
     Codes ``(n_cells,)`` and the labels they stand for; categories that no cell has are not among them.
-
-    Raises
-    ------
-    ValueError
-        If there are none, too few or too many, or some are missing.
     """
     if getattr(labels, "ndim", 1) != 1:
         msg = f"{name} has {labels.ndim} dimensions; give one value per cell, such as a single column of obs."

@@ -58,6 +58,9 @@ def transfer_names(
 ) -> Transferred:
     """Name cells after a reference, or call them unknown at a rate that is promised.
 
+    Raises ValueError if the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot
+    be promised.
+
     Parameters
     ----------
     reference, query
@@ -73,11 +76,6 @@ def transfer_names(
         Name of cells that are rejected.
     guess
         Where the best guess is found, for a warning.
-
-    Raises
-    ------
-    ValueError
-        If the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot be promised.
     """
     given = pd.Series(names).astype(object)
     codes, labels = label_codes(given.where(given.astype(str) != unknown), 1)
@@ -114,6 +112,8 @@ def name_cells(
 ) -> Named:
     """Name cells; the number of neighbours and their distance, or the penalty, is chosen within the reference.
 
+    Raises ValueError if the embeddings do not fit each other, or ``how`` is not known.
+
     Parameters
     ----------
     reference, query
@@ -124,11 +124,6 @@ def name_cells(
         By what.
     n_labels
         How many there are.
-
-    Raises
-    ------
-    ValueError
-        If the embeddings do not fit each other, or ``how`` is not known.
     """
     if how not in get_args(How):
         msg = f"how={how!r} is not known; choose among {', '.join(map(repr, get_args(How)))}."

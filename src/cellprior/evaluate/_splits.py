@@ -40,10 +40,7 @@ def label_codes(
 
     Left out are cells without a label and labels of fewer than ``minimum`` cells.
 
-    Raises
-    ------
-    ValueError
-        If fewer than two labels are left.
+    Raises ValueError if fewer than two labels are left.
     """
     names = _text(labels)
     n_cells = names.value_counts()
@@ -66,6 +63,8 @@ def _text(column: pd.Series | Sequence[str] | np.ndarray) -> pd.Series:
 def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Split]:
     """One split per seed, each label in the same share on both sides.
 
+    Raises ValueError if there is no seed, or one side would lack a label.
+
     Parameters
     ----------
     codes
@@ -74,11 +73,6 @@ def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Sp
         How many.
     test_size
         Share of the cells that is asked about.
-
-    Raises
-    ------
-    ValueError
-        If there is no seed, or one side would lack a label.
     """
     if seeds < 1 or not 0 < test_size < 1:
         msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
@@ -97,6 +91,8 @@ def random_folds(
 ) -> list[Split]:
     """Stratified folds, each held out in turn; if more splits are wanted than there are folds, of further divisions.
 
+    Raises ValueError if there is no seed, or the share is not between 0 and 1.
+
     Parameters
     ----------
     codes
@@ -107,11 +103,6 @@ def random_folds(
         Share of the cells in a fold, taken as one of a whole number.
     copies
         Number of each cell, the same for cells with the same counts, which stay on one side ``(cells,)``.
-
-    Raises
-    ------
-    ValueError
-        If there is no seed, or the share is not between 0 and 1.
     """
     if seeds < 1 or not 0 < test_size < 1:
         msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
@@ -172,6 +163,8 @@ def batch_splits(
     A cell whose label the other batches do not have is not asked about: nothing could be learned of it. A cell that
     is in a held-out batch, too, is not learned from.
 
+    Raises ValueError if a cell has no batch, there is one batch only, or no two share two labels.
+
     Parameters
     ----------
     codes
@@ -182,11 +175,6 @@ def batch_splits(
         As of :func:`random_folds`.
     least
         Training cells that a label needs for its cells to be asked about.
-
-    Raises
-    ------
-    ValueError
-        If a cell has no batch, there is one batch only, or no two share two labels.
     """
     names = _text(batches)
     if names.isna().any():

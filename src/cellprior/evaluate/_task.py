@@ -91,16 +91,9 @@ def make_task(
 ) -> Task:
     """Read data, load weights, and say what is compared.
 
-    Raises
-    ------
-    TypeError
-        If the data are no AnnData.
-    KeyError
-        If a column of ``obs``, or an embedding, is missing.
-    ValueError
-        If there is no embedding, one does not fit the data, or the labels or batches cannot be used.
-    NotCountsError
-        If the data are not raw counts.
+    Raises TypeError if the data are no AnnData; KeyError if a column of ``obs``, or an embedding, is missing;
+    ValueError if there is no embedding, one does not fit the data, or the labels or batches cannot be used;
+    NotCountsError if the data are not raw counts.
     """
     from cellprior.model.data._counts import check_counts, read_rows
 

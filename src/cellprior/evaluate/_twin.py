@@ -17,6 +17,8 @@ def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> Pretra
     What pretraining has given a model is what it has beyond its twin. The twin counts as trained, so that it embeds
     and fine-tunes exactly as the model does; see :func:`has_random_weights`.
 
+    Raises TypeError if ``model`` is not one that embeds an AnnData.
+
     Parameters
     ----------
     model
@@ -26,11 +28,6 @@ def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> Pretra
         set up itself. Call ``release()`` of the twin to let go of them.
     seed
         Of the weights; the global random state is left alone.
-
-    Raises
-    ------
-    TypeError
-        If ``model`` is not one that embeds an AnnData.
     """
     if not isinstance(model, PretrainedModel):
         msg = (

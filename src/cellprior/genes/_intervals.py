@@ -84,17 +84,14 @@ def read_peaks(
 
     The number that `var_names_make_unique` puts behind a name that stands twice (`chr1:100-200-1`) is passed over.
 
+    Raises ValueError if an interval ends before it starts.
+
     Parameters
     ----------
     peaks
         Names, or a frame (`AnnData.var`) with the names as index. If the names say nothing, columns with chromosome,
         start and end are read, or one with all of them ("interval", "peak", ...); a row without a number there is no
         interval.
-
-    Raises
-    ------
-    ValueError
-        If an interval ends before it starts.
     """
     names = pd.Series(peaks.index if isinstance(peaks, pd.DataFrame) else peaks, dtype=object).astype(str)
     rest = np.zeros(len(names), dtype=bool) if among is None else ~among

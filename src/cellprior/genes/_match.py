@@ -252,10 +252,7 @@ def _capitals_may_do(names: Names, within: str | None) -> bool:
 def _kinds(var: pd.DataFrame, gene_key: str | None) -> tuple[np.ndarray, np.ndarray]:
     """What each column of the data is, before names are looked at that may be symbols, and where var says so.
 
-    Raises
-    ------
-    GeneMatchError
-        If none is a gene.
+    Raises GeneMatchError if none is a gene.
     """
     kinds, by = kinds_by_type(var)
     unsaid = kinds == ""

@@ -95,6 +95,8 @@ def species_of_columns(
     What is given counts; else what a column of ``var`` says of it (``genome``, ``species`` or ``organism``), a genome
     in front of its name, its Ensembl id, and then how most symbols are written.
 
+    Raises UnknownSpeciesError if it is none of the vocabulary's, or cannot be told.
+
     Parameters
     ----------
     var
@@ -105,11 +107,6 @@ def species_of_columns(
         The vocabulary, with a column ``species``.
     given
         A species, or a column of ``var`` with that of each column.
-
-    Raises
-    ------
-    UnknownSpeciesError
-        If it is none of the vocabulary's, or cannot be told.
     """
     known = [name for name in dict.fromkeys(genes[SPECIES]) if name]
     if given is not None and given not in var and (word := named(given, known)) in known:

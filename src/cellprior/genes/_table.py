@@ -116,12 +116,7 @@ def read_vocabulary(vocabulary: Sequence[str] | pd.DataFrame) -> pd.DataFrame:
     Ids lose their version; one that stands among the symbols is moved to where ids belong. A column `species` is kept
     where it says something.
 
-    Raises
-    ------
-    ValueError
-        No gene, or neither ids nor symbols.
-    TypeError
-        One text.
+    Raises ValueError if there is no gene, or neither ids nor symbols; TypeError if it is one text.
     """
     if isinstance(vocabulary, str):
         msg = f"genes={vocabulary!r} is one text; a list of names is needed: genes=[{vocabulary!r}]."

@@ -133,10 +133,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         Those of ``size``; without it, those of the released weights if any other is given, or if there are many cells.
         A network that is loaded has been given all.
 
-        Raises
-        ------
-        ValueError
-            If there is no such size.
+        Raises ValueError if there is no such size.
         """
         if size is not None and size not in self.sizes:
             msg = f"size={size!r} is not known; choose one of {', '.join(map(repr, self.sizes))}."
@@ -152,10 +149,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
     def _network(self) -> dict[str, Any]:
         """Arguments of the network.
 
-        Raises
-        ------
-        NotImplementedError
-            If ``__init__`` has not kept them.
+        Raises NotImplementedError if ``__init__`` has not kept them.
         """
         if not hasattr(self, "init_params_"):
             msg = (
@@ -598,10 +592,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
 
         What was found once can be given in the place of the data.
 
-        Raises
-        ------
-        GeneMatchError
-            If too few genes match.
+        Raises GeneMatchError if too few genes match.
         """
         if isinstance(adata, Cells):
             return adata
@@ -692,10 +683,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
 def refuse_missing_key(adata: ad.AnnData, setup_args: Mapping[str, Any]) -> None:
     """Refuse a column with names of genes that is not there.
 
-    Raises
-    ------
-    KeyError
-        With those that are.
+    Raises KeyError, with those that are.
     """
     key, layer = setup_args["gene_key"], setup_args["layer"]
     if key is None:

@@ -39,10 +39,7 @@ ARGUMENTS = {
 def refuse_habit(cls: type, name: str) -> None:
     """Say what takes the place of a member of scvi-tools' models.
 
-    Raises
-    ------
-    AttributeError
-        If it is one.
+    Raises AttributeError if it is one.
     """
     if name in MEMBERS:
         msg = f"{cls.__name__} has no {name!r}. {MEMBERS[name]} See {PAGE}."

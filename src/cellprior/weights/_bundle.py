@@ -201,10 +201,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def is_zipped(path: Path) -> bool:
     """Whether a checkpoint has the zip format that torch.save writes since PyTorch 1.6.
 
-    Raises
-    ------
-    WeightsError
-        If there is no such file, or it is no checkpoint, or not all of one.
+    Raises WeightsError if there is no such file, or it is no checkpoint, or not all of one.
     """
     if not path.is_file():
         msg = f"There is no checkpoint file {path}."
@@ -229,10 +226,7 @@ def is_zipped(path: Path) -> bool:
 def refuse_packed(path: Path) -> None:
     """Refuse a zipped checkpoint whose records are compressed: torch.save never does, and a little can hold a lot.
 
-    Raises
-    ------
-    WeightsError
-        With the name of the record; or if the table of contents is damaged.
+    Raises WeightsError, with the name of the record; or if the table of contents is damaged.
     """
     try:
         with zipfile.ZipFile(path) as zipped:

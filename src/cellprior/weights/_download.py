@@ -23,6 +23,8 @@ UNSTATED = 2**28  # bytes of a file whose size nobody has stated, at most
 def download(url: str, target: Path, *, most: int | None, progressbar: bool | None) -> Path:
     """Download a file. What may pass is tried again by pooch; a refusal, a web page or a host without end is not.
 
+    Raises WeightsError or OSError if it cannot be had.
+
     Parameters
     ----------
     url
@@ -33,11 +35,6 @@ def download(url: str, target: Path, *, most: int | None, progressbar: bool | No
         Bytes that it may have; by default as many as the host announces, or `UNSTATED`.
     progressbar
         Whether to draw one on stderr, see ``cellprior.settings.progress``.
-
-    Raises
-    ------
-    WeightsError, OSError
-        If it cannot be had.
     """
     import pooch
     import requests

@@ -240,10 +240,7 @@ def found(tree: Any, key: str) -> Iterator[Any]:
 def row_names(frame: Any) -> list[str]:
     """Index of a pandas frame.
 
-    Raises
-    ------
-    ValueError
-        If that is no frame, or its index is not an array of text.
+    Raises ValueError if that is no frame, or its index is not an array of text.
     """
     try:
         _, axes = frame.state["_mgr"].args

@@ -103,10 +103,7 @@ def read_genes(folder: Path) -> pd.DataFrame | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """Configuration of a bundle: JSON with the fields that each has, all of them of the right kind.
 
-    Raises
-    ------
-    WeightsError
-        With the name of the field.
+    Raises WeightsError, with the name of the field.
     """
     path = folder / "config.json"
     content = _json(path)
@@ -147,10 +144,7 @@ def model_of(folder: Path) -> str | None:
 def check_genes(genes: pd.DataFrame, source: object) -> None:
     """Refuse a vocabulary in which a gene has no name, or stands twice.
 
-    Raises
-    ------
-    WeightsError
-        With the rows.
+    Raises WeightsError, with the rows.
     """
     if problem := gene_problem(genes):
         msg = f"{source}: {problem}. Such weights say nothing of that gene; get them again."

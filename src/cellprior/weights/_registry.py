@@ -134,15 +134,12 @@ def is_sha256(text: str) -> bool:
 def parse_registry(path: Path) -> dict[str, Entry]:
     """Read a registry file.
 
+    Raises WeightsError if a key is unknown or missing, or a value has the wrong type.
+
     Parameters
     ----------
     path
         YAML: `datasets`, then name -> keys of `Entry`, then `files`, a list with the keys of `FileEntry`.
-
-    Raises
-    ------
-    WeightsError
-        If a key is unknown or missing, or a value has the wrong type.
     """
     entries = {}
     for name, given in yaml.safe_load(path.read_text(encoding="utf-8"))["datasets"].items():
@@ -195,10 +192,7 @@ def entries() -> dict[str, Entry]:
 def get_entry(name: str) -> Entry:
     """Entry of this name.
 
-    Raises
-    ------
-    WeightsError
-        If there is none; the message names what comes close.
+    Raises WeightsError if there is none; the message names what comes close.
     """
     if name in entries():
         return entries()[name]

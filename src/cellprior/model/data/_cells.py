@@ -83,10 +83,7 @@ class Counts:
     def read(self, cells: np.ndarray) -> sp.csr_matrix:
         """Raw counts of some cells, all of which have the modality, float32 ``(cells, n_columns)``.
 
-        Raises
-        ------
-        NotCountsError
-            If they are not counts.
+        Raises NotCountsError if they are not counts.
         """
         return select_columns(self.read_all(cells), self.column, self.n_columns)
 
@@ -191,10 +188,7 @@ class Cells:
     def fingerprint(self) -> dict[str, str]:
         """What the cells are known again by.
 
-        Raises
-        ------
-        ValueError
-            If the counts cannot be read cell by cell.
+        Raises ValueError if the counts cannot be read cell by cell.
         """
         found = {"cells": digest(self.obs.index)}
         for name, counts in self.counts.items():
@@ -216,12 +210,7 @@ def refuse_no_counts(
 ) -> None:
     """Refuse data without cells, and data whose first cells are not counts.
 
-    Raises
-    ------
-    ValueError
-        If there is no cell, no feature, or no such layer.
-    NotCountsError
-        If they are not counts.
+    Raises ValueError if there is no cell, no feature, or no such layer; NotCountsError if they are not counts.
     """
     matrix = matrix_of(adata, layer, argument=argument)
     if adata.n_obs == 0 or len(matrix.var) == 0:
@@ -235,19 +224,14 @@ def refuse_no_counts(
 def cells_of_anndata(adata: ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
     """Cells of an AnnData with one matrix of counts of genes, not matched yet.
 
+    Raises ValueError if there is no such layer, or a cell has no batch; KeyError if ``batch_key`` is not in ``obs``.
+
     Parameters
     ----------
     adata
         Annotated data ``(cells, genes)``.
     setup_args
         ``layer`` and ``batch_key`` of the setup.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, or a cell has no batch.
-    KeyError
-        If ``batch_key`` is not in ``obs``.
     """
     layer, key = setup_args["layer"], setup_args["batch_key"]
     counts = Counts(adata, layer, "rna", "layer", matrix_of(adata, layer).x, np.arange(adata.n_obs))

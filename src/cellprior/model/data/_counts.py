@@ -34,10 +34,7 @@ class NotCountsError(ValueError):
 def by_cell(x: Any, where: str) -> Any:
     """A matrix whose rows can be read: CSC in memory as CSR, once, as each of its rows costs a pass over it.
 
-    Raises
-    ------
-    ValueError
-        If it is damaged.
+    Raises ValueError if it is damaged.
     """
     if not isinstance(x, sp.csc_matrix | sp.csc_array):
         return x
@@ -48,6 +45,9 @@ def by_cell(x: Any, where: str) -> Any:
 def read_rows(x: Any, rows: np.ndarray, *, where: str = "of counts") -> sp.csr_matrix:
     """Rows of a matrix as float32 CSR, in the order asked for.
 
+    Raises OSError if the file cannot be read, or has gone; ValueError if the matrix is sparse, and its indices do not
+    fit its shape.
+
     Parameters
     ----------
     x
@@ -56,13 +56,6 @@ def read_rows(x: Any, rows: np.ndarray, *, where: str = "of counts") -> sp.csr_m
         Row numbers in any order.
     where
         What errors call the matrix, if it is in memory.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read, or has gone.
-    ValueError
-        If the matrix is sparse, and its indices do not fit its shape.
     """
     contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
     if isinstance(x, np.ndarray) or sp.issparse(x):
@@ -135,10 +128,7 @@ def check_counts(
 ) -> None:
     """Refuse values that are not raw counts and name the first cell and gene, and the argument that names a layer.
 
-    Raises
-    ------
-    NotCountsError
-        For NaN, infinity, negative, fractional or huge values.
+    Raises NotCountsError, for NaN, infinity, negative, fractional or huge values.
     """
     bad = _no_counts(counts.data)
     if not bad.any():
@@ -271,10 +261,7 @@ def place_of(stored: Any) -> str:
 def refuse_by_gene(x: Any) -> None:
     """Refuse a matrix on disk that is stored gene by gene: its cells cannot be read without reading all of it.
 
-    Raises
-    ------
-    ValueError
-        With the way out.
+    Raises ValueError, with the way out.
     """
     if not isinstance(x, ad.abc.CSCDataset):
         return
@@ -296,10 +283,7 @@ def refuse_by_gene(x: Any) -> None:
 def refuse_vanished(x: Any) -> None:
     """Refuse a matrix in a zarr folder that is no longer there: zarr would go on reading, zeros.
 
-    Raises
-    ------
-    OSError
-        With the folder.
+    Raises OSError, with the folder.
     """
     array = getattr(x, "group", x)
     store = getattr(array, "store", None)

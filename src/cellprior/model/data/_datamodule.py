@@ -68,10 +68,7 @@ class StreamedCells(pl.LightningDataModule):
     def to_vocabulary(self, batch: Any) -> dict[str, Tensor]:
         """Counts ``X`` of a minibatch ``(cells, n_genes)``.
 
-        Raises
-        ------
-        NotCountsError
-            If they are not counts, with the gene.
+        Raises NotCountsError if they are not counts, with the gene.
         """
         x = self.inner.on_before_batch_transfer(batch, 0)[REGISTRY_KEYS.X_KEY].float()
         bad = ~x.isfinite() | (x < 0) | (x != x.round())

@@ -25,6 +25,9 @@ def open_counts(
 ) -> ad.AnnData | MuData:
     """Open a file of AnnData or MuData; of its matrices only those with the counts are there, and stay on disk.
 
+    Raises ValueError if it cannot be read, is neither of them, or has no such matrix; FileNotFoundError if it is not
+    there.
+
     Parameters
     ----------
     path
@@ -34,13 +37,6 @@ def open_counts(
         wanted.
     as_dask
         Give them as dask arrays, which workers read by themselves.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be read, is neither of them, or has no such matrix.
-    FileNotFoundError
-        If it is not there.
     """
     path = Path(path)
     refuse_foreign(path)
@@ -122,10 +118,7 @@ def _is_matrix(stored: Any) -> bool:
 def _open_matrix(stored: Any, as_dask: bool) -> Any:
     """A matrix that stays on disk; of a sparse one, where its rows begin is read and checked.
 
-    Raises
-    ------
-    ValueError
-        If they begin where no values are.
+    Raises ValueError if they begin where no values are.
     """
     x = _on_disk(stored)
     if x is not stored:
@@ -141,12 +134,7 @@ def _open_matrix(stored: Any, as_dask: bool) -> Any:
 def refuse_foreign(path: Path) -> None:
     """Refuse files of other formats with counts, and say how to make an h5ad file of them.
 
-    Raises
-    ------
-    ValueError
-        With the line of code.
-    FileNotFoundError
-        If there is no such file or folder.
+    Raises ValueError, with the line of code; FileNotFoundError if there is no such file or folder.
     """
     if not path.exists():
         near = [other.name for other in path.parent.glob("*.h5*")][:5] if path.parent.is_dir() else []

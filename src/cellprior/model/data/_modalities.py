@@ -46,6 +46,9 @@ def cells_of_modalities(
     A barcode is the same cell wherever it stands in a modality. A cell has a modality if its barcode is in it, unless
     :func:`cellprior.pp.pad_modalities` has noted that its row is padding; that a row is all 0 means nothing.
 
+    Raises ValueError if no modality or no counts are found, the modalities are swapped, or a barcode stands for two
+    cells.
+
     Parameters
     ----------
     data
@@ -54,11 +57,6 @@ def cells_of_modalities(
         ``modalities``, ``rna_layer``, ``atac_layer`` of the setup.
     genes
         Vocabulary that tells an AnnData with genes, of which the places are known as well, from one with peaks.
-
-    Raises
-    ------
-    ValueError
-        If no modality or no counts are found, the modalities are swapped, or a barcode stands for two cells.
     """
     keys = modality_keys(setup_args["modalities"])
     layers = {name: setup_args[f"{name}_layer"] for name in MODALITIES}
@@ -117,10 +115,7 @@ def cells_of_modalities(
 def modality_keys(modalities: Mapping[str, str] | None) -> dict[str, str]:
     """Names that RNA and ATAC have in a MuData.
 
-    Raises
-    ------
-    ValueError
-        For a key that is neither ``"rna"`` nor ``"atac"``.
+    Raises ValueError, for a key that is neither ``"rna"`` nor ``"atac"``.
     """
     given = dict(modalities or {})
     if unknown := given.keys() - set(MODALITIES):
@@ -132,10 +127,7 @@ def modality_keys(modalities: Mapping[str, str] | None) -> dict[str, str]:
 def refuse_other_axis(mdata: MuData) -> None:
     """Refuse a MuData whose modalities share features and not cells.
 
-    Raises
-    ------
-    ValueError
-        With how to make one that shares cells.
+    Raises ValueError, with how to make one that shares cells.
     """
     if getattr(mdata, "axis", 0) != 0:
         msg = (
@@ -148,10 +140,7 @@ def refuse_other_axis(mdata: MuData) -> None:
 def say_what_is_left_out(mdata: MuData, keys: Mapping[str, str]) -> None:
     """Refuse a modality that is there under another name, and name others that are not read in its stead.
 
-    Raises
-    ------
-    ValueError
-        With the name that is needed.
+    Raises ValueError, with the name that is needed.
 
     Warns
     -----
@@ -180,10 +169,7 @@ def say_what_is_left_out(mdata: MuData, keys: Mapping[str, str]) -> None:
 def refuse_swapped(adata: ad.AnnData, modality: str, key: str) -> None:
     """Refuse peaks where genes should be; what are no peaks is left to the matching.
 
-    Raises
-    ------
-    ValueError
-        With the first names.
+    Raises ValueError, with the first names.
     """
     if modality == "rna" and (kinds_of(adata.var) != GENE).all() and are_peaks(adata.var_names):
         msg = (

@@ -29,6 +29,8 @@ def distinct(genes: pd.DataFrame) -> pd.DataFrame:
 def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np.ndarray:
     """Vocabulary rows of genes.
 
+    Raises KeyError if a gene is not in the vocabulary; TypeError if ``names`` is a text.
+
     Parameters
     ----------
     names
@@ -37,13 +39,6 @@ def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np
         The vocabulary.
     match
         Of the data's genes.
-
-    Raises
-    ------
-    KeyError
-        If a gene is not in the vocabulary.
-    TypeError
-        If ``names`` is a text.
     """
     if isinstance(names, str):
         msg = f"genes={names!r} is one text; a list of names is needed: genes=[{names!r}]."
@@ -71,6 +66,9 @@ def measured_genes(
 
     Without ``measured``, those of the data were, in all cells ``(1, n_genes)``.
 
+    Raises KeyError if a gene is neither in the data nor in the vocabulary, or a batch of the data not in
+    ``measured``; ValueError if ``measured`` is given without a ``batch_key``.
+
     Parameters
     ----------
     measured
@@ -81,13 +79,6 @@ def measured_genes(
         Of the data's genes.
     cells
         With their batches; needed with ``measured``.
-
-    Raises
-    ------
-    KeyError
-        If a gene is neither in the data nor in the vocabulary, or a batch of the data not in ``measured``.
-    ValueError
-        If ``measured`` is given without a ``batch_key``.
     """
     if measured is None:
         seen = np.zeros((1, len(genes)), dtype=bool)
@@ -112,6 +103,8 @@ def measured_genes(
 def refuse_unmeasured(counts: np.ndarray, known: np.ndarray, genes: pd.DataFrame) -> None:
     """Refuse counts of genes that were not measured.
 
+    Raises ValueError, with the name of a gene.
+
     Parameters
     ----------
     counts
@@ -120,11 +113,6 @@ def refuse_unmeasured(counts: np.ndarray, known: np.ndarray, genes: pd.DataFrame
         Which genes were measured, of all cells or of each.
     genes
         The vocabulary.
-
-    Raises
-    ------
-    ValueError
-        With the name of a gene.
     """
     found = ((counts != 0) & ~known).any(axis=0)
     if found.any():

@@ -67,10 +67,7 @@ class Sources:
     def refuse_inside(self, *outputs: Path) -> None:
         """Refuse to write into, or over, what is read.
 
-        Raises
-        ------
-        ValueError
-            With both.
+        Raises ValueError, with both.
         """
         for place in self.roots:
             for output in outputs:

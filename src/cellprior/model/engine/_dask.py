@@ -174,14 +174,8 @@ def parts_on_cluster(
 ) -> Iterator[Part]:
     """Embed units on a cluster, as :meth:`~cellprior.model.engine._embedding.Embedding.parts` does here, in any order.
 
-    Raises
-    ------
-    NotCountsError
-        If the data are not raw counts.
-    RuntimeError
-        If workers die again and again on the same cells.
-    ClusterLostError
-        If the cluster ends.
+    Raises NotCountsError if the data are not raw counts; RuntimeError if workers die again and again on the same
+    cells; ClusterLostError if the cluster ends.
     """
     from distributed import KilledWorker, as_completed
 
@@ -227,10 +221,7 @@ def parts_on_cluster(
 def await_workers(client: Any) -> None:
     """Wait for a first worker, before anything is asked of the cluster: Dask itself would wait for ever.
 
-    Raises
-    ------
-    ClusterLostError
-        If none comes.
+    Raises ClusterLostError if none comes.
     """
     if client.status != "running":
         raise ClusterLostError(_ending(client))
@@ -245,10 +236,8 @@ def await_workers(client: Any) -> None:
 def connected(client: Any) -> Iterator[None]:
     """Say in one way that a cluster has ended, which Dask says in many.
 
-    Raises
-    ------
-    ClusterLostError
-        If the client is closed, the scheduler gone, or what was sent to the workers lost with them.
+    Raises ClusterLostError if the client is closed, the scheduler gone, or what was sent to the workers lost with
+    them.
     """
     try:
         yield
@@ -296,10 +285,7 @@ def block_of(x: Any, rows: np.ndarray) -> tuple[Any, np.ndarray]:
 def refuse_here(x: Any) -> None:
     """Refuse counts that are in this process: a cluster reads a dask array.
 
-    Raises
-    ------
-    TypeError
-        With the way out.
+    Raises TypeError, with the way out.
     """
     if not hasattr(x, "dask"):
         msg = (

@@ -105,12 +105,8 @@ class Embedding:
 
         A unit in which that happens is begun anew: some of its cells may be given twice.
 
-        Raises
-        ------
-        DivergedError
-            If a latent is not finite.
-        ValueError
-            If the encoder does not give a row per cell, of ``width`` columns.
+        Raises DivergedError if a latent is not finite; ValueError if the encoder does not give a row per cell, of
+        ``width`` columns.
         """
         queue = deque(range(len(self.units)) if pending is None else pending)
         self.encoder.module.eval()

@@ -93,10 +93,7 @@ class BatchSize:
     def halve(self, error: RuntimeError) -> None:
         """Answer to a GPU that ran out of memory, with one warning.
 
-        Raises
-        ------
-        RuntimeError
-            If there is nothing left to halve.
+        Raises RuntimeError if there is nothing left to halve.
         """
         smaller = max(self.n_cells // 2, MIN_CHUNK)
         if smaller == self.n_cells:

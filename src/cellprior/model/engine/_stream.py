@@ -313,10 +313,7 @@ class LatentStore:
     def close(self) -> None:
         """See that all is there as it was written, mark the zarr folder complete, and give it its name.
 
-        Raises
-        ------
-        OSError
-            If the disk does not give what it was given.
+        Raises OSError if the disk does not give what it was given.
         """
         if damaged := self._drop_unsound():
             msg = (
@@ -348,10 +345,7 @@ class LatentStore:
     def writing(self) -> Iterator[None]:
         """Say what cannot be written, why, and what is kept.
 
-        Raises
-        ------
-        OSError
-            With the name of ``out``.
+        Raises OSError, with the name of ``out``.
         """
         try:
             yield
@@ -496,10 +490,7 @@ def _fill(
 def refuse_impossible(name: str, *, sees_others: bool, hidden: str | os.PathLike[str], client: Any) -> None:
     """Refuse arguments of :func:`stream` that cannot be meant, of a model that is called ``name``.
 
-    Raises
-    ------
-    ValueError
-        If nobody has hidden states to keep in files.
+    Raises ValueError if nobody has hidden states to keep in files.
     """
     if hidden == "memory":
         return

@@ -153,10 +153,7 @@ class LoadableModel(Hooks, BaseModelClass):
     def _refuse_setup(cls, setup: Mapping[str, Any]) -> None:
         """Refuse what the setup of this model does not take besides what all models take.
 
-        Raises
-        ------
-        ValueError
-            With the names that it takes.
+        Raises ValueError, with the names that it takes.
         """
         of_all = signature(LoadableModel.opened).parameters.keys() | {
             "adata",
@@ -348,10 +345,7 @@ class SetupKeys:
 def usable_device(device: str | int | torch.device) -> str | int | torch.device:
     """A device that is there; ``"auto"`` is the first GPU if there is one, else the CPU.
 
-    Raises
-    ------
-    ValueError
-        If it is not there.
+    Raises ValueError if it is not there.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

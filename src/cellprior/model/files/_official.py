@@ -15,10 +15,7 @@ from cellprior.weights import WeightsError
 def find_checkpoint(path: Path, suffix: str) -> Path:
     """The checkpoint file itself, or the only one in a folder.
 
-    Raises
-    ------
-    WeightsError
-        If it has another suffix, or the folder holds none or several.
+    Raises WeightsError if it has another suffix, or the folder holds none or several.
     """
     if not path.is_dir():
         if not path.name.endswith(suffix):
@@ -40,6 +37,8 @@ def translate(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under our names, and the names of those that have none.
 
+    Raises WeightsError if there is something else than tensors.
+
     Parameters
     ----------
     tensors
@@ -48,11 +47,6 @@ def translate(
         Their name (a pattern), ours (a replacement).
     prefix
         Left by the code that saved them; taken off.
-
-    Raises
-    ------
-    WeightsError
-        If there is something else than tensors.
     """
     renamed, unknown = {}, []
     for name, tensor in tensors.items():

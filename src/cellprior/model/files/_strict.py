@@ -26,6 +26,8 @@ def check_fits(cls: type[Any], bundle: Bundle, source: str) -> None:
     The network is made without memory for its tensors (on the device "meta"), and with no more parts than the file
     could have tensors for, so that a configuration cannot ask for more than its file holds.
 
+    Raises WeightsError, with the argument that the network refuses, or with the tensors that do not fit.
+
     Parameters
     ----------
     cls
@@ -34,11 +36,6 @@ def check_fits(cls: type[Any], bundle: Bundle, source: str) -> None:
         Its tensors may be on the device "meta".
     source
         What the weights are called.
-
-    Raises
-    ------
-    WeightsError
-        With the argument that the network refuses, or with the tensors that do not fit.
     """
     try:
         with few_parts(len(bundle.state_dict)), torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -60,10 +57,7 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: s
     A module may have a method ``check_tensors(state_dict)`` that raises a ValueError for values that no trained
     network has.
 
-    Raises
-    ------
-    WeightsError
-        With the names that are missing, left over, of another shape or type, or not finite.
+    Raises WeightsError, with the names that are missing, left over, of another shape or type, or not finite.
     """
     expected = module.state_dict()
     _refuse_misfits(expected, state_dict, source)
@@ -87,10 +81,7 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: s
 def few_parts(n_tensors: int) -> Iterator[None]:
     """Stop the making of a network that has far more parts than a file has tensors.
 
-    Raises
-    ------
-    ValueError
-        When that is seen.
+    Raises ValueError when that is seen.
     """
     most = FEW_PARTS + PARTS_OF_A_TENSOR * n_tensors
     here, n_parts = threading.get_ident(), 0

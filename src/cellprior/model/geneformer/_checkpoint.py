@@ -74,16 +74,13 @@ def find_official(path: Path) -> Path | None:
 def read_official(checkpoint: Path) -> Bundle:
     """Read an official folder.
 
+    Raises WeightsError if a file is missing, broken or another model's, or a tensor is not known.
+
     Parameters
     ----------
     checkpoint
         Its ``model.safetensors`` or ``pytorch_model.bin``, with ``config.json`` beside it, and the dictionaries where
         :func:`~cellprior.model.geneformer._vocabulary.find_vocabulary` looks for them.
-
-    Raises
-    ------
-    WeightsError
-        If a file is missing, broken or another model's, or a tensor is not known.
     """
     folder = checkpoint.parent
     config = _config(folder)
@@ -100,10 +97,7 @@ def read_official(checkpoint: Path) -> Bundle:
 def network(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Arguments of the network from its config, those that the dictionaries decide left out.
 
-    Raises
-    ------
-    WeightsError
-        If it describes another network.
+    Raises WeightsError if it describes another network.
     """
     for name, (needed, default) in BUILT_IN.items():
         if (value := config.get(name, default)) != needed:

@@ -89,10 +89,7 @@ def token_chunks(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Row numbers and tokens of a few cells at a time, in the order of ``indices``; the network is in eval mode.
 
-    Raises
-    ------
-    ValueError
-        If there are no cells.
+    Raises ValueError if there are no cells.
     """
     model._check_if_trained(warn=False)
     cells = model._cells(adata)

@@ -33,6 +33,8 @@ def masked_losses(
     Of held-out cells, all selected genes are hidden: what is shown in plain sight can be copied, which the floors
     cannot.
 
+    Raises ValueError if ``micro_batch_size`` is below 1.
+
     Parameters
     ----------
     module
@@ -54,11 +56,6 @@ def masked_losses(
     -------
     ``loss`` and ``masked``, which are equal; ``masked_accuracy``, how often the most likely gene is right; and the
     floors of both.
-
-    Raises
-    ------
-    ValueError
-        If ``micro_batch_size`` is below 1.
     """
     tokens = module.tokens(batch[REGISTRY_KEYS.X_KEY])
     tokens = tokens[token_counts(tokens).argsort(descending=True, stable=True)]

@@ -101,10 +101,7 @@ class GeneformerModule(BaseModuleClass):
     def check_tensors(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse numbers that genes cannot be divided by.
 
-        Raises
-        ------
-        ValueError
-            With the name of the tensor.
+        Raises ValueError, with the name of the tensor.
         """
         if not bool((state_dict["gene_scale"] > 0).all()):
             msg = "the tensor gene_scale has values that are not above 0."
@@ -251,10 +248,7 @@ class GeneformerModule(BaseModuleClass):
     def checked_pooling(self, pooling: str | None) -> Pooling:
         """How to pool, if that is possible.
 
-        Raises
-        ------
-        ValueError
-            If it is not.
+        Raises ValueError if it is not.
         """
         if pooling is None:
             return "cls" if self.special else "mean"
@@ -269,10 +263,7 @@ class GeneformerModule(BaseModuleClass):
     def checked_layer(self, layer: int) -> int:
         """How many layers are computed for an output, if there is such an output.
 
-        Raises
-        ------
-        ValueError
-            If there is none.
+        Raises ValueError if there is none.
         """
         n_layers = len(self.encoder)
         if not -n_layers <= layer <= 0:

@@ -60,12 +60,8 @@ class Request:
     ) -> Request:
         """Names into tokens.
 
-        Raises
-        ------
-        KeyError
-            If a gene is not in the vocabulary.
-        ValueError
-            If nothing is asked for, or what is not possible.
+        Raises KeyError if a gene is not in the vocabulary; ValueError if nothing is asked for, or what is not
+        possible.
         """
         refuse_impossible(genes, shift_of, how, options["n_controls"])
         groups = [(name,) if isinstance(name, str) else tuple(name) for name in genes]

@@ -31,6 +31,8 @@ class Vocabulary(NamedTuple):
 def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
     """Vocabulary of a network.
 
+    Raises WeightsError if they are missing, damaged, or another network's.
+
     Parameters
     ----------
     folder
@@ -39,11 +41,6 @@ def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
         ``ensembl_mapping_dict*.pkl`` and ``gene_name_id_dict*.pkl``. Without any, a network of V1 gets its own.
     n_tokens
         Of the network.
-
-    Raises
-    ------
-    WeightsError
-        If they are missing, damaged, or another network's.
     """
     places = [folder, folder / "dictionaries"]
     if n_tokens != V1_TOKENS:  # whose own are in the package
@@ -89,6 +86,8 @@ def shipped() -> Vocabulary:
 def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocabulary:
     """Read the authors' dictionaries.
 
+    Raises WeightsError if a file is not such a dictionary, or a gene has no token or no median.
+
     Parameters
     ----------
     tokens
@@ -97,11 +96,6 @@ def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocab
         Gene to median.
     names
         Symbol to gene.
-
-    Raises
-    ------
-    WeightsError
-        If a file is not such a dictionary, or a gene has no token or no median.
     """
     token = read_dictionary(tokens)
     special = "<cls>" in token

@@ -59,10 +59,7 @@ class Names(NamedTuple):
 def refuse_unless_annotates(model: Any) -> None:
     """Refuse a model that cannot learn labels.
 
-    Raises
-    ------
-    NotImplementedError
-        With what names cells instead.
+    Raises NotImplementedError, with what names cells instead.
     """
     if not model.can("annotate"):
         instead = " It names cells by transfer_labels." if hasattr(model, "transfer_labels") else ""

@@ -74,6 +74,9 @@ def fit(
     However the run ends, ``history_`` of the model has that of the runs before as well, and the module is in eval mode.
     Where it ends early, after an epoch at least, the weights are trained ones.
 
+    Raises ValueError if early stopping watches held-out cells, and there are none; DivergedError if a loss is not
+    finite. The model has the last weights with a finite loss.
+
     Parameters
     ----------
     model
@@ -95,13 +98,6 @@ def fit(
     early_stopping_monitor, **trainer_kwargs
         To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says otherwise.
         ``enable_progress_bar=False`` draws no bar; ``simple_progress_bar=False`` draws Lightning's, a step at a time.
-
-    Raises
-    ------
-    ValueError
-        If early stopping watches held-out cells, and there are none.
-    DivergedError
-        If a loss is not finite. The model has the last weights with a finite loss.
 
     Warns
     -----

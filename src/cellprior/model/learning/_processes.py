@@ -78,10 +78,7 @@ class _Gather(torch.autograd.Function):
 def refuse_unseeded(strategy: Any) -> None:
     """Refuse processes that each begin anew and have no seed to begin alike.
 
-    Raises
-    ------
-    RuntimeError
-        With the way to set one.
+    Raises RuntimeError, with the way to set one.
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__.lower()
     begin_anew = "ddp" in name and not any(how in name for how in ("spawn", "fork", "notebook"))

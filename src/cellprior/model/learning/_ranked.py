@@ -40,6 +40,8 @@ def gene_scores(
 
     The logits of all genes are there for the places of a few cells at a time only.
 
+    Raises ValueError if ``micro_batch_size`` is below 1.
+
     Parameters
     ----------
     count
@@ -54,11 +56,6 @@ def gene_scores(
         Which places are asked for.
     micro_batch_size
         Cells in memory at a time; by default about 4,096 tokens. Never changes the gradient.
-
-    Raises
-    ------
-    ValueError
-        If ``micro_batch_size`` is below 1.
     """
     if micro_batch_size is not None and micro_batch_size < 1:
         msg = f"micro_batch_size={micro_batch_size}; at least one cell at a time is needed."

@@ -57,10 +57,7 @@ def check_share(reject: float) -> None:
 def check_reject(reject: float, n_cells: int, advice: str) -> None:
     """Refuse a share that is none, or that so few calibration cells cannot promise.
 
-    Raises
-    ------
-    ValueError
-        With the number of cells needed, and the advice.
+    Raises ValueError, with the number of cells needed, and the advice.
     """
     check_share(reject)
     if n_cells < (needed := cells_needed(reject)):

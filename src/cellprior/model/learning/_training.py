@@ -163,10 +163,7 @@ def default_batch_size(n_cells: int, train_size: float | None) -> int:
 def refuse_with_datamodule(datamodule: Any, *, measured: Any, strategy: Any) -> None:
     """Refuse what needs to know whose cells are in a minibatch, and processes that would all read the same.
 
-    Raises
-    ------
-    ValueError
-        With what.
+    Raises ValueError, with what.
     """
     if measured is not None:
         msg = "measured= names genes by batch, and the minibatches of a datamodule mix batches: leave it out."

@@ -65,10 +65,7 @@ class Official:
 def read_scclip(checkpoint: InertCheckpoint, content: Any) -> Official | None:
     """Read an scCLIP checkpoint; None if it is another model's.
 
-    Raises
-    ------
-    WeightsError
-        If features, sizes or tensors are missing, unknown, or contradict each other.
+    Raises WeightsError if features, sizes or tensors are missing, unknown, or contradict each other.
     """
     file = checkpoint.path.name
     tensors = content.get("state_dict") if isinstance(content, Mapping) else None
@@ -123,10 +120,7 @@ def _features(stated: Any, key: str, file: str) -> list[str]:
 def rename(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     """Their tensors under our names; every one is used, or the error lists it.
 
-    Raises
-    ------
-    WeightsError
-        If there are tensors that scCLIP does not have.
+    Raises WeightsError if there are tensors that scCLIP does not have.
     """
     renamed, unknown = translate(tensors, RENAMED, prefix="model.")
     if unknown:
@@ -141,10 +135,7 @@ def rename(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
 def network(state_dict: Mapping[str, Tensor], n_heads: int, file: str) -> dict[str, Any]:
     """Arguments of the network, from the shapes of renamed tensors; the number of heads leaves no trace in them.
 
-    Raises
-    ------
-    WeightsError
-        If tensors are missing.
+    Raises WeightsError if tensors are missing.
     """
     layers = {int(found[1]) for name in state_dict if (found := re.match(r"rna\.encoder\.(\d+)\.", name))}
     try:

@@ -65,17 +65,14 @@ def _without_ties(share: np.ndarray, novelty: np.ndarray) -> np.ndarray:
 def nearest(queries: np.ndarray, references: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Most similar references of each query, the best first, and their cosines ``(queries, k)``.
 
+    Raises ValueError if ``k`` is no whole number from 1 on.
+
     Parameters
     ----------
     queries, references
         Unit vectors ``(cells, n_latent)``.
     k
         How many, 1 at least; fewer if there are not as many references.
-
-    Raises
-    ------
-    ValueError
-        If ``k`` is no whole number from 1 on.
     """
     count(n_neighbors=k)
     k = min(k, len(references))
@@ -129,10 +126,7 @@ def greedy(similarity: np.ndarray) -> np.ndarray:
 def pairs(similarity: np.ndarray, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """Partner of each row, -1 for none, and its score: the probability of the transport, or the cosine.
 
-    Raises
-    ------
-    ValueError
-        If ``method`` is not known.
+    Raises ValueError if ``method`` is not known.
     """
     if method not in ("transport", "greedy"):
         msg = f'method={method!r} is not known; choose "transport" or "greedy".'
@@ -255,10 +249,7 @@ def predict_modality(
 def latents(model: Any, adata: Any, modality: str) -> tuple[Cells, np.ndarray, np.ndarray]:
     """Cells of some data, unit vectors of those with a modality, and their row numbers.
 
-    Raises
-    ------
-    ValueError
-        If none has it.
+    Raises ValueError if none has it.
     """
     model._check_if_trained(warn=False)
     cells = model._cells(adata)

@@ -150,10 +150,7 @@ class MultiomeCLIPModule(BaseModuleClass):
     def check_tensors(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse values that would make embeddings of NaN, or reach beyond the features.
 
-        Raises
-        ------
-        ValueError
-            With the name of the tensor.
+        Raises ValueError, with the name of the tensor.
         """
         for name, values in state_dict.items():
             part = name.removeprefix("rna.").removeprefix("atac.")

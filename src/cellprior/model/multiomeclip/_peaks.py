@@ -266,10 +266,7 @@ def atac_representation(model: Any, adata: Any, indices: Any, batch_size: int | 
 def components_of(model: Any) -> MLPEncoder:
     """Encoder of ATAC, if it has components.
 
-    Raises
-    ------
-    ValueError
-        If it has not.
+    Raises ValueError if it has not.
     """
     encoder = model.module.encoder_of("atac")
     if not isinstance(encoder, MLPEncoder):

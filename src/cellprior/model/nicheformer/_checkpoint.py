@@ -61,10 +61,7 @@ def is_official(path: Path) -> bool:
 def read_hub(path: Path) -> tuple[Bundle, Path]:
     """Read the hub's copy, a folder or its ``model.safetensors``; and give that file.
 
-    Raises
-    ------
-    WeightsError
-        If a file is missing, broken or another model's, or a tensor is not known.
+    Raises WeightsError if a file is missing, broken or another model's, or a tensor is not known.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -89,10 +86,7 @@ def read_hub(path: Path) -> tuple[Bundle, Path]:
 def read_lightning(checkpoint: InertCheckpoint, content: Any) -> Bundle | None:
     """Read the authors' ``.ckpt``; None if it is another model's.
 
-    Raises
-    ------
-    WeightsError
-        If sizes, tensors or the vocabulary beside it are missing, unknown, or contradict each other.
+    Raises WeightsError if sizes, tensors or the vocabulary beside it are missing, unknown, or contradict each other.
     """
     tensors = content.get("state_dict") if isinstance(content, Mapping) else None
     stated = content.get("hyper_parameters") if isinstance(content, Mapping) else None
@@ -108,6 +102,8 @@ def read_lightning(checkpoint: InertCheckpoint, content: Any) -> Bundle | None:
 def bundle_of(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], file: Path, source: Path) -> Bundle:
     """A bundle of their tensors.
 
+    Raises WeightsError if they are another network's.
+
     Parameters
     ----------
     tensors
@@ -118,11 +114,6 @@ def bundle_of(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], file: Pa
         Of the tensors; the vocabulary is looked for beside it.
     source
         Of the arguments.
-
-    Raises
-    ------
-    WeightsError
-        If they are another network's.
     """
     arguments, n_tokens = network(stated, source)
     vocabulary = find_vocabulary(file.parent, n_tokens)
@@ -136,10 +127,7 @@ def bundle_of(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], file: Pa
 def network(stated: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], int]:
     """Arguments of the network, and how many tokens it has.
 
-    Raises
-    ------
-    WeightsError
-        If they describe another network.
+    Raises WeightsError if they describe another network.
     """
     for name in (*SIZES, "n_tokens"):
         value = stated.get(name)
@@ -167,10 +155,7 @@ def network(stated: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], in
 def rename(tensors: Mapping[str, Tensor], file: str, *, n_tokens: int) -> dict[str, Tensor]:
     """Their tensors under our names; every one is used, or known to be superfluous, or the error lists it.
 
-    Raises
-    ------
-    WeightsError
-        If there are tensors that Nicheformer does not have.
+    Raises WeightsError if there are tensors that Nicheformer does not have.
     """
     renamed, unknown = translate(tensors, RENAMED, prefix=PREFIX)
     unknown = [name for name in unknown if not re.match(UNUSED, name)]

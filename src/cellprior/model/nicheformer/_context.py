@@ -119,10 +119,7 @@ class ContextField(NumericalObsField):
 def known_name(kind: str, text: str, where: str) -> str:
     """A name as it stands in our table, whatever its capitals, apostrophe or spaces; or by the authors' number.
 
-    Raises
-    ------
-    ValueError
-        If there is none.
+    Raises ValueError if there is none.
     """
     plain = _plain(text)
     by_text = {_plain(name): name for name in _NAMES[kind]} | _ALIASES[kind]
@@ -161,10 +158,7 @@ def codes_of(adata: ad.AnnData, args: Mapping[str, Any]) -> np.ndarray:
 def explained(codes: np.ndarray) -> Iterator[None]:
     """Say of fractions in spatial data what they probably are.
 
-    Raises
-    ------
-    NotCountsError
-        As it was raised, with the way back to counts.
+    Raises NotCountsError, as it was raised, with the way back to counts.
     """
     try:
         yield
@@ -178,10 +172,7 @@ def explained(codes: np.ndarray) -> Iterator[None]:
 def refuse_unsaid_mouse(adata: ad.AnnData, args: Mapping[str, Any]) -> None:
     """Refuse orthologues of genes of mouse whose cells would be read as human, as nothing else is said.
 
-    Raises
-    ------
-    ValueError
-        If the names of the columns are of mouse, and those of ``gene_key`` are read.
+    Raises ValueError if the names of the columns are of mouse, and those of ``gene_key`` are read.
     """
     if args["gene_key"] is None or any(args.get(name) is not None for name in ("species", "species_key")):
         return

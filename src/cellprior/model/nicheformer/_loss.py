@@ -33,6 +33,8 @@ def masked_losses(
     Of held-out cells, all selected genes are hidden: what is shown in plain sight can be copied, which the floors
     cannot.
 
+    Raises ValueError if ``micro_batch_size`` is below 1.
+
     Parameters
     ----------
     module
@@ -55,11 +57,6 @@ def masked_losses(
     -------
     ``loss`` and ``masked``, which are equal; ``masked_accuracy``, how often the most likely gene is right; and the
     floors of both.
-
-    Raises
-    ------
-    ValueError
-        If ``micro_batch_size`` is below 1.
     """
     context = context_of(batch)
     tokens = module.tokens(batch[REGISTRY_KEYS.X_KEY], context=context)

@@ -244,10 +244,7 @@ class NicheformerModule(BaseModuleClass):
     def checked_scale(self, gene_scale: str | None) -> GeneScale:
         """How to rank genes, if that is known.
 
-        Raises
-        ------
-        ValueError
-            If it is not.
+        Raises ValueError if it is not.
         """
         if gene_scale is None:
             return self.gene_scale
@@ -257,10 +254,7 @@ class NicheformerModule(BaseModuleClass):
     def checked_layer(self, layer: int) -> int:
         """How many layers are computed for an output, if there is such an output.
 
-        Raises
-        ------
-        ValueError
-            If there is none.
+        Raises ValueError if there is none.
         """
         n_layers = len(self.encoder)
         if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer < n_layers:

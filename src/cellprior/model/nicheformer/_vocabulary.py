@@ -30,6 +30,8 @@ class Vocabulary(NamedTuple):
 def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
     """Vocabulary of a network.
 
+    Raises WeightsError if they are missing, damaged, or another network's.
+
     Parameters
     ----------
     folder
@@ -37,11 +39,6 @@ def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
         technology at least, these are read. Without ``model.h5ad``, the network of the authors gets its own.
     n_tokens
         Of the network, those that are no genes included.
-
-    Raises
-    ------
-    WeightsError
-        If they are missing, damaged, or another network's.
     """
     n_genes = n_tokens - FIRST_GENE
     reference = folder / REFERENCE
@@ -84,10 +81,7 @@ def names_of(genes: pd.DataFrame) -> list[str]:
 def read_reference(path: Path) -> list[str]:
     """Names of the genes of an h5ad file, in their order; nothing else of it is read.
 
-    Raises
-    ------
-    WeightsError
-        If it cannot be read.
+    Raises WeightsError if it cannot be read.
     """
     import h5py
 
@@ -107,10 +101,7 @@ def read_reference(path: Path) -> list[str]:
 def read_means(folder: Path, n_genes: int) -> tuple[np.ndarray, Sequence[Path]]:
     """Means of the genes in the technologies ``(technologies, n_genes)``, 0 where NaN or without a file; and the files.
 
-    Raises
-    ------
-    WeightsError
-        If there is none, or one is damaged, or of another vocabulary.
+    Raises WeightsError if there is none, or one is damaged, or of another vocabulary.
     """
     means, files = np.zeros((len(TECHNOLOGIES), n_genes)), []
     for row, name in enumerate(TECHNOLOGIES):

@@ -74,6 +74,8 @@ def cell_losses(
 ) -> dict[str, Tensor]:
     """Losses of one minibatch of a training run.
 
+    Raises ValueError if nothing is to be learned, or an argument is not one of those above.
+
     Parameters
     ----------
     batch
@@ -98,11 +100,6 @@ def cell_losses(
         Cells in memory at a time, for a third more work; ``None`` for all. Never changes the gradient.
     redraw_every
         Training steps between draws of new random features. The original counts forward passes.
-
-    Raises
-    ------
-    ValueError
-        If nothing is to be learned, or an argument is not one of those above.
     """
     refuse_impossible(bin_loss, contrast_weight, micro_batch_size)
     if module.training:

@@ -87,16 +87,13 @@ def recognises(path: Path) -> bool:
 def read_official(checkpoint: Path) -> Bundle:
     """Read an official checkpoint.
 
+    Raises WeightsError if a file is missing or broken, a tensor is not known, or the files contradict each other.
+
     Parameters
     ----------
     checkpoint
         ``best_model.pt``, with ``args.json`` and ``vocab.json`` in the same folder. ``"layout": "scformer"`` in
         ``args.json`` says that it is scFormer's, whose layout is the same and whose computation is not quite.
-
-    Raises
-    ------
-    WeightsError
-        If a file is missing or broken, a tensor is not known, or the files contradict each other.
     """
     args, vocabulary = (_read_json(checkpoint.with_name(name), checkpoint) for name in (ARGS, VOCABULARY))
     state_dict = rename(read_checkpoint(checkpoint), checkpoint.name)
@@ -244,10 +241,7 @@ def read_vocabulary(
 ) -> tuple[list[int], list[str]]:
     """Rows of the embedding in our order (genes, padding, class token), and the names of the genes.
 
-    Raises
-    ------
-    WeightsError
-        If the numbers are not those of the rows, or the padding or the class token is missing.
+    Raises WeightsError if the numbers are not those of the rows, or the padding or the class token is missing.
     """
     file = VOCABULARY
     if missing := [name for name in (PAD_TOKEN, CLS_TOKEN) if name not in vocabulary]:

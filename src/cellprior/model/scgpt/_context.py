@@ -110,10 +110,7 @@ def _summed(
 ) -> tuple[Tensor, Tensor, int]:
     """What ``add`` adds up over cells, float64: a sum, how many it is of, and the number of cells.
 
-    Raises
-    ------
-    ValueError
-        If there are no cells.
+    Raises ValueError if there are no cells.
     """
     sizes: Any = (shape, n_shape or shape[:1])
     total, n = (torch.zeros(size, dtype=torch.float64) for size in sizes)

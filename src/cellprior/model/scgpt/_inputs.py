@@ -176,10 +176,7 @@ def tokenize(
 
     Bins are those among all expressed genes, whatever ``max_genes`` is.
 
-    Raises
-    ------
-    ValueError
-        If ``ties`` is not known, or ``max_genes`` below 1.
+    Raises ValueError if ``ties`` is not known, or ``max_genes`` below 1.
     """
     if ties not in TIES:
         msg = f"ties={ties!r} is not known; choose one of {', '.join(map(repr, TIES))}."

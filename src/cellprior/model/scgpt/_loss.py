@@ -57,6 +57,8 @@ def cell_losses(
 ) -> dict[str, Tensor]:
     """Losses of one minibatch of a training run.
 
+    Raises ValueError if a part needs batches and there are none, or a share is none.
+
     Parameters
     ----------
     batch
@@ -82,11 +84,6 @@ def cell_losses(
         Genes that a cell does not express have tokens too, and may be hidden. The original does that for integration.
     max_genes
         Of a cell, others at each step; ``None`` for all.
-
-    Raises
-    ------
-    ValueError
-        If a part needs batches and there are none, or a share is none.
     """
     if not 0 < mask_rate < 1:
         msg = f"mask_rate={mask_rate} is no share of the genes of a cell: a number between 0 and 1 is needed."

@@ -95,6 +95,9 @@ def read_official(
 ) -> Bundle:
     """Read an official checkpoint.
 
+    Raises WeightsError if a file is missing or broken, a tensor is not known, a species is not there, or files
+    contradict each other.
+
     Parameters
     ----------
     checkpoint
@@ -106,11 +109,6 @@ def read_official(
     n_heads
         Attention heads, which the files do not tell; by default one for each 64 numbers of a token, as in all released
         ones.
-
-    Raises
-    ------
-    WeightsError
-        If a file is missing or broken, a tensor is not known, a species is not there, or files contradict each other.
     """
     folder = checkpoint.parent
     chosen = list(dict.fromkeys(DEFAULT_SPECIES if species is None else species))
@@ -169,10 +167,7 @@ def read_offsets(path: Path) -> dict[str, int]:
 def read_positions(path: Path) -> Positions:
     """Where genes lie. Codes of chromosomes are places among the sorted names of the whole table.
 
-    Raises
-    ------
-    WeightsError
-        If it is missing, lacks a column, or a gene lies at two places.
+    Raises WeightsError if it is missing, lacks a column, or a gene lies at two places.
     """
     if not path.is_file():
         msg = f"{path} is missing: the table of where genes lie. Get it from {PAGE}, into the folder of the checkpoint."
@@ -216,10 +211,7 @@ def names_of(folder: Path, species: Sequence[str]) -> tuple[dict[str, list[str]]
 
     Of two names that differ in capitals only, the first.
 
-    Raises
-    ------
-    WeightsError
-        If they are nowhere.
+    Raises WeightsError if they are nowhere.
     """
     found, files, packed = {}, [], []
     for name in species:

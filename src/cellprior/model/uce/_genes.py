@@ -18,6 +18,8 @@ def rows_of_genes(
 ) -> np.ndarray:
     """Vocabulary rows of genes by name, of any species.
 
+    Raises KeyError if a name means no gene, or genes of several species; TypeError if ``names`` is a text.
+
     Parameters
     ----------
     names
@@ -28,13 +30,6 @@ def rows_of_genes(
         Of the data's genes, if there are data; what it says of a name counts first, unless ``species`` is given.
     species
         Of the genes.
-
-    Raises
-    ------
-    KeyError
-        If a name means no gene, or genes of several species.
-    TypeError
-        If ``names`` is a text.
     """
     if isinstance(names, str):
         msg = f"genes={names!r} is one text; a list of names is needed: genes=[{names!r}]."
@@ -61,10 +56,7 @@ def rows_of_genes(
 def rows_of_species(genes: pd.DataFrame, species: str | None) -> np.ndarray:
     """Vocabulary rows of one species, or all.
 
-    Raises
-    ------
-    KeyError
-        If there is none.
+    Raises KeyError if there is none.
     """
     if species is None:
         return np.arange(len(genes))

@@ -145,6 +145,9 @@ def sentences(
 ) -> Sentences:
     """Sentences of cells, ``n_draws`` of each cell one after the other.
 
+    Raises ValueError if an argument is none of these, or a cell's genes lie on more chromosomes than a sentence has
+    room for.
+
     Parameters
     ----------
     counts
@@ -162,11 +165,6 @@ def sentences(
         of one, there is no random number in it.
     seed
         Of the draws.
-
-    Raises
-    ------
-    ValueError
-        If an argument is none of these, or a cell's genes lie on more chromosomes than a sentence has room for.
     """
     if sampling not in SAMPLINGS:
         msg = f'sampling={sampling!r} is not known; choose "keyed" or "systematic".'

@@ -32,6 +32,8 @@ def presence_losses(
 ) -> dict[str, Tensor]:
     """Mean binary cross-entropy of whether genes are expressed; half of those that are asked for are.
 
+    Raises ValueError if ``hide_rate`` is no share, or ``n_queries`` below 2.
+
     Parameters
     ----------
     module
@@ -49,11 +51,6 @@ def presence_losses(
         Share of the expressed genes that the sentence does not show.
     n_queries
         Genes of a cell that are asked for.
-
-    Raises
-    ------
-    ValueError
-        If ``hide_rate`` is no share, or ``n_queries`` below 2.
     """
     code = int(batch[REGISTRY_KEYS.BATCH_KEY][0]) if REGISTRY_KEYS.BATCH_KEY in batch else 0
     known = measured[code if len(measured) > 1 else 0]

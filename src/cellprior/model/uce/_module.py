@@ -171,10 +171,7 @@ class UCEModule(BaseModuleClass):
     def check_tensors(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse genes on chromosomes that are not there.
 
-        Raises
-        ------
-        ValueError
-            With the tensor.
+        Raises ValueError, with the tensor.
         """
         n = len(state_dict["chromosome_code"])
         chromosome = state_dict["gene_chromosome"]

@@ -27,6 +27,9 @@ TAXON_BITS = 32  # numbers of a further species' genes are above those of all re
 def with_species(bundle: Bundle, *, species: str, proteins: Proteins, positions: Table, taxon: int) -> Bundle:
     """Weights that know one more species; what they knew stays as it was.
 
+    Raises WeightsError if the weights cannot take it, or a table is not as needed; ValueError if the species is there
+    already.
+
     Parameters
     ----------
     bundle
@@ -40,13 +43,6 @@ def with_species(bundle: Bundle, *, species: str, proteins: Proteins, positions:
         Table with ``gene_symbol``, ``chromosome`` and ``start``, or a CSV file.
     taxon
         Number of the species in NCBI's taxonomy, of which the vectors of its chromosomes are drawn, as in the original.
-
-    Raises
-    ------
-    WeightsError
-        If the weights cannot take it, or a table is not as needed.
-    ValueError
-        If the species is there already.
     """
     whole(most=2**31 - 1, taxon=taxon)
     network = bundle.config["network"]
@@ -122,10 +118,7 @@ def _extended(bundle: Bundle, species: str, vectors: Mapping[str, Tensor], place
 def vectors_of(proteins: Proteins, width: int) -> dict[str, Tensor]:
     """Vectors by symbol, float32; of two symbols that differ in capitals only, the place of the first, as the original.
 
-    Raises
-    ------
-    WeightsError
-        If one is of another width, or not finite.
+    Raises WeightsError if one is of another width, or not finite.
     """
     if isinstance(proteins, str | os.PathLike):
         proteins = read_checkpoint(Path(proteins))
