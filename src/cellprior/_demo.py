@@ -24,15 +24,8 @@ SHALLOW = 50  # counts of a cell
 def demo(folder: Path) -> pd.DataFrame:
     """Embed 700 blood cells with ``cellplm-starter`` and write ``cellprior_demo.png`` and ``.h5ad``.
 
-    Parameters
-    ----------
-    folder
-        Where to write; created if needed.
-
-    Returns
-    -------
-    Accuracy of a leave-one-out vote of 15 neighbours for the embedding and for PCA, of the cells as they are and
-    thinned to ``SHALLOW`` counts.
+    Gives the accuracy of a leave-one-out vote of 15 neighbours for the embedding and for PCA, of the cells as they
+    are and thinned to ``SHALLOW`` counts. The folder is made if needed.
     """
     import numpy as np
     import pandas as pd

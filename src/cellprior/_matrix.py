@@ -40,18 +40,8 @@ def is_raw(adata: Any, layer: str | None) -> bool:
 def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: str | None = None) -> Matrix:
     """``X``, a layer, or ``raw.X``.
 
-    Raises ValueError if there is no such matrix.
-
-    Parameters
-    ----------
-    adata
-        AnnData.
-    layer
-        Name of the layer, ``None`` for ``X``; ``"raw"`` for ``adata.raw``, unless a layer has this name.
-    argument
-        What names the layer, for errors.
-    name
-        What errors call the AnnData.
+    ``layer`` is ``None`` for ``X``, ``"raw"`` for ``adata.raw`` unless a layer has this name; errors call it by
+    ``argument``, and the AnnData by ``name``. Raises ValueError if there is no such matrix.
     """
     if is_raw(adata, layer):
         return Matrix(adata.raw.X, adata.raw.var, "raw.X")

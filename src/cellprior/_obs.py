@@ -64,18 +64,8 @@ def read_column(
 ) -> tuple[np.ndarray, list[str]]:
     """Number the categories of a column of ``obs`` in which no value may be missing; see :func:`numbered`.
 
-    Raises KeyError if there is no such column; ValueError if values are missing, or several columns have this name.
-
-    Parameters
-    ----------
-    obs
-        Annotation of the cells.
-    key
-        Name of the column.
-    frame
-        What errors call ``obs``.
-    advice
-        What to do where values are missing.
+    Errors call ``obs`` by ``frame``, and where values are missing give the ``advice``. Raises KeyError if there is no
+    such column; ValueError if values are missing, or several columns have this name.
     """
     if key not in obs:
         msg = f"{key!r} not found in {frame}; its columns are {list(obs.columns)}."

@@ -132,22 +132,10 @@ def ask(
 ) -> Answers:
     """Let every method name the test cells of every split of a kind.
 
-    Parameters
-    ----------
-    task
-        What is compared.
-    kind
-        Of the splits.
-    readers
-        `ZERO_SHOT` or `PROBES` or both, asked with all training cells if ``whole``.
-    n_per_class
-        Numbers of training cells of a label that the `PROBES` are asked with.
-    whole
-        Whether to ask with all training cells, and beside the methods the classifiers that need no embedding.
-    labellings
-        The labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there is a signal.
-    progress
-        Whether to draw a bar, by default as ``cellprior.settings.progress`` says.
+    ``readers`` are `ZERO_SHOT` or `PROBES` or both, asked with all training cells if ``whole``, beside the
+    classifiers that need no embedding; the `PROBES` also with ``n_per_class`` training cells of a label.
+    ``labellings`` are the labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there
+    is a signal.
     """
     answers = Answers(task.splits[kind], task.copies)
     n_steps = len(answers.splits) * (len(task.methods) + whole)

@@ -29,12 +29,8 @@ class Neighbors(NamedTuple):
 def exact_neighbors(embedding: np.ndarray, n: int) -> Neighbors:
     """Nearest other cells by Euclidean distance; equally near ones in random order, the same each time.
 
-    Parameters
-    ----------
-    embedding
-        Float64, near the origin, see :func:`~cellprior.evaluate._inputs.as_embedding` ``(cells, dimensions)``.
-    n
-        Neighbours, the cell itself not among them.
+    The embedding ``(cells, dimensions)`` is float64, near the origin, see
+    :func:`~cellprior.evaluate._inputs.as_embedding`; the cell itself is not among its ``n`` neighbours.
     """
     # equally near cells come in the order of the rows, which is often that of the labels
     order = np.random.default_rng(0).permutation(len(embedding))

@@ -15,22 +15,9 @@ def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray 
     """Check an embedding and move it so that ``origin``, by default its first cell, is zero.
 
     Distances stay the same, but a large part that all cells share no longer costs them digits, and an embedding whose
-    cells are all the same becomes zero exactly.
-
-    Raises ValueError if it is not a matrix, is empty or holds values that are not finite.
-
-    Parameters
-    ----------
-    embedding
-        Any real numbers ``(cells, dimensions)``, dense or sparse.
-    name
-        What errors call it.
-    origin
-        Point of the same space ``(dimensions,)``.
-
-    Returns
-    -------
-    Float64 ``(cells, dimensions)``, dense; never the array that was given.
+    cells are all the same becomes zero exactly. Any real numbers ``(cells, dimensions)``, dense or sparse, become
+    float64, dense; never the array that was given. Raises ValueError if it is not a matrix, is empty or holds values
+    that are not finite.
     """
     values = np.asarray(embedding.toarray() if sp.issparse(embedding) else embedding, dtype=np.float64)
     if values.ndim != 2 or 0 in values.shape:
@@ -49,20 +36,9 @@ def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray 
 def as_codes(labels: Any, n_cells: int | None = None, *, name: str = "labels") -> tuple[np.ndarray, pd.Index]:
     """Number labels of any type, in the order in which they come.
 
-    Raises ValueError if there are none, too few or too many, or some are missing.
-
-    Parameters
-    ----------
-    labels
-        One per cell: array, list, pandas Series or Categorical; the types of the values may be mixed.
-    n_cells
-        How many there must be; ``None`` for any number.
-    name
-        What errors call them.
-
-    Returns
-    -------
-    Codes ``(n_cells,)`` and the labels they stand for; categories that no cell has are not among them.
+    The types of the values may be mixed, and there must be ``n_cells`` of them, if that is given. Gives codes
+    ``(n_cells,)`` and the labels they stand for; categories that no cell has are not among them. Raises ValueError if
+    there are none, too few or too many, or some are missing.
     """
     if getattr(labels, "ndim", 1) != 1:
         msg = f"{name} has {labels.ndim} dimensions; give one value per cell, such as a single column of obs."

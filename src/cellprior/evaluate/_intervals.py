@@ -106,12 +106,8 @@ class Resampling:
     def classification(self, codes: np.ndarray, predicted: Sequence[np.ndarray]) -> dict[str, Draws]:
         """Macro-F1, balanced accuracy and accuracy, over the labels that the cells have.
 
-        Parameters
-        ----------
-        codes
-            Label of each cell of the data ``(n_obs,)``.
-        predicted
-            For each split, the labels given to its ``test`` ``(cells,)``.
+        ``codes`` are the labels of the cells of the data ``(n_obs,)``, ``predicted`` those given to the ``test`` of
+        each split ``(cells,)``.
         """
         if self.n_units:
             once = [
@@ -202,21 +198,9 @@ def compared(
 ) -> pd.DataFrame:
     """A row per method: its score and interval, and its paired difference to another.
 
-    Parameters
-    ----------
-    draws
-        Of one score, by method.
-    versus
-        The method that the others are compared with; ``None`` for none.
-    of
-        What gives the interval, :meth:`Resampling.interval`.
-    within
-        Where the score can lie, and so the ends of its interval.
-
-    Returns
-    -------
-    Columns ``method``, ``value``, ``low``, ``high``, ``versus``, ``difference``, ``difference_low``,
-    ``difference_high``; the last are NaN for ``versus`` itself.
+    ``draws`` are of one score, by method; ``of`` gives the interval, and the score and the ends of its interval lie
+    ``within``. The columns are ``method``, ``value``, ``low``, ``high``, ``versus``, ``difference``,
+    ``difference_low``, ``difference_high``; the last are NaN for ``versus`` itself.
     """
     widest = within[1] - within[0]
     rows = []

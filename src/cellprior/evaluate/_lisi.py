@@ -93,14 +93,8 @@ def _lisi(near: Neighbors, codes: np.ndarray, perplexity: float) -> np.ndarray:
 def neighbor_weights(distances: np.ndarray, perplexity: float) -> np.ndarray:
     """Weights ``exp(-beta d)`` of neighbours, that sum to 1 and have the given perplexity, by row.
 
-    Where more cells than ``perplexity`` are equally near and nearest, they share the weight.
-
-    Parameters
-    ----------
-    distances
-        ``(cells, neighbours)``, in any unit.
-    perplexity
-        Exponential of the entropy.
+    Where more cells than ``perplexity`` are equally near and nearest, they share the weight. Distances
+    ``(cells, neighbours)`` are in any unit; perplexity is the exponential of the entropy.
     """
     # Neither a shift nor the unit changes the weights.
     distances = distances - distances.min(axis=1, keepdims=True)

@@ -114,12 +114,7 @@ def tally(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells of each label ``(n_labels,)``: those predicted to be of it, all of it, and all predicted to be.
 
-    Parameters
-    ----------
-    truth, predicted
-        Number of each cell's label ``(cells,)``; -1 for one that is not counted.
-    n_labels
-        How many there are.
+    Cells with the number -1 are not counted.
     """
     of = (truth[truth == predicted], truth, predicted)
     hit, there, said = (np.bincount(codes[codes >= 0], minlength=n_labels) for codes in of)

@@ -58,24 +58,10 @@ def transfer_names(
 ) -> Transferred:
     """Name cells after a reference, or call them unknown at a rate that is promised.
 
-    Raises ValueError if the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot
-    be promised.
-
-    Parameters
-    ----------
-    reference, query
-        Embeddings ``(cells, dimensions)``.
-    names
-        Of the cells of the reference; those without one, or that are unknown, are not learned from ``(cells,)``.
-    how
-        By what.
-    reject
-        A fifth of the reference is named by the rest, and no longer learned from, to find from where on a cell is
-        unknown; ``None`` names all.
-    unknown
-        Name of cells that are rejected.
-    guess
-        Where the best guess is found, for a warning.
+    Embeddings are ``(cells, dimensions)``; cells of the reference without a name, or that are ``unknown``, are not
+    learned from. With ``reject``, a fifth of the reference is named by the rest, and no longer learned from, to find
+    from where on a cell is unknown. ``guess`` says in a warning where the best guess is found. Raises ValueError if
+    the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot be promised.
     """
     given = pd.Series(names).astype(object)
     codes, labels = label_codes(given.where(given.astype(str) != unknown), 1)
@@ -112,18 +98,8 @@ def name_cells(
 ) -> Named:
     """Name cells; the number of neighbours and their distance, or the penalty, is chosen within the reference.
 
-    Raises ValueError if the embeddings do not fit each other, or ``how`` is not known.
-
-    Parameters
-    ----------
-    reference, query
-        Embeddings ``(cells, dimensions)``.
-    codes
-        Labels of the reference ``(cells,)``.
-    how
-        By what.
-    n_labels
-        How many there are.
+    Embeddings are ``(cells, dimensions)``, ``codes`` the labels of the reference ``(cells,)``. Raises ValueError if
+    the embeddings do not fit each other, or ``how`` is not known.
     """
     if how not in get_args(How):
         msg = f"how={how!r} is not known; choose among {', '.join(map(repr, get_args(How)))}."

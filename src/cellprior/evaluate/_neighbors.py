@@ -47,18 +47,10 @@ def asked_within(codes: np.ndarray, copies: np.ndarray) -> np.ndarray:
 
 
 def pools(spaces: Sequence[Space], split: Split, folds: np.ndarray, asked: np.ndarray) -> list[Pool]:
-    """Neighbours in every space, of every size, by either distance.
+    """Neighbours in every space of a method, of every size, by either distance.
 
-    Parameters
-    ----------
-    spaces
-        Of one method.
-    split
-        Whose training cells are neighbours.
-    folds
-        Inner fold of each training cell.
-    asked
-        Training cells that are asked, see :func:`asked_within`.
+    The training cells of the split are neighbours; those ``asked`` are asked without their inner fold, see
+    :func:`asked_within`.
     """
     most = min(NUMBERS[0], len(folds) - int(np.bincount(folds).max()))
     found = []
@@ -82,20 +74,7 @@ def pools(spaces: Sequence[Space], split: Split, folds: np.ndarray, asked: np.nd
 def choose(found: Sequence[Pool], codes: np.ndarray, asked: np.ndarray, n_labels: int) -> list[Chosen]:
     """Names of the test cells, by the space, the distance and the number that name training cells best.
 
-    Parameters
-    ----------
-    found
-        Of one method.
-    codes
-        Labels of the training cells, in one or more ways ``(labellings, training cells)``.
-    asked
-        As of :func:`pools`.
-    n_labels
-        How many there are.
-
-    Returns
-    -------
-    For each labelling.
+    The labels of the training cells come in one or more ways ``(labellings, training cells)``; gives names for each.
     """
     plans = [(i, n) for i, pool in enumerate(found) for n in usable(pool.inner.shape[1])]
     scores = np.concatenate([_inner_scores(pool.inner, codes, asked, n_labels) for pool in found])
@@ -143,15 +122,7 @@ def usable(most: int) -> Iterator[int]:
 
 
 def vote(neighbor: np.ndarray, n_labels: int) -> np.ndarray:
-    """Label that most neighbours have; of equally many, that of the nearest cell wins.
-
-    Parameters
-    ----------
-    neighbor
-        Labels of the neighbours, nearest first ``(cells, neighbours)``.
-    n_labels
-        How many there are.
-    """
+    """Label that most neighbours ``(cells, n)``, nearest first, have; of equally many, that of the nearest cell."""
     n_cells, n = neighbor.shape
     place = neighbor + n_labels * np.arange(n_cells)[:, None]
     votes = np.bincount(place.ravel(), np.tile(_weights(0, n), n_cells), minlength=n_cells * n_labels)

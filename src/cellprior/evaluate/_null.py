@@ -16,16 +16,8 @@ N_PERMUTATIONS = 100
 def permuted(codes: np.ndarray, copies: np.ndarray, batches: pd.Series | None) -> np.ndarray:
     """The labels, and then permutations of them ``(1 + permutations, cells)``.
 
-    Within each batch, if there are batches; copies of a cell keep one label among them.
-
-    Parameters
-    ----------
-    codes
-        Label of each cell, -1 for those left out, which stay so ``(cells,)``.
-    copies
-        Number of each cell, the same for cells with the same counts ``(cells,)``.
-    batches
-        Of each cell, or ``None``.
+    Within each batch, if there are batches; copies of a cell keep one label among them. A cell without a label, -1,
+    stays so; ``copies`` is the same number for cells with the same counts ``(cells,)``.
     """
     rng = np.random.default_rng(0)
     rows = np.flatnonzero(codes >= 0)
@@ -47,16 +39,8 @@ def p_value(said: Sequence[Sequence[np.ndarray]], labellings: np.ndarray, splits
 
     Each reading is measured in its own standard deviations from its own mean over the permutations, and of these the
     largest counts: one test, however many readings there are [Westfall and Young, Resampling-Based Multiple Testing,
-    1993].
-
-    Parameters
-    ----------
-    said
-        For each reading and split, the names of its test cells under each labelling ``(labellings, cells)``.
-    labellings
-        As :func:`permuted` gives them.
-    splits
-        As of ``said``.
+    1993]. ``said`` holds for each reading and split the names of its test cells under each labelling
+    ``(labellings, cells)``.
     """
     test = np.concatenate([split.test for split in splits])
     n_labels = int(labellings.max()) + 1

@@ -28,20 +28,9 @@ def neighbors_kept(
     Neurocomputing 112:92, 2013]. Within a batch, as neighbours across batches differ for technical reasons; within a
     type, it shows an embedding that knows the types and nothing else.
 
-    Parameters
-    ----------
-    embedding
-        ``(cells, dimensions)``.
-    residuals
-        Components of Pearson residuals, see :func:`residual_components` ``(cells, components)``.
-    groups
-        Rows that are compared with each other, such as the cells of each batch.
-    n_neighbors
-        K.
-
-    Returns
-    -------
-    Mean over the cells of all groups that have three times as many cells as neighbours; NaN if none has.
+    ``residuals`` are components of Pearson residuals ``(cells, components)``, see :func:`residual_components`,
+    ``groups`` the rows that are compared with each other, such as the cells of each batch. The mean is over the cells
+    of all groups that have three times as many cells as neighbours; NaN if none has.
     """
     embedding = as_embedding(embedding).astype(np.float32)
     residuals = as_embedding(residuals, name="residuals").astype(np.float32)
@@ -81,17 +70,6 @@ def partial_eta_squared(embedding: Any, labels: Any, batches: Any) -> dict[str, 
 
     :math:`\eta^2_p = SS_\mathrm{effect} / (SS_\mathrm{effect} + SS_\mathrm{error})` of an additive model of both,
     sums of squares over all dimensions, the effect's those that it adds to the other (type II).
-
-    Parameters
-    ----------
-    embedding
-        ``(cells, dimensions)``.
-    labels, batches
-        ``(cells,)``.
-
-    Returns
-    -------
-    ``"type"`` and ``"batch"``.
     """
     x = as_embedding(embedding)
     x = x - x.mean(axis=0)
@@ -112,14 +90,7 @@ def preserved(
 ) -> dict[str, dict[str, float]]:
     """Of each embedding, neighbours kept within batches and within types of a batch, and shares of variance.
 
-    Parameters
-    ----------
-    latents
-        By name ``(cells, dimensions)``.
-    counts
-        Raw ``(cells, genes)``.
-    codes, batches
-        Type and batch of each cell ``(cells,)``; types -1 are left out.
+    Latents ``(cells, dimensions)`` by name, raw counts ``(cells, genes)``; cells of type -1 are left out.
     """
     batch = np.zeros(len(codes), dtype=int) if batches is None else pd.factorize(batches)[0]
     residuals = np.zeros((len(codes), N_COMPONENTS), dtype=np.float32)

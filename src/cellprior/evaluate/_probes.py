@@ -36,13 +36,9 @@ MOST_TUNED = 2000  # training cells with which the L1 penalty is chosen
 def one_scale(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Center each dimension and divide all by one number, both of the training cells.
 
-    Dividing each dimension by its own deviation would give noise the weight of signal: it makes the flat spectrum of a
-    neural embedding look two to three times better than a PCA when labels are few.
-
-    Parameters
-    ----------
-    train, others
-        Embeddings ``(cells, dimensions)``; the mean variance of a dimension of ``train`` becomes 1.
+    Dividing each dimension by its own deviation would give noise the weight of signal: it makes the flat spectrum of
+    a neural embedding look two to three times better than a PCA when labels are few. The mean variance of a dimension
+    of ``train`` becomes 1.
     """
     mean = train.mean(axis=0)
     scale = float(np.sqrt(train.var(axis=0).mean())) or 1.0
@@ -52,22 +48,10 @@ def one_scale(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 def linear(
     train: np.ndarray, codes: np.ndarray, test: np.ndarray, *, seed: int = 0, tuned: bool = True
 ) -> np.ndarray:
-    """Multinomial logistic regression on one global scale, its L2 penalty chosen within the training cells.
+    """Labels of test cells by multinomial logistic regression on one global scale ``(cells, dimensions)``.
 
-    Parameters
-    ----------
-    train, test
-        Embeddings ``(cells, dimensions)``.
-    codes
-        Labels of the training cells.
-    seed
-        Of the inner folds.
-    tuned
-        Choose the penalty; otherwise it is 1, for cells too few to choose with.
-
-    Returns
-    -------
-    Labels of the test cells.
+    Its L2 penalty is chosen within the training cells, with inner folds drawn by ``seed``, if ``tuned``; else it is
+    1, for cells too few to choose with.
     """
     train, test = _in_span(*one_scale(train, test))
     folds = min(N_INNER, int(np.unique(codes, return_counts=True)[1].min()))
@@ -88,13 +72,8 @@ def linear(
 class Ridge:
     """Ridge regression on indicators of the labels, in closed form, over features or over products of cells.
 
-    Parameters
-    ----------
-    train, test
-        Features of the cells, the mean of the training cells at the origin ``(cells, features)``; or, with
-        ``products``, their products with the training cells ``(cells, training cells)``.
-    products
-        Which of both.
+    Features ``(cells, features)`` have the mean of the training cells at the origin; with ``products``, these are
+    products with the training cells ``(cells, training cells)``.
     """
 
     def __init__(self, train: np.ndarray, test: np.ndarray, *, products: bool = False) -> None:
@@ -173,19 +152,7 @@ def best_ridge(ridge: Ridge, codes: np.ndarray, folds: np.ndarray, n_labels: int
 def best_linear(
     spaces: Sequence[Space], split: Split, codes: np.ndarray, folds: np.ndarray, n_labels: int
 ) -> Chosen:
-    """Names of the test cells by ridge or logistic regression, whichever names the training cells best.
-
-    Parameters
-    ----------
-    spaces
-        Of one method, of which one is chosen, too.
-    split
-        Training and test cells.
-    codes, folds
-        Label and inner fold of each training cell.
-    n_labels
-        How many there are.
-    """
+    """Names of the test cells by ridge or logistic regression, in the space in which it names training cells best."""
     found = []
     for space in spaces:
         train, test = one_scale(space.values[split.train], space.values[split.test])
@@ -236,27 +203,12 @@ def logistic(
 ) -> np.ndarray:
     """Multinomial logistic regressions with an L2 penalty, all at once.
 
-    Each step solves with a bound of the curvature that stays the same, so that one factor of a small matrix serves all
-    steps [Böhning, Multinomial logistic regression algorithm, Ann. Inst. Stat. Math. 44:197, 1992], and looks ahead
-    [Nesterov, 1983]; it starts anew where the gradient points back [O'Donoghue and Candès, Found. Comput. Math. 15:715,
-    2015].
-
-    Parameters
-    ----------
-    x
-        Features, the last a constant, which is not penalised ``(cells, features)``.
-    codes
-        Labels ``(cells,)``.
-    n_labels
-        How many there are.
-    plans
-        Of each regression the strength (inverse of the penalty) and which cells it learns from ``(cells,)``.
-    steps
-        How many.
-
-    Returns
-    -------
-    Weights ``(plans, features, labels)``.
+    Each step solves with a bound of the curvature that stays the same, so that one factor of a small matrix serves
+    all steps [Böhning, Multinomial logistic regression algorithm, Ann. Inst. Stat. Math. 44:197, 1992], and looks
+    ahead [Nesterov, 1983]; it starts anew where the gradient points back [O'Donoghue and Candès, Found. Comput. Math.
+    15:715, 2015]. The last of the features ``(cells, features)`` is a constant, which is not penalised. Each of the
+    ``plans`` is a strength (inverse of the penalty), and which cells to learn from ``(cells,)``. Gives weights
+    ``(plans, features, labels)``.
     """
     learned = np.stack([of for _, of in plans])  # (plans, cells)
     truth = np.ascontiguousarray(np.eye(n_labels, dtype=np.float32)[codes].T)[:, None]  # (labels, 1, cells)
@@ -328,13 +280,6 @@ def sparse_on_genes(train: Matrix, codes: np.ndarray, test: Matrix) -> np.ndarra
 
     The baseline that equals fine-tuned scBERT on Zheng68K: ``liblinear``, C = 0.1, no scaling, no selection of genes
     [Boiarsky et al., A deep dive into single-cell RNA sequencing foundation models, bioRxiv 2023.10.19.563100].
-
-    Parameters
-    ----------
-    train, test
-        Log-normalised expression ``(cells, genes)``.
-    codes
-        Labels of the training cells.
     """
     return np.asarray(_fitted(_sparse(L1_STRENGTH), train, codes).predict(test))
 

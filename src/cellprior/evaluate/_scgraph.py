@@ -113,14 +113,8 @@ def scgraph(
 def batch_pcas(expression: Any, batch: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of each batch and their principal components ``(cells of the batch, 10)``, fewer if it is tiny.
 
-    A batch in which fewer than two genes vary is left out.
-
-    Parameters
-    ----------
-    expression
-        Log-normalised ``(cells, genes)``.
-    batch
-        Code by cell, -1 for cells to leave out ``(cells,)``.
+    A batch in which fewer than two genes vary is left out. Expression is log-normalised ``(cells, genes)``; cells of
+    batch -1 are left out.
     """
     import scanpy as sc
     from anndata import AnnData
@@ -153,16 +147,8 @@ def consensus_distances(
 ) -> np.ndarray:
     """Mean of the distances of all batches ``(n_labels, n_labels)``, NaN for labels that no batch has both of.
 
-    It is not symmetric, as each column is divided by its maximum, before and after the mean.
-
-    Parameters
-    ----------
-    pcas
-        Of each batch, its principal components ``(cells of the batch, components)`` and codes of labels.
-    n_labels
-        In all batches.
-    trim
-        As of :func:`scgraph`.
+    It is not symmetric, as each column is divided by its maximum, before and after the mean. Of each batch come its
+    principal components ``(cells of the batch, components)`` and codes of labels; ``trim`` is as of :func:`scgraph`.
     """
     total, n_batches = np.zeros((n_labels, n_labels)), np.zeros((n_labels, n_labels))
     for pca, label in pcas:

@@ -61,18 +61,9 @@ def _text(column: pd.Series | Sequence[str] | np.ndarray) -> pd.Series:
 
 
 def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Split]:
-    """One split per seed, each label in the same share on both sides.
+    """One split per seed, each label in the same share on both sides; cells with the code -1 are left out.
 
     Raises ValueError if there is no seed, or one side would lack a label.
-
-    Parameters
-    ----------
-    codes
-        Label of each cell, -1 for those left out ``(cells,)``.
-    seeds
-        How many.
-    test_size
-        Share of the cells that is asked about.
     """
     if seeds < 1 or not 0 < test_size < 1:
         msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
@@ -91,18 +82,9 @@ def random_folds(
 ) -> list[Split]:
     """Stratified folds, each held out in turn; if more splits are wanted than there are folds, of further divisions.
 
-    Raises ValueError if there is no seed, or the share is not between 0 and 1.
-
-    Parameters
-    ----------
-    codes
-        Label of each cell, -1 for those left out ``(cells,)``.
-    seeds
-        How many splits.
-    test_size
-        Share of the cells in a fold, taken as one of a whole number.
-    copies
-        Number of each cell, the same for cells with the same counts, which stay on one side ``(cells,)``.
+    Cells with the code -1 are left out. The share of a fold is taken as one of a whole number; ``copies`` is the same
+    number for cells with the same counts, which stay on one side ``(cells,)``. Raises ValueError if there is no seed,
+    or the share is not between 0 and 1.
     """
     if seeds < 1 or not 0 < test_size < 1:
         msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
@@ -161,20 +143,9 @@ def batch_splits(
     """Each batch held out in turn; of more than `MAX_FOLDS` batches several at a time, of about as many cells.
 
     A cell whose label the other batches do not have is not asked about: nothing could be learned of it. A cell that
-    is in a held-out batch, too, is not learned from.
-
-    Raises ValueError if a cell has no batch, there is one batch only, or no two share two labels.
-
-    Parameters
-    ----------
-    codes
-        Label of each cell, -1 for those left out ``(cells,)``.
-    batches
-        Batch or donor of each cell ``(cells,)``.
-    copies
-        As of :func:`random_folds`.
-    least
-        Training cells that a label needs for its cells to be asked about.
+    is in a held-out batch, too, is not learned from. Cells with the code -1 are left out; a label needs ``least``
+    training cells for its cells to be asked about; ``copies`` are as of :func:`random_folds`. Raises ValueError if a
+    cell has no batch, there is one batch only, or no two share two labels.
     """
     names = _text(batches)
     if names.isna().any():

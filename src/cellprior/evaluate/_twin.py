@@ -15,19 +15,9 @@ def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> Pretra
     """A model of the same class, network and vocabulary with random weights, ready to embed.
 
     What pretraining has given a model is what it has beyond its twin. The twin counts as trained, so that it embeds
-    and fine-tunes exactly as the model does; see :func:`has_random_weights`.
-
-    Raises TypeError if ``model`` is not one that embeds an AnnData.
-
-    Parameters
-    ----------
-    model
-        Any pretrained model; stays as it is.
-    adata
-        Data to attach. Set up like the data it is a copy or part of, or like those of ``model``, if it has not been
-        set up itself. Call ``release()`` of the twin to let go of them.
-    seed
-        Of the weights; the global random state is left alone.
+    and fine-tunes exactly as the model does; see :func:`has_random_weights`. The data are set up like those they are
+    a copy or part of, or like those of ``model``, which stays as it is. Call ``release()`` of the twin to let go of
+    them. The global random state is left alone. Raises TypeError if ``model`` is not one that embeds an AnnData.
     """
     if not isinstance(model, PretrainedModel):
         msg = (

@@ -80,18 +80,9 @@ def judge(
 ) -> Verdict:
     """The verdict on one embedding, from the headline splits.
 
-    Parameters
-    ----------
-    task, answers
-        What was asked, and what the answers were.
-    scores
-        Of ``answers``.
-    embedding
-        Which.
-    p_value
-        Of the test that there is a signal, see :func:`~cellprior.evaluate._null.p_value`; ``None`` if not tested.
-    within_types
-        Of each method, neighbours kept within types, see :func:`~cellprior.evaluate._preserved.neighbors_kept`.
+    ``p_value`` is of the test that there is a signal, see :func:`~cellprior.evaluate._null.p_value`, ``None`` if not
+    tested; ``within_types``, of each method, neighbours kept within types, see
+    :func:`~cellprior.evaluate._preserved.neighbors_kept`.
     """
     if len(answers.splits) == 1 and answers.splits[0].kind != HELD_OUT:
         text = f"{embedding}: no verdict, as one split says too little.\nNext: ask for at least two, seeds=5."

@@ -34,18 +34,10 @@ _WHOLE = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """Peaks as text and, where they can be read, as intervals.
+    """Peaks by name and, where a name can be read, as intervals.
 
-    Attributes
-    ----------
-    names
-        As given.
-    chromosome
-        Without "chr", "M" for the mitochondrion, "" where a name is no interval.
-    start, end
-        In base pairs, -1 where a name is no interval.
-    prefixed
-        Share of the intervals whose chromosome is written with "chr".
+    There, ``chromosome`` is without "chr", "M" for the mitochondrion, ``start`` and ``end`` are in base pairs; else
+    "" and -1. ``prefixed`` is the share of the intervals whose chromosome is written with "chr".
     """
 
     names: np.ndarray
@@ -82,16 +74,10 @@ def read_peaks(
 ) -> Intervals:
     """Read peak names such as `chr1:100-200`, `chr1-100-200`, `chr1_100_200` or `1:100-200`.
 
-    The number that `var_names_make_unique` puts behind a name that stands twice (`chr1:100-200-1`) is passed over.
-
-    Raises ValueError if an interval ends before it starts.
-
-    Parameters
-    ----------
-    peaks
-        Names, or a frame (`AnnData.var`) with the names as index. If the names say nothing, columns with chromosome,
-        start and end are read, or one with all of them ("interval", "peak", ...); a row without a number there is no
-        interval.
+    The number that `var_names_make_unique` puts behind a name that stands twice (`chr1:100-200-1`) is passed over. Of
+    a frame (`AnnData.var`) the index is read. If the names say nothing, columns with chromosome, start and end are
+    read, or one with all of them ("interval", "peak", ...); a row without a number there is no interval. Raises
+    ValueError if an interval ends before it starts.
     """
     names = pd.Series(peaks.index if isinstance(peaks, pd.DataFrame) else peaks, dtype=object).astype(str)
     rest = np.zeros(len(names), dtype=bool) if among is None else ~among
@@ -183,14 +169,7 @@ def _step(n: int) -> int:
 class SortedIntervals:
     """Reference intervals on one axis, chromosome after chromosome.
 
-    Parameters
-    ----------
-    code
-        Chromosome of each interval ``(n,)``.
-    start, end
-        Of each interval ``(n,)``.
-    rows
-        Those to use.
+    ``rows`` are those to use.
     """
 
     def __init__(self, code: np.ndarray, start: np.ndarray, end: np.ndarray, rows: np.ndarray) -> None:

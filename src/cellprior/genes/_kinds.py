@@ -67,12 +67,9 @@ def kinds_by_type(var: pd.DataFrame) -> tuple[np.ndarray, str]:
     """What a column of `var` says of each feature, and which column.
 
     Cell Ranger's values are known, and many others, in any spelling of upper and lower case. A value of unknown
-    meaning is no gene where others of the column are called genes, unless it is a type of transcript; in a column
-    in which none is understood, it says nothing.
-
-    Returns
-    -------
-    Kind of each feature, "" where nothing is said, shape `(n_vars,)`, and the column, "" if there is none.
+    meaning is no gene where others of the column are called genes, unless it is a type of transcript; in a column in
+    which none is understood, it says nothing. Gives the kind of each feature, "" where nothing is said ``(n_vars,)``,
+    and the column, "" if there is none.
     """
     columns = {str(label).lower().replace(" ", "_"): column for label, column in var.items()}
     for name in _COLUMNS:
@@ -93,16 +90,9 @@ def kinds_by_type(var: pd.DataFrame) -> tuple[np.ndarray, str]:
 
 
 def kinds_by_name(names: Iterable[str]) -> dict[int, str]:
-    """Names that are those of no gene, such as `CD4_TotalSeqB`, `sgRNA_CD4` or `ERCC-00002`; peaks are not looked for.
+    """Kind of the names, by number, that are those of no gene, such as `CD4_TotalSeqB`, `sgRNA_CD4` or `ERCC-00002`.
 
-    Parameters
-    ----------
-    names
-        Some names.
-
-    Returns
-    -------
-    Kind by the number of the name.
+    Peaks are not looked for.
     """
     names = list(names)
     text = "\n" + "\n".join(names) + "\n"
@@ -131,13 +121,6 @@ def _lines_with(needles: list[str], text: str, lower: str) -> Iterator[str]:
 def kinds_of(var: pd.DataFrame) -> np.ndarray:
     """What each column of the data is, by what `var` says, and else by its name; "gene" if nothing is said.
 
-    Parameters
-    ----------
-    var
-        Annotation of the features (`AnnData.var`).
-
-    Returns
-    -------
     One of "gene", "antibody", "guide", "peak", "tag", "spike-in", "control", "custom" and "other" each, `(n_vars,)`.
     """
     kinds, _ = kinds_by_type(var)

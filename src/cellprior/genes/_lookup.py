@@ -28,14 +28,9 @@ class Found:
 
 
 class Lookup:
-    """Name to vocabulary row.
+    """Name to row of the vocabulary, as `read_vocabulary` returns it.
 
-    Parameters
-    ----------
-    genes
-        The vocabulary, as `read_vocabulary` returns it.
-    given
-        The same before a table completed it, to tell a name of the vocabulary from a translated one.
+    ``given`` is the same before a table completed it, to tell a name of the vocabulary from a translated one.
     """
 
     def __init__(self, genes: pd.DataFrame, *, given: pd.DataFrame | None = None) -> None:

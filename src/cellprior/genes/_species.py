@@ -62,16 +62,10 @@ class UnknownSpeciesError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class OfColumns:
-    """Species of the columns of a data set.
+    """Species of each column of a data set, "" for none or one that cannot be told ``(n_vars,)``.
 
-    Attributes
-    ----------
-    species
-        Of each column, "" for none or one that cannot be told ``(n_vars,)``.
-    var
-        Annotation of the columns, genomes in front of names taken off.
-    notes
-        Sentences on how it was found.
+    ``var`` is the annotation of the columns, genomes in front of names taken off; ``notes`` are sentences on how it
+    was found.
     """
 
     species: np.ndarray
@@ -93,20 +87,10 @@ def species_of_columns(
     """Species of each column of a data set.
 
     What is given counts; else what a column of ``var`` says of it (``genome``, ``species`` or ``organism``), a genome
-    in front of its name, its Ensembl id, and then how most symbols are written.
-
-    Raises UnknownSpeciesError if it is none of the vocabulary's, or cannot be told.
-
-    Parameters
-    ----------
-    var
-        Annotation of the columns.
-    sources
-        Names, from the places of ``var`` that may hold them.
-    genes
-        The vocabulary, with a column ``species``.
-    given
-        A species, or a column of ``var`` with that of each column.
+    in front of its name, its Ensembl id, and then how most symbols are written. ``given`` is a species, or a column
+    of ``var`` with that of each column; ``sources`` are names, from the places of ``var`` that may hold them; the
+    vocabulary has a column ``species``. Raises UnknownSpeciesError if it is none of the vocabulary's, or cannot be
+    told.
     """
     known = [name for name in dict.fromkeys(genes[SPECIES]) if name]
     if given is not None and given not in var and (word := named(given, known)) in known:

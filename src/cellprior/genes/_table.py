@@ -48,12 +48,7 @@ def species_of(name: str) -> str | None:
 def species_of_most(names: np.ndarray, *, n_rows: int) -> str | None:
     """Species of a list of distinct names, judged by an even sample; None if few of them say anything.
 
-    Parameters
-    ----------
-    names
-        Distinct names.
-    n_rows
-        Number of rows that they come from: a column with few values for many rows names no genes.
+    A column with few values for many rows, ``n_rows``, names no genes.
     """
     if 3 * len(names) < n_rows:
         return None
@@ -65,22 +60,11 @@ def species_of_most(names: np.ndarray, *, n_rows: int) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Names:
-    """Gene names from one place of a data set.
+    """Gene names from one place of a data set, the ``source``.
 
-    Attributes
-    ----------
-    source
-        The place.
-    codes
-        Which of the distinct names each row has, shape `(n_rows,)`.
-    distinct
-        Distinct names, stripped; a missing one is empty.
-    ids
-        Ensembl id in each distinct name, or empty.
-    species
-        See `species_of_most`.
-    text
-        The distinct names, each between line breaks.
+    ``codes`` says which of the ``distinct`` names each row has ``(n_rows,)``: these are stripped, a missing one is
+    empty, and ``text`` has them between line breaks. ``ids`` has the Ensembl id in each, or "". For ``species`` see
+    `species_of_most`.
     """
 
     source: str
@@ -157,17 +141,10 @@ class GeneTable:
     symbols_of: dict[str, list[str]]
 
     def complete(self, genes: pd.DataFrame) -> pd.DataFrame:
-        """Fill in what is missing of a vocabulary.
+        """Fill in what is missing of a vocabulary, as `read_vocabulary` returns it, in a new frame.
 
-        Parameters
-        ----------
-        genes
-            One gene per row, as `read_vocabulary` returns it.
-
-        Returns
-        -------
-        A new frame. `previous_symbols` are all other symbols of the same id: where `symbol` is retired, the
-        current one is among them.
+        `previous_symbols` are all other symbols of the same id: where `symbol` is retired, the current one is among
+        them.
         """
         filled = []
         columns = ["ensembl_id", "symbol", "previous_symbols"]

@@ -91,17 +91,8 @@ class _Unpickler(pickle._Unpickler):  # in Python, as the one in C knows all ins
 def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a pickled dictionary from text to numbers or text, such as those of Geneformer's genes.
 
-    Raises WeightsError if the file is missing, larger than 64 MB, truncated, or anything else than such a dictionary;
-    nothing in it is executed.
-
-    Parameters
-    ----------
-    path
-        File.
-
-    Returns
-    -------
-    Keys, and values as Python's own numbers and text.
+    Values are Python's own numbers and text. Raises WeightsError if the file is missing, larger than 64 MB,
+    truncated, or anything else than such a dictionary; nothing in it is executed.
     """
     path = Path(path)
     if not path.is_file():

@@ -23,18 +23,8 @@ UNSTATED = 2**28  # bytes of a file whose size nobody has stated, at most
 def download(url: str, target: Path, *, most: int | None, progressbar: bool | None) -> Path:
     """Download a file. What may pass is tried again by pooch; a refusal, a web page or a host without end is not.
 
-    Raises WeightsError or OSError if it cannot be had.
-
-    Parameters
-    ----------
-    url
-        Address.
-    target
-        File to write.
-    most
-        Bytes that it may have; by default as many as the host announces, or `UNSTATED`.
-    progressbar
-        Whether to draw one on stderr, see ``cellprior.settings.progress``.
+    It may have ``most`` bytes, by default as many as the host announces, or `UNSTATED`. Raises WeightsError or
+    OSError if it cannot be had.
     """
     import pooch
     import requests

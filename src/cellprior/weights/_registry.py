@@ -132,14 +132,9 @@ def is_sha256(text: str) -> bool:
 
 
 def parse_registry(path: Path) -> dict[str, Entry]:
-    """Read a registry file.
+    """Read a registry in YAML: `datasets`, then name -> keys of `Entry`, then `files`, with the keys of `FileEntry`.
 
     Raises WeightsError if a key is unknown or missing, or a value has the wrong type.
-
-    Parameters
-    ----------
-    path
-        YAML: `datasets`, then name -> keys of `Entry`, then `files`, a list with the keys of `FileEntry`.
     """
     entries = {}
     for name, given in yaml.safe_load(path.read_text(encoding="utf-8"))["datasets"].items():

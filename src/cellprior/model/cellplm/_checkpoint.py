@@ -60,15 +60,10 @@ def config_name(checkpoint: str) -> str:
 
 
 def read_official(checkpoint: Path) -> Bundle:
-    """Read an official checkpoint.
+    """Read an official checkpoint, ``<prefix>.best.ckpt``, with ``<prefix>.config.json`` in the same folder.
 
     Raises WeightsError if a file is missing or broken, a tensor is not known, or the configuration is another
     network's.
-
-    Parameters
-    ----------
-    checkpoint
-        ``<prefix>.best.ckpt``, with ``<prefix>.config.json`` in the same folder.
     """
     config_path = checkpoint.with_name(config_name(checkpoint.name))
     if not config_path.is_file():

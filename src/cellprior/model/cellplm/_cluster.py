@@ -86,16 +86,8 @@ def submit_sentence(
 ) -> list[tuple[Any, np.ndarray]]:
     """Ask a cluster for the latents of a sentence; futures, and the cells of each. None of one that is not long.
 
-    Parameters
-    ----------
-    cluster
-        What works on the cells.
-    cells
-        Positions of the sentence's cells.
-    n_layers
-        Of the encoder.
-    centred
-        Whether the embedding is a direction from the middle of the sentence.
+    ``cells`` are positions of the sentence's cells; ``centred`` says whether the embedding is a direction from its
+    middle.
     """
     parts = np.array_split(cells, -(-len(cells) // PART_CELLS))
     if len(parts) == 1:

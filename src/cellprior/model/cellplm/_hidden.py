@@ -25,15 +25,10 @@ def _nothing(n_cells: int) -> None:
 class HiddenStates:
     """Hidden states of one sentence by chunk, ``(cells, n_hidden)`` each, in memory.
 
-    They come from the embedder, and each layer and the last norm replace them, chunk by chunk: so many times they have
-    been replaced is their *stage*, -1 as long as some are missing. Where there are no gradients, they are parts of
-    large blocks that are overwritten: the system gets large blocks back as soon as they are free, where small ones
-    leave holes.
-
-    Parameters
-    ----------
-    step
-        Is told the number of cells whenever a chunk has been written.
+    They come from the embedder, and each layer and the last norm replace them, chunk by chunk: so many times they
+    have been replaced is their *stage*, -1 as long as some are missing. Where there are no gradients, they are parts
+    of large blocks that are overwritten: the system gets large blocks back as soon as they are free, where small ones
+    leave holes. ``step`` is told the number of cells whenever a chunk has been written.
     """
 
     def __init__(self, *, step: Callable[[int], None] = _nothing) -> None:
@@ -111,20 +106,8 @@ class StoredStates(HiddenStates):
 
     Each file is named by chunk and stage, and written whole or not at all, so that a run that was killed goes on with
     the next chunk. The sums of a stage are kept until its chunks have all been replaced: once the first was, they
-    cannot be taken again.
-
-    Parameters
-    ----------
-    folder
-        Of this sentence alone. What another cut into chunks has left there is removed.
-    sizes
-        Cells of each chunk.
-    width
-        ``n_hidden``.
-    device
-        Of the chunks that are read.
-    step
-        See :class:`HiddenStates`; what is there already is told at once.
+    cannot be taken again. The ``folder`` is of this sentence alone: what another cut into chunks has left there is
+    removed. ``step`` is told at once what is there already.
     """
 
     def __init__(

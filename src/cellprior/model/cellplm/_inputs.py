@@ -8,19 +8,7 @@ import numpy as np
 
 
 def sentences(rows: np.ndarray, batch: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Split cells into sentences, one per batch.
-
-    Parameters
-    ----------
-    rows
-        Row numbers of the cells.
-    batch
-        Batch code of each of them, or ``None`` for a single sentence.
-
-    Yields
-    ------
-    Positions in ``rows``, increasing.
-    """
+    """Split cells into sentences, one per batch, or a single one without; gives increasing positions in ``rows``."""
     if batch is None:
         batch = np.zeros(len(rows), dtype=np.int64)
     for code in np.unique(batch):

@@ -21,19 +21,10 @@ def reconstruction_loss(
 ) -> Tensor:
     """Negative-binomial loss over all genes plus, if ``denoise``, over the hidden ones; mean over cells.
 
-    Each term scales the decoder's mean to the cell's own total over the genes it looks at.
-
-    Parameters
-    ----------
-    counts
-        ``(cells, genes)``.
-    mean
-        Up to a factor per cell ``(cells, genes)``.
-    dispersion
-        Variance is ``mean + mean² / dispersion``; ``(genes,)``.
-    mask
-        ``True`` for hidden ``(cells, genes)``; cells without a hidden gene do not count. Without a mask, all cells do,
-        and nothing is hidden.
+    Each term scales the decoder's mean to the cell's own total over the genes it looks at. Counts, ``mean`` up to a
+    factor per cell, and ``mask``, ``True`` for hidden, are ``(cells, genes)``; the variance is
+    ``mean + mean² / dispersion``, with one of each gene. Cells without a hidden gene do not count. Without a mask,
+    all cells do, and nothing is hidden.
     """
     if mask is not None:
         rows = mask.any(1)
@@ -65,12 +56,8 @@ def _scaled(mean: Tensor, counts: Tensor) -> Tensor:
 class GeneMeans(nn.Module):
     """The floor: a predictor that knows each gene's share of the counts, and a cell's depth, and nothing else.
 
-    Parameters
-    ----------
-    share
-        Up to a factor; where genes were measured in some batches only, by batch ``(1 or n_batches, n_genes)``.
-    dispersion
-        Of the negative binomial ``(1 or n_batches, n_genes)``.
+    Shares, up to a factor, and dispersions of the negative binomial are ``(1 or n_batches, n_genes)``: by batch where
+    genes were measured in some batches only.
     """
 
     share: Tensor
@@ -83,15 +70,7 @@ class GeneMeans(nn.Module):
 
     @classmethod
     def fit(cls, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> GeneMeans:
-        """Shares, and dispersions by moments, ``Σ μ² / Σ ((x - μ)² - μ)``, in one pass over counts.
-
-        Parameters
-        ----------
-        batches
-            Minibatches, each of one batch.
-        measured
-            Which genes were measured ``(1 or n_batches, n_genes)``.
-        """
+        """Shares, and dispersions by moments, ``Σ μ² / Σ ((x - μ)² - μ)``, in one pass over minibatches of a batch."""
         total, square, cross = torch.zeros(3, *measured.shape, dtype=torch.float64)
         depth_square = torch.zeros(len(measured), 1, dtype=torch.float64)
         for batch in batches:

@@ -44,26 +44,11 @@ def masked_scores(
 
     The cells are one sentence, three quarters of them with hidden genes, as in pretraining. In the training loss, the
     means of the hidden genes are scaled to the cell's true sum of them, which gives part of the answer away; here
-    those of all predictors are scaled to what is in sight of the cell.
-
-    Parameters
-    ----------
-    module
-        In eval mode.
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    fitted
-        To other cells: ``gene_means``, each gene's share of the counts at the cell's depth, and the covariates. Beside
-        it, ``equal_shares``, the same for all genes.
-    share
-        Most frequent share of the genes of a cell that is hidden, expressed or not, see
-        :func:`~cellprior.model.cellplm._inputs.sample_mask`.
-    rng
-        Draws them.
-    measured
-        Which genes were measured ``(n_genes,)``.
-    batch
-        Code of the cells' batch.
+    those of all predictors are scaled to what is in sight of the cell. The counts are raw ones over the vocabulary
+    ``(cells, n_genes)``, ``measured`` is ``(n_genes,)``, the module in eval mode. ``share`` is the most frequent one
+    of the genes of a cell that is hidden, expressed or not, see :func:`~cellprior.model.cellplm._inputs.sample_mask`.
+    ``fitted`` to other cells are ``gene_means``, each gene's share of the counts at the cell's depth, and the
+    covariates; beside it, ``equal_shares`` is the same for all genes.
     """
     floor = fitted.floor
     i = batch if len(floor.share) > 1 else 0
@@ -90,16 +75,8 @@ def fit_covariates(
     """The data set and batch of training with which the decoder fits the cells of each batch best, by Poisson loss.
 
     The data set first, then the batch; on the first cells of each batch. Their mean, as where none is given, may fit
-    best only if the decoder was trained with it: on data of no batch that it knows.
-
-    Parameters
-    ----------
-    module
-        In eval mode.
-    batches
-        Minibatches of training cells, each of one batch.
-    measured
-        Which genes were measured ``(n_genes,)``.
+    best only if the decoder was trained with it: on data of no batch that it knows. The module is in eval mode, each
+    minibatch of training cells of one batch, ``measured`` ``(n_genes,)``.
     """
     decoder, found = module.decoder, {}
     categories = {

@@ -123,18 +123,9 @@ class CellPLMModule(BaseModuleClass):
         self.decoder = NBDecoder(*sizes, dropout_rate, n_batches, n_datasets)
 
     def encode(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
-        """Embed one sentence that fits in memory.
+        """Embed one sentence that fits in memory: latent means ``(cells, n_latent)`` of raw counts ``(cells, genes)``.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, genes)``, dense or sparse CSR.
-        gene_index
-            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary.
-
-        Returns
-        -------
-        Latent means ``(cells, n_latent)``.
+        ``gene_index`` is the vocabulary row of each column; ``None`` if the columns are the vocabulary.
         """
         (latent,) = self.encode_chunks([counts], gene_index=gene_index)
         return latent
@@ -187,14 +178,8 @@ class CellPLMModule(BaseModuleClass):
     ) -> HiddenStates:
         """Hidden states in front of the latent layer, ``(cells, n_hidden)`` per chunk of one sentence.
 
-        Parameters
-        ----------
-        chunks
-            Raw counts; with ``states``, of those chunks that these lack.
-        gene_index
-            Vocabulary row of each column of the counts; ``None`` if the columns are the vocabulary.
-        states
-            What holds the hidden states, new or half done; memory by default.
+        Of raw counts, and with ``states``, which hold the hidden states, new or half done, of those chunks that these
+        lack. ``gene_index`` is as of :meth:`encode`.
         """
         hidden = HiddenStates() if states is None else states
         if hidden.stage < 0:

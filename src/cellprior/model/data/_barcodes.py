@@ -13,13 +13,6 @@ _FEW = 0.1
 def differ_by_suffix(rna: pd.Index, atac: pd.Index) -> str:
     """What to say where few barcodes of two modalities are the same, and most would be without what was added to them.
 
-    Parameters
-    ----------
-    rna, atac
-        Barcodes of each.
-
-    Returns
-    -------
     A sentence with an example of each; empty if this is not so.
     """
     smaller = min(len(rna), len(atac))

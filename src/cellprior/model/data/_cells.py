@@ -103,12 +103,7 @@ class Counts:
 class Joint(NamedTuple):
     """Counts of some cells with up to two modalities.
 
-    Attributes
-    ----------
-    n_cells
-        Number of cells.
-    counts
-        By modality, the positions of the cells that have it, and their counts ``(positions, features)``.
+    By modality, the positions of the cells that have it, and their counts ``(positions, features)``.
     """
 
     n_cells: int
@@ -222,16 +217,9 @@ def refuse_no_counts(
 
 
 def cells_of_anndata(adata: ad.AnnData, setup_args: Mapping[str, Any]) -> Cells:
-    """Cells of an AnnData with one matrix of counts of genes, not matched yet.
+    """Cells of an AnnData with one matrix of counts, not matched yet, by ``layer`` and ``batch_key`` of the setup.
 
     Raises ValueError if there is no such layer, or a cell has no batch; KeyError if ``batch_key`` is not in ``obs``.
-
-    Parameters
-    ----------
-    adata
-        Annotated data ``(cells, genes)``.
-    setup_args
-        ``layer`` and ``batch_key`` of the setup.
     """
     layer, key = setup_args["layer"], setup_args["batch_key"]
     counts = Counts(adata, layer, "rna", "layer", matrix_of(adata, layer).x, np.arange(adata.n_obs))

@@ -34,18 +34,9 @@ PRELOADED = 64  # chunks in memory, of which minibatches are drawn
 class Sections:
     """Which cells are read in which section by which process.
 
-    Parameters
-    ----------
-    first, last
-        Training cells, by their number in the collection; the last is not one of them.
-    batch_size
-        Cells of a minibatch of one process.
-    size
-        Cells of a section, of all processes together; by default all.
-    seed
-        Of the order.
-    chunk
-        Neighbouring cells that are read together.
+    ``first`` and ``last`` are training cells by their number in the collection, the last not one of them;
+    ``batch_size`` is of one process, the ``size`` of a section of all together, by default all cells; neighbouring
+    cells, as many as a ``chunk``, are read together.
     """
 
     first: int

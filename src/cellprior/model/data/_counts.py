@@ -45,17 +45,9 @@ def by_cell(x: Any, where: str) -> Any:
 def read_rows(x: Any, rows: np.ndarray, *, where: str = "of counts") -> sp.csr_matrix:
     """Rows of a matrix as float32 CSR, in the order asked for.
 
-    Raises OSError if the file cannot be read, or has gone; ValueError if the matrix is sparse, and its indices do not
-    fit its shape.
-
-    Parameters
-    ----------
-    x
-        Dense or sparse, in memory, backed by a file, or a dask array, ``(cells, genes)``.
-    rows
-        Row numbers in any order.
-    where
-        What errors call the matrix, if it is in memory.
+    The matrix ``(cells, genes)`` is dense or sparse, in memory, backed by a file, or a dask array; ``where`` is what
+    errors call it, if it is in memory. Raises OSError if the file cannot be read, or has gone; ValueError if the
+    matrix is sparse, and its indices do not fit its shape.
     """
     contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
     if isinstance(x, np.ndarray) or sp.issparse(x):

@@ -58,14 +58,7 @@ def unit_interval(bits: np.ndarray) -> np.ndarray:
 def keys_of_cells(counts: Counts, seed: int, gene: np.ndarray | None = None) -> np.ndarray:
     """A number for each cell that depends on a seed and on all counts of the cell, uint64 ``(cells,)``.
 
-    Parameters
-    ----------
-    counts
-        Above 0.
-    seed
-        Any.
-    gene
-        What each gene is known by, by vocabulary row; by default the row.
+    ``gene`` is what each gene is known by, by vocabulary row; by default the row. The counts are above 0.
     """
     bits = counts.value.astype(np.float32).view(np.uint32).astype(np.uint64)
     mixed = scramble(scramble(counts.gene if gene is None else gene[counts.gene]) ^ bits)

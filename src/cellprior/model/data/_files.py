@@ -25,18 +25,9 @@ def open_counts(
 ) -> ad.AnnData | MuData:
     """Open a file of AnnData or MuData; of its matrices only those with the counts are there, and stay on disk.
 
+    Of a MuData, ``layer`` has that of each modality that is wanted. Dask arrays are read by workers by themselves.
     Raises ValueError if it cannot be read, is neither of them, or has no such matrix; FileNotFoundError if it is not
     there.
-
-    Parameters
-    ----------
-    path
-        h5ad or h5mu file, or zarr folder.
-    layer
-        Layer with the counts, ``None`` for ``X``, ``"raw"`` for ``raw``; of a MuData, that of each modality that is
-        wanted.
-    as_dask
-        Give them as dask arrays, which workers read by themselves.
     """
     path = Path(path)
     refuse_foreign(path)

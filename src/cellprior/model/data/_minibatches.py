@@ -64,14 +64,8 @@ class CountsDataset(Dataset):
 class ToVocabulary:
     """Bring the columns of a minibatch into vocabulary order and make tensors of it.
 
-    Parameters
-    ----------
-    column
-        Target column of each gene of the data, -1 for none ``(n_vars,)``.
-    n_columns
-        Number of target columns.
-    dense
-        Give counts as a dense tensor.
+    ``column`` is the target column of each gene of the data, -1 for none ``(n_vars,)``; with ``dense``, counts are a
+    dense tensor.
     """
 
     column: np.ndarray
@@ -132,26 +126,10 @@ class SentenceSampler(Sampler[list[int]]):
 
 
 class VocabularyLoader(DataLoader):
-    """Minibatches of an AnnData as tensors, the counts in vocabulary order; see :class:`ToVocabulary`.
+    """Minibatches of some rows of an AnnData as tensors, the counts in vocabulary order; see :class:`ToVocabulary`.
 
-    Parameters
-    ----------
-    adata_manager
-        Manager of the data.
-    column, n_columns
-        Where each gene goes, see :class:`ToVocabulary`.
-    indices
-        Rows to load.
-    batch_size
-        Rows of a minibatch.
-    shuffle
-        Draw new minibatches at each pass.
-    by_batch
-        Keep each minibatch within one category of ``batch_key``.
-    data_and_attributes
-        Fields to load; all by default.
-    dense
-        Give counts as a dense tensor.
+    With ``shuffle``, new ones are drawn at each pass; with ``by_batch``, each keeps within one category of
+    ``batch_key``. All fields are loaded but for ``data_and_attributes``.
     """
 
     def __init__(

@@ -45,18 +45,9 @@ def cells_of_modalities(
 
     A barcode is the same cell wherever it stands in a modality. A cell has a modality if its barcode is in it, unless
     :func:`cellprior.pp.pad_modalities` has noted that its row is padding; that a row is all 0 means nothing.
-
-    Raises ValueError if no modality or no counts are found, the modalities are swapped, or a barcode stands for two
-    cells.
-
-    Parameters
-    ----------
-    data
-        MuData with one or both modalities, or AnnData with genes, with peaks, or with both.
-    setup_args
-        ``modalities``, ``rna_layer``, ``atac_layer`` of the setup.
-    genes
-        Vocabulary that tells an AnnData with genes, of which the places are known as well, from one with peaks.
+    ``setup_args`` have ``modalities``, ``rna_layer``, ``atac_layer``. The vocabulary tells an AnnData with genes, of
+    which the places are known as well, from one with peaks. Raises ValueError if no modality or no counts are found,
+    the modalities are swapped, or a barcode stands for two cells.
     """
     keys = modality_keys(setup_args["modalities"])
     layers = {name: setup_args[f"{name}_layer"] for name in MODALITIES}
@@ -140,12 +131,8 @@ def refuse_other_axis(mdata: MuData) -> None:
 def say_what_is_left_out(mdata: MuData, keys: Mapping[str, str]) -> None:
     """Refuse a modality that is there under another name, and name others that are not read in its stead.
 
-    Raises ValueError, with the name that is needed.
-
-    Warns
-    -----
-    UserWarning
-        If a modality is missing, and there are others that are none of RNA and ATAC by name.
+    Warns if a modality is missing, and there are others that are none of RNA and ATAC by name. Raises ValueError,
+    with the name that is needed.
     """
     missing = [name for name, key in keys.items() if key not in mdata.mod]
     others = [key for key in mdata.mod if key not in keys.values()]

@@ -27,18 +27,9 @@ def distinct(genes: pd.DataFrame) -> pd.DataFrame:
 
 
 def gene_rows(names: Sequence[str], genes: pd.DataFrame, match: GeneMatch) -> np.ndarray:
-    """Vocabulary rows of genes.
+    """Vocabulary rows of genes, by names of the data, symbols or Ensembl ids.
 
     Raises KeyError if a gene is not in the vocabulary; TypeError if ``names`` is a text.
-
-    Parameters
-    ----------
-    names
-        Names of the data, symbols or Ensembl ids.
-    genes
-        The vocabulary.
-    match
-        Of the data's genes.
     """
     if isinstance(names, str):
         msg = f"genes={names!r} is one text; a list of names is needed: genes=[{names!r}]."
@@ -64,21 +55,10 @@ def measured_genes(
 ) -> np.ndarray:
     """Which vocabulary genes were measured, by category of ``batch_key`` ``(n_batches, n_genes)``.
 
-    Without ``measured``, those of the data were, in all cells ``(1, n_genes)``.
-
-    Raises KeyError if a gene is neither in the data nor in the vocabulary, or a batch of the data not in
-    ``measured``; ValueError if ``measured`` is given without a ``batch_key``.
-
-    Parameters
-    ----------
-    measured
-        Names of the measured genes by batch; those of the data that the vocabulary lacks are passed over.
-    genes
-        The vocabulary.
-    match
-        Of the data's genes.
-    cells
-        With their batches; needed with ``measured``.
+    Without ``measured``, those of the data were, in all cells ``(1, n_genes)``. Names that the data have and the
+    vocabulary lacks are passed over; the ``cells`` with their batches are needed with ``measured``. Raises KeyError
+    if a gene is neither in the data nor in the vocabulary, or a batch of the data not in ``measured``; ValueError if
+    ``measured`` is given without a ``batch_key``.
     """
     if measured is None:
         seen = np.zeros((1, len(genes)), dtype=bool)
@@ -101,18 +81,9 @@ def measured_genes(
 
 
 def refuse_unmeasured(counts: np.ndarray, known: np.ndarray, genes: pd.DataFrame) -> None:
-    """Refuse counts of genes that were not measured.
+    """Refuse counts ``(cells, n_genes)`` of genes that were not measured, in all cells or in each.
 
     Raises ValueError, with the name of a gene.
-
-    Parameters
-    ----------
-    counts
-        ``(cells, n_genes)``.
-    known
-        Which genes were measured, of all cells or of each.
-    genes
-        The vocabulary.
     """
     found = ((counts != 0) & ~known).any(axis=0)
     if found.any():

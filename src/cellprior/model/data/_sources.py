@@ -26,13 +26,7 @@ class Sources:
     """Files behind matrices of counts, as they were at the beginning.
 
     Numbers that are read while somebody writes a file anew are of the old and the new. HDF5 and zarr do not notice.
-
-    Parameters
-    ----------
-    matrices
-        Counts, on disk or not.
-    given
-        File or folder that was asked for by its path, which a dask array does not tell.
+    ``given`` is the file or folder that was asked for by its path, which a dask array does not tell.
     """
 
     def __init__(self, matrices: Iterable[Any], given: Path | None = None) -> None:

@@ -14,13 +14,6 @@ def row_sums(latent: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
     The bits of each value, times an odd number of its column and one of its row, modulo 2^64: any single value that
     differs gives another sum.
-
-    Parameters
-    ----------
-    latent
-        Float32 ``(rows, width)``.
-    rows
-        Number of each row.
     """
     latent = np.ascontiguousarray(latent, dtype=np.float32)
     bits = latent.view(np.uint32)

@@ -33,16 +33,8 @@ def on_cores(
 ) -> Iterator[Result]:
     """A function of each item, in their order; on a CPU and without gradients, several at a time.
 
-    Items are taken as they are needed, a few ahead. What is computed of one does not use more than one core.
-
-    Parameters
-    ----------
-    function
-        Of an item; it may not change what another call reads.
-    items
-        What to compute it of.
-    device
-        Where the network is.
+    Items are taken as they are needed, a few ahead. What is computed of one does not use more than one core. The
+    function may not change what another call reads.
     """
     if device.type != "cpu" or torch.is_grad_enabled() or getattr(_here, "is_worker", False):
         yield from map(function, items)

@@ -45,14 +45,8 @@ class Block(NamedTuple):
 class Worker:
     """All that is the same for all cells; sent to each worker once.
 
-    Attributes
-    ----------
-    encoder
-        With the network, on the CPU as it is sent; it runs on the worker's first GPU if it has one.
-    cells
-        How counts are read, without any cells.
-    size, precision
-        See :class:`~cellprior.model.engine._embedding.Embedding`.
+    The encoder has the network, on the CPU as it is sent; it runs on the worker's first GPU if it has one. The cells
+    say how counts are read, without any. For the others see :class:`~cellprior.model.engine._embedding.Embedding`.
     """
 
     encoder: Encoder
@@ -120,14 +114,8 @@ def embed_unit(worker: Worker, block: Block) -> np.ndarray:
 class Cluster:
     """A cluster that works on some cells; what it gives are futures.
 
-    Attributes
-    ----------
-    client
-        Of the cluster.
-    worker
-        Future of the :class:`Worker`.
-    cells, rows
-        See :class:`~cellprior.model.engine._embedding.Embedding`.
+    ``worker`` is that of the :class:`Worker`; for cells and rows see
+    :class:`~cellprior.model.engine._embedding.Embedding`.
     """
 
     client: Any

@@ -111,15 +111,7 @@ class Encoder:
         """Say what was noticed on the way, after the last cell."""
 
     def submit(self, cluster: Any, cells: np.ndarray) -> list[tuple[Any, np.ndarray]]:
-        """Futures of the latents of a unit that is more than one worker should hold, and the cells of each; else none.
-
-        Parameters
-        ----------
-        cluster
-            The :class:`~cellprior.model.engine._dask.Cluster`.
-        cells
-            The unit.
-        """
+        """Futures of the latents of a unit that is too much for one worker, and the cells of each; else none."""
         return []
 
 

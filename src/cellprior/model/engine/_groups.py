@@ -13,16 +13,9 @@ def of_like_length(
 ) -> Iterator[tuple[Tensor, int]]:
     """Numbers of cells of nearly equal length, the longest first, and the longest's; not those of none.
 
-    Parameters
-    ----------
-    length
-        Tokens of each cell ``(cells,)``.
-    room
-        Tokens that go through the network together, if a cell alone has no more.
-    filled
-        How long the shortest cell of a group is, at least, as a share of the longest.
-    least
-        Tokens that are computed of each cell, however few it has.
+    As many tokens as have ``room`` go through the network together, if a cell alone has no more. The shortest cell of
+    a group has a share ``filled`` of the longest's, and ``least`` tokens are computed of each cell, however few it
+    has.
     """
     length, order = length.sort(descending=True, stable=True)
     lengths, start = length.tolist(), 0
@@ -38,12 +31,7 @@ def of_like_length(
 def by_length(length: Tensor, room: int) -> Iterator[Tensor]:
     """Numbers of cells in the order of their length, as many at a time as have room when padded to the longest.
 
-    Parameters
-    ----------
-    length
-        Tokens of each cell ``(cells,)``.
-    room
-        Tokens that go through the network together, if a cell alone has no more.
+    A cell that alone has more than ``room`` tokens comes by itself.
     """
     order = torch.argsort(length, stable=True)
     sizes, start = length[order].tolist(), 0

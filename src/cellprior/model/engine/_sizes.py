@@ -30,18 +30,10 @@ class Part(NamedTuple):
 
 
 class Chunks:
-    """Counts of the cells of a sentence by chunk, read when they are asked for.
+    """Counts of the cells of a sentence by chunk of so many cells, which ``read`` gives from a number on.
 
-    Parameters
-    ----------
-    sizes
-        Cells of each chunk.
-    read
-        Gives the chunks from a number on.
-    scratch
-        Folder for what the sentence holds; None for memory.
-    step
-        Is told the number of cells whenever a stage of some is done.
+    ``scratch`` is the folder for what the sentence holds, None for memory; ``step`` is told the number of cells
+    whenever a stage of some is done.
     """
 
     def __init__(
@@ -59,23 +51,10 @@ class Chunks:
 
 
 class BatchSize:
-    """Cells that go through a network at a time.
+    """Cells that go through a network at a time: what was ``given``, raised to ``MIN_CHUNK``, or what fits.
 
-    Parameters
-    ----------
-    given
-        What was asked for, raised to ``MIN_CHUNK``; ``None`` for what fits.
-    device
-        Where the network is.
-    cell_bytes
-        Memory that a cell takes in it.
-    default
-        What is chosen where memory is no concern, on a CPU.
-
-    Raises
-    ------
-    ValueError
-        If it is not positive.
+    A cell takes ``cell_bytes``; where memory is no concern, on a CPU, it is ``default``. Raises ValueError if it is
+    not positive.
     """
 
     def __init__(self, given: int | None, *, device: torch.device, cell_bytes: int, default: int) -> None:

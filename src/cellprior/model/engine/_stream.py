@@ -208,16 +208,8 @@ class LatentStore:
     ) -> None:
         """Write all but the latents, and look at those of an earlier run.
 
-        Parameters
-        ----------
-        units
-            Cells of each unit.
-        width
-            Columns of the embedding.
-        obs, record
-            Annotation of the cells, and where the embedding comes from; of an earlier run they are replaced.
-        **state
-            How the cells are cut into units.
+        ``obs`` and ``record`` take the place of those of an earlier run; ``state`` says how the cells are cut into
+        units.
         """
         self.units, self.sums = units, np.zeros(len(obs), dtype=np.uint64)
         columns = [name for name in obs.columns if not str(name).startswith("_scvi_")]
@@ -396,24 +388,9 @@ def stream(
 ) -> None:
     """Embed cells into a zarr folder; see :func:`cellprior.tl.embed`.
 
-    Parameters
-    ----------
-    embed
-        Gives the embedding of all cells, of ``batch_size``, ``unit_size`` and ``client``.
-    cells
-        The same cells.
-    out
-        The folder.
-    key
-        Of ``obsm``.
-    weights
-        Digest of all that can change a number, but for the cells.
-    record
-        Where the embedding comes from, with ``params``, the arguments that change the result.
-    batch_size, hidden, overwrite, progress, client
-        See :func:`cellprior.tl.embed`.
-    source
-        Path that the data come from.
+    ``embed`` gives the embedding of all ``cells``, of ``batch_size``, ``unit_size`` and ``client``; ``weights`` is a
+    digest of all that can change a number, but for the cells; ``record`` says where the embedding comes from, with
+    ``params``, the arguments that change the result; ``source`` is the path that the data come from.
     """
     out = target(Path(out))
     sources = Sources(cells.matrices(), source)

@@ -37,16 +37,8 @@ def translate(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under our names, and the names of those that have none.
 
-    Raises WeightsError if there is something else than tensors.
-
-    Parameters
-    ----------
-    tensors
-        By their name.
-    names
-        Their name (a pattern), ours (a replacement).
-    prefix
-        Left by the code that saved them; taken off.
+    ``names`` has patterns of their names and replacements, ours; a ``prefix`` left by the code that saved them is
+    taken off. Raises WeightsError if there is something else than tensors.
     """
     renamed, unknown = {}, []
     for name, tensor in tensors.items():

@@ -24,18 +24,9 @@ def check_fits(cls: type[Any], bundle: Bundle, source: str) -> None:
     """Refuse tensors that are not those of the network that the configuration describes.
 
     The network is made without memory for its tensors (on the device "meta"), and with no more parts than the file
-    could have tensors for, so that a configuration cannot ask for more than its file holds.
-
-    Raises WeightsError, with the argument that the network refuses, or with the tensors that do not fit.
-
-    Parameters
-    ----------
-    cls
-        Model class.
-    bundle
-        Its tensors may be on the device "meta".
-    source
-        What the weights are called.
+    could have tensors for, so that a configuration cannot ask for more than its file holds. The tensors may be on the
+    device "meta". Raises WeightsError, with the argument that the network refuses, or with the tensors that do not
+    fit.
     """
     try:
         with few_parts(len(bundle.state_dict)), torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -72,15 +72,10 @@ def find_official(path: Path) -> Path | None:
 
 
 def read_official(checkpoint: Path) -> Bundle:
-    """Read an official folder.
+    """Read an official folder, by its ``model.safetensors`` or ``pytorch_model.bin``, with ``config.json`` beside it.
 
-    Raises WeightsError if a file is missing, broken or another model's, or a tensor is not known.
-
-    Parameters
-    ----------
-    checkpoint
-        Its ``model.safetensors`` or ``pytorch_model.bin``, with ``config.json`` beside it, and the dictionaries where
-        :func:`~cellprior.model.geneformer._vocabulary.find_vocabulary` looks for them.
+    The dictionaries are where :func:`~cellprior.model.geneformer._vocabulary.find_vocabulary` looks for them. Raises
+    WeightsError if a file is missing, broken or another model's, or a tensor is not known.
     """
     folder = checkpoint.parent
     config = _config(folder)

@@ -28,26 +28,12 @@ def rank_tokens(
     """Tokens of cells: their expressed genes by ``count / scale``, highest first.
 
     The original divides by the cell's total too, a positive number that changes no order. Equal values are in the
-    order of the vocabulary; there the original's order is that of an unstable sort.
-
-    Parameters
-    ----------
-    counts
-        Raw counts ``(cells, genes)``, dense or CSR, columns in the order of the vocabulary.
-    scale
-        What is usual for each gene of the vocabulary, float64 ``(n_genes,)``: its median over the cells of the corpus
-        that have it, of counts per 10,000.
-    n_positions
-        Most tokens of a cell; further genes are cut off.
-    special
-        Put ``<cls>`` in front and ``<eos>`` at the end, as V2 does.
-    gene_index
-        Vocabulary row of each column; ``None`` if the columns are the vocabulary.
-
-    Returns
-    -------
-    Int64 ``(cells, longest)``, ``<pad>`` behind each cell's tokens. A cell without counts has none, or ``<cls>`` and
-    ``<eos>`` only.
+    order of the vocabulary; there the original's order is that of an unstable sort. Raw counts ``(cells, genes)`` are
+    dense or CSR, with ``gene_index``, the vocabulary row of each column, increasing; ``None`` if the columns are the
+    vocabulary. ``scale`` is what is usual for each gene of it, float64 ``(n_genes,)``: its median over the cells of
+    the corpus that have it, of counts per 10,000. Genes beyond ``n_positions`` are cut off; ``special`` puts
+    ``<cls>`` in front and ``<eos>`` at the end, as V2 does. Gives int64 ``(cells, longest)``, ``<pad>`` behind each
+    cell's tokens.
     """
     device, n_cells = counts.device, len(counts)
     if device.type == "mps":  # has no float64
@@ -87,12 +73,7 @@ def token_counts(tokens: Tensor) -> Tensor:
 def nonzero_medians(counts: list[Tensor], n_genes: int) -> np.ndarray:
     """Median of each gene's counts per 10,000 over the cells that have it, float64 ``(n_genes,)``.
 
-    Parameters
-    ----------
-    counts
-        Raw counts over the vocabulary, dense ``(cells, n_genes)`` each.
-    n_genes
-        Of the vocabulary. One that no cell has gets the median of the others' medians.
+    Of raw counts, dense ``(cells, n_genes)`` each. A gene that no cell has gets the median of the others' medians.
     """
     genes, values = [], []
     for part in counts:

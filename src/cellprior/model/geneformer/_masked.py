@@ -20,18 +20,8 @@ def masked_scores(
 ) -> MaskedScores:
     """Accuracy and cross-entropy (nats) of hidden genes, each of which is one of all that the vocabulary has.
 
-    Parameters
-    ----------
-    module
-        In eval mode.
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    floor
-        Fitted to other cells.
-    share
-        Of the tokens of a cell that is hidden.
-    rng
-        Draws them.
+    Of raw counts over the vocabulary ``(cells, n_genes)``, a ``share`` of the tokens of a cell is hidden; the module
+    is in eval mode, the floor fitted to other cells.
     """
     tokens = module.tokens(counts)
     drawn = mask_tokens(

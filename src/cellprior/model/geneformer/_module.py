@@ -108,14 +108,9 @@ class GeneformerModule(BaseModuleClass):
             raise ValueError(msg)
 
     def tokens(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
-        """Tokens of cells ``(cells, longest)``, int64, 0 behind each cell's.
+        """Tokens of cells ``(cells, longest)``, int64, 0 behind each cell's, from raw counts, dense or sparse CSR.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, genes)``, dense or sparse CSR.
-        gene_index
-            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary.
+        ``gene_index`` is the vocabulary row of each column; ``None`` if the columns are the vocabulary.
         """
         return rank_tokens(
             counts,
@@ -330,16 +325,9 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None, read: slice = EVERYTHING) -> Tensor:
-        """Output at the positions ``read``.
+        """Output at the positions ``read`` of ``x`` ``(cells, positions, n_hidden)``.
 
-        Parameters
-        ----------
-        x
-            Positions ``(cells, positions, n_hidden)``.
-        mask
-            Which of them are seen ``(cells, 1, 1, positions)``; ``None`` for all.
-        read
-            Which of them to compute; all are seen.
+        Those in ``mask`` are seen ``(cells, 1, 1, positions)``; ``None`` for all.
         """
         query, key, value = (
             self._heads(linear(part))

@@ -149,18 +149,9 @@ def _tables(
 def of_one_cell(
     module: GeneformerModule, tokens: Tensor, request: Request, *, row: int
 ) -> Iterator[dict[str, Any]]:
-    """Results of each perturbation of one cell that can be done to it.
+    """Results of each perturbation of one cell, from its tokens ``(positions,)``, that can be done to it.
 
-    Parameters
-    ----------
-    module
-        The network.
-    tokens
-        Of the cell ``(positions,)``.
-    request
-        What to do.
-    row
-        Number of the cell; with the seed, what its random genes depend on.
+    What its random genes depend on is the number of the cell, ``row``, and the seed.
     """
     genes = tokens[tokens >= module.first_gene].cpu().numpy()
     draw = Draw(genes, request, np.random.default_rng([request.seed, row]))
@@ -205,17 +196,7 @@ def of_one_cell(
 
 
 class Draw:
-    """Random genes for one cell.
-
-    Parameters
-    ----------
-    genes
-        Tokens of the cell's genes, in order.
-    request
-        With the number of draws, and the genes that the data have.
-    rng
-        Draws.
-    """
+    """Random genes for one cell, from the tokens of its genes, in order, and those that the data have."""
 
     def __init__(self, genes: np.ndarray, request: Request, rng: np.random.Generator) -> None:
         self.genes, self.request, self.rng = genes, request, rng
@@ -264,18 +245,10 @@ def room(module: GeneformerModule) -> int:
 
 
 def changed_list(genes: np.ndarray, changed: np.ndarray, how: How, n_most: int) -> np.ndarray:
-    """Genes of a cell after a perturbation, in order.
+    """Genes of a cell after a perturbation, as tokens, in order, and at most ``n_most``.
 
-    Parameters
-    ----------
-    genes
-        Before, as tokens.
-    changed
-        Perturbed genes; of those to be inhibited, only the ones that are there.
-    how
-        ``"delete"`` takes them out, ``"overexpress"`` puts them to the top, ``"inhibit"`` to the end.
-    n_most
-        Genes that a cell can have.
+    ``"delete"`` takes the changed ones out, ``"overexpress"`` puts them to the top, ``"inhibit"`` to the end, if they
+    are there.
     """
     rest = genes[~np.isin(genes, changed)]
     if how == "overexpress":

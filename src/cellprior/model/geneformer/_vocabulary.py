@@ -29,18 +29,12 @@ class Vocabulary(NamedTuple):
 
 
 def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
-    """Vocabulary of a network.
+    """Vocabulary of a network of so many tokens, from the folder of its weights.
 
-    Raises WeightsError if they are missing, damaged, or another network's.
-
-    Parameters
-    ----------
-    folder
-        Of the network; ``token_dictionary*.pkl`` and ``gene_median_dictionary*.pkl`` are in it, in its ``dictionaries``
-        or, as in the authors' repository, in the folder ``geneformer`` beside it. So may be
-        ``ensembl_mapping_dict*.pkl`` and ``gene_name_id_dict*.pkl``. Without any, a network of V1 gets its own.
-    n_tokens
-        Of the network.
+    ``token_dictionary*.pkl`` and ``gene_median_dictionary*.pkl`` are in it, in its ``dictionaries`` or, as in the
+    authors' repository, in the folder ``geneformer`` beside it. So may be ``ensembl_mapping_dict*.pkl`` and
+    ``gene_name_id_dict*.pkl``. Without any, a network of V1 gets its own. Raises WeightsError if they are missing,
+    damaged, or another network's.
     """
     places = [folder, folder / "dictionaries"]
     if n_tokens != V1_TOKENS:  # whose own are in the package
@@ -84,18 +78,9 @@ def shipped() -> Vocabulary:
 
 
 def read_tokens(tokens: Path, medians: Path, names: Path | None = None) -> Vocabulary:
-    """Read the authors' dictionaries.
+    """Read the authors' dictionaries: gene to token, gene to median, and symbol to gene.
 
     Raises WeightsError if a file is not such a dictionary, or a gene has no token or no median.
-
-    Parameters
-    ----------
-    tokens
-        Gene to token.
-    medians
-        Gene to median.
-    names
-        Symbol to gene.
     """
     token = read_dictionary(tokens)
     special = "<cls>" in token

@@ -36,15 +36,6 @@ class AnnotationHead(nn.Module):
     Classes are learned on the hidden state. Where they lie is measured in the model's embedding of it, a projection
     that fine-tuning leaves as it was: on real cells this finds more of the unseen types than distances in the hidden
     state.
-
-    Parameters
-    ----------
-    n_hidden
-        Width of the hidden state.
-    n_latent
-        Width of the embedding and of the new latent.
-    n_classes
-        Number of classes.
     """
 
     shift: Tensor
@@ -157,16 +148,8 @@ def split_cells(
     """Split labelled cells.
 
     Calibration cells are drawn as they come, so that they are exchangeable with new cells, but two of each class are
-    left; of the others, validation cells are drawn by class, at least one where a class can spare it.
-
-    Parameters
-    ----------
-    code
-        Class of each cell, NO_CLASS for none ``(n_obs,)``.
-    validation_size, calibration_size
-        Shares of the labelled cells.
-    rng
-        Draws.
+    left; of the others, validation cells are drawn by class, at least one where a class can spare it. ``code`` is the
+    class of each cell, NO_CLASS for none ``(n_obs,)``; the sizes are shares of the labelled cells.
     """
     rows = rng.permutation(np.flatnonzero(code != NO_CLASS))
     n_cells = np.bincount(code[rows])

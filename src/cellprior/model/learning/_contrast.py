@@ -17,13 +17,6 @@ def info_nce(first: Tensor, second: Tensor, *, temperature: float | Tensor) -> T
     With s_ij the cosine of view i of ``first`` and view j of ``second`` over the temperature, the mean over cells of
     ``-ln(exp s_ii / Σ_j exp s_ij)``, averaged with the same of the other direction. All other cells of the minibatch
     are the negatives; who cannot tell them apart reaches ``ln(cells)``.
-
-    Parameters
-    ----------
-    first, second
-        Two views of the same cells ``(cells, width)``.
-    temperature
-        Of the softmax.
     """
     return info_nce_of_scores(similarities(first, second) / temperature)
 
@@ -57,20 +50,8 @@ def in_micro_batches(function: Callable[..., Tensor], *tensors: Tensor, size: in
     Gradient caching [Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP
     2021]: nothing but the outputs is kept, a loss may couple them all, and its backward pass computes each
     micro-batch once more, with the random state that it had. Adding up the gradients of micro-batches would instead
-    leave each with its own negatives only.
-
-    Parameters
-    ----------
-    function
-        Of a few cells at a time, none of which sees another; gives rows of fixed width, any number per cell.
-    *tensors
-        Of the same cells ``(cells, ...)``.
-    size
-        Cells of a micro-batch; ``None`` for all at once.
-
-    Returns
-    -------
-    What ``function`` gives for the parts, concatenated.
+    leave each with its own negatives only. ``function`` takes ``size`` cells at a time, none of which sees another,
+    and gives rows of fixed width, any number per cell; without a size, all at once.
     """
     if size is None or size >= len(tensors[0]):
         return function(*tensors)
@@ -86,15 +67,7 @@ def label_contrast(first: Tensor, second: Tensor, code: Tensor, *, temperature: 
     For each of the two views of a labelled cell, the mean over all other views of cells of its label, its own among
     them, of ``-ln(exp s_ap / Σ_j exp s_aj)``, with s the cosine over the temperature and j over all views but a. Who
     cannot tell the views apart reaches ``ln(2 cells - 1)``. Cells without a label are left out: they may be of any.
-
-    Parameters
-    ----------
-    first, second
-        Two views of the same cells ``(cells, width)``.
-    code
-        Label of each cell, negative for none ``(cells,)``.
-    temperature
-        Of the softmax.
+    Their ``code`` is negative. Views are ``(cells, width)``.
     """
     known = code >= 0
     if int(known.sum()) < 2:

@@ -24,12 +24,8 @@ class FiniteLoss(pl.Callback):
 
     Each step adds its loss to a sum on the device, in which NaN and infinity stay. It is looked at every
     ``STEPS_BETWEEN`` steps and at the first of an epoch, before the weights move; if it is finite, the weights are
-    copied.
-
-    Parameters
-    ----------
-    best
-        The tensors of the best epoch so far, of whoever keeps them: rather these, if there are any.
+    copied. ``best`` holds the tensors of the best epoch so far, of whoever keeps them: rather these, if there are
+    any.
     """
 
     def __init__(self, best: Mapping[str, Tensor]) -> None:

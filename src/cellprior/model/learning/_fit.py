@@ -24,13 +24,8 @@ class KeepBest(pl.Callback):
     """Ends a training with the tensors of the epoch that was best on held-out cells.
 
     They stay in memory; scvi-tools' :class:`~scvi.train.SaveCheckpoint` writes the whole model to disk at each epoch.
-
-    Parameters
-    ----------
-    monitor, mode
-        Logged number that decides, and whether the lowest is best or the highest.
-    loss
-        Of equals, the epoch in which this is lowest; the first by default.
+    ``monitor`` is the logged number that decides, ``mode`` whether the lowest is best or the highest; of equals, the
+    epoch in which ``loss`` is lowest, the first by default.
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"] = "min", loss: str | None = None) -> None:
@@ -71,38 +66,15 @@ def fit(
 ) -> History:
     """Train a model's module, and give the history of this run alone.
 
-    However the run ends, ``history_`` of the model has that of the runs before as well, and the module is in eval mode.
-    Where it ends early, after an epoch at least, the weights are trained ones.
-
-    Raises ValueError if early stopping watches held-out cells, and there are none; DivergedError if a loss is not
-    finite. The model has the last weights with a finite loss.
-
-    Parameters
-    ----------
-    model
-        Whose ``module`` the plan trains, with ``_train_runner_cls``.
-    plan
-        What is done at each step.
-    cells
-        Loaders of minibatches, with ``n_val``.
-    max_epochs
-        Passes over the training cells.
-    accelerator, devices
-        See :class:`~lightning.pytorch.trainer.trainer.Trainer`.
-    split
-        Which cells are held out, by the name of the training, as ``split_`` of the model keeps it.
-    best
-        Keeps the best epoch, and says what early stopping watches; by default that is ``validation_loss``.
-    join
-        Makes one history of that before and that of this run; :func:`continued` by default.
-    early_stopping_monitor, **trainer_kwargs
-        To :class:`~scvi.train.Trainer`. Gradients are clipped at norm 2 unless ``gradient_clip_val`` says otherwise.
-        ``enable_progress_bar=False`` draws no bar; ``simple_progress_bar=False`` draws Lightning's, a step at a time.
-
-    Warns
-    -----
-    UserWarning
-        If a loss ends no better than its floor.
+    However the run ends, ``history_`` of the model has that of the runs before as well, and the module is in eval
+    mode. Where it ends early, after an epoch at least, the weights are trained ones. ``cells`` are loaders of
+    minibatches, with ``n_val``; ``split`` says which cells are held out, by the name of the training, as ``split_``
+    of the model keeps it; ``best`` keeps the best epoch, and says what early stopping watches, by default
+    ``validation_loss``; ``join`` makes one history of that before and that of this run. What else
+    :class:`~scvi.train.Trainer` takes goes there: gradients are clipped at norm 2 unless ``gradient_clip_val`` says
+    otherwise, ``enable_progress_bar=False`` draws no bar, ``simple_progress_bar=False`` Lightning's, a step at a
+    time. Warns if a loss ends no better than its floor. Raises ValueError if early stopping watches held-out cells,
+    and there are none; DivergedError if a loss is not finite. The model has the last weights with a finite loss.
     """
     monitor = early_stopping_monitor or (best.monitor if best else "validation_loss")
     if trainer_kwargs.get("early_stopping") and not cells.n_val and "validation" in monitor:

@@ -43,21 +43,9 @@ def keep_split(
 ) -> Parts:
     """The split of the training before, if it is one of these cells and no other is asked for; else a new one.
 
-    Parameters
-    ----------
-    state
-        From :func:`noted`; empty if the weights were not trained with a split that is known.
-    names
-        Of the cells.
-    drawn
-        The new one.
-    sizes_given, rows_given
-        Whether its sizes, or its very cells, are asked for, and not a default.
-
-    Warns
-    -----
-    UserWarning
-        If a new one is taken although cells have been trained on before.
+    ``state`` is from :func:`noted`, empty if no split is known; ``sizes_given`` and ``rows_given`` say whether the
+    sizes of the one ``drawn``, or its very cells, are asked for, and not a default. Warns if a new one is taken
+    although cells have been trained on before.
     """
     if not state:
         return drawn
@@ -89,18 +77,8 @@ def hold_out(
 ) -> dict[str, Any]:
     """Give a splitter the split to train on, see :func:`keep_split`, and note it.
 
-    Parameters
-    ----------
-    model
-        Whose ``split_`` says what was held out before.
-    stage
-        Of its trainings.
-    names
-        Of the cells.
-    cells
-        With ``parts``, as drawn, and ``keep(parts)``.
-    asked, splitter_kwargs
-        What the user said about the split.
+    ``cells`` have ``parts``, as drawn, and ``keep(parts)``; ``split_`` of the model says what was held out before at
+    this ``stage``; ``asked`` and ``splitter_kwargs`` are what the user said about the split.
     """
     parts = keep_split(
         model.split_.get(stage, {}),

@@ -16,20 +16,10 @@ from cellprior.model.data._ranks import rank_and_count
 
 
 class Plan(pl.LightningModule):
-    """Training of a module.
+    """Training of a module for ``n_steps``, with AdamW, whose ``weight_decay`` is not on biases and norms.
 
-    Parameters
-    ----------
-    module
-        To train.
-    n_steps
-        Steps of the whole run.
-    lr
-        Peak learning rate of AdamW.
-    weight_decay
-        Of AdamW; not on biases and norms.
-    warmup
-        Share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
+    ``lr`` is the peak; the learning rate rises over the share ``warmup`` of all steps, then it falls to 0 along a
+    cosine.
     """
 
     def __init__(

@@ -41,11 +41,6 @@ def gather_cells(own: Tensor) -> Tensor:
 
     A loss of all rows, computed in each process, then has in each process the gradient of that loss times the number
     of processes, from its own rows; which is what distributed training divides by when it averages.
-
-    Parameters
-    ----------
-    own
-        Rows of this process, any number ``(cells, ...)``.
     """
     if rank_and_count()[1] == 1:
         return own

@@ -39,17 +39,7 @@ class RankFloors(nn.Module):
 
     @classmethod
     def fit(cls, tokens: Iterable[Tensor], *, n_genes: int, n_positions: int, first: int) -> RankFloors:
-        """Count in one pass over cells.
-
-        Parameters
-        ----------
-        tokens
-            Of some cells each ``(cells, positions)``.
-        n_genes, n_positions
-            Of the network.
-        first
-            Token of the first gene.
-        """
+        """Count in one pass over tokens of cells ``(cells, positions)``; ``first`` is that of the first gene."""
         n_bins = int(rank_bins(torch.tensor([n_positions - 1]))) + 1
         counts = torch.zeros(n_bins * n_genes)
         for part in tokens:
@@ -65,18 +55,8 @@ class RankFloors(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Log-probabilities of the right genes, and whether they are the most likely, ``(selected places,)`` each.
 
-        Parameters
-        ----------
-        tokens
-            Of cells ``(cells, positions)``.
-        selected
-            Which of them are to be predicted; the others are in sight.
-        first
-            Token of the first gene.
-
-        Returns
-        -------
-        By predictor; the last has no most likely gene here.
+        By predictor, of the ``selected`` tokens of cells ``(cells, positions)``; the others are in sight. The last
+        has no most likely gene here. ``first`` is the token of the first gene.
         """
         n_genes = self.counts.shape[1]
         cell, rank = selected.nonzero(as_tuple=True)

@@ -38,24 +38,9 @@ def gene_scores(
 ) -> Tensor:
     """Log-probability of the right gene at each selected place, and whether it is the most likely ``(places, 2)``.
 
-    The logits of all genes are there for the places of a few cells at a time only.
-
-    Raises ValueError if ``micro_batch_size`` is below 1.
-
-    Parameters
-    ----------
-    count
-        Gives the number of tokens of each cell.
-    module
-        The network, with ``states`` and ``predict_genes``.
-    tokens
-        Of cells ``(cells, positions)``.
-    shown
-        What the network sees.
-    selected
-        Which places are asked for.
-    micro_batch_size
-        Cells in memory at a time; by default about 4,096 tokens. Never changes the gradient.
+    The logits of all genes are there for the places of a few cells at a time only. ``count`` gives the number of
+    tokens of each cell; tokens are ``(cells, positions)``, ``shown`` is what the network sees. ``micro_batch_size``,
+    by default about 4,096 tokens, never changes the gradient. Raises ValueError if ``micro_batch_size`` is below 1.
     """
     if micro_batch_size is not None and micro_batch_size < 1:
         msg = f"micro_batch_size={micro_batch_size}; at least one cell at a time is needed."
@@ -77,14 +62,8 @@ def losses_beside(
 ) -> dict[str, Tensor]:
     """``loss`` and ``masked``, which are equal, ``masked_accuracy``, and the floors of both; means over the places.
 
-    Parameters
-    ----------
-    found
-        From :func:`gene_scores`.
-    floors
-        Log-probabilities and hits at the same places, by predictor.
-    bias
-        Of the network, which a loss without places depends on.
+    ``found`` is from :func:`gene_scores`, ``floors`` are log-probabilities and hits at the same places, by predictor,
+    and ``bias`` is of the network: a loss without places depends on it.
     """
     if not len(found):  # of cells with a handful of genes
         found = found.new_zeros(1, 2) + 0.0 * bias.sum()
@@ -102,15 +81,7 @@ def losses_beside(
 def scores_by_cell(
     found: Tensor, floors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], selected: Tensor
 ) -> MaskedScores:
-    """Accuracy and cross-entropy (nats) of each cell's hidden genes; arguments as of :func:`losses_beside`.
-
-    Parameters
-    ----------
-    found, floors
-        See :func:`losses_beside`.
-    selected
-        Which places were asked for ``(cells, positions)``.
-    """
+    """Accuracy and cross-entropy (nats) of genes of each cell that are ``selected``; see :func:`losses_beside`."""
     cell = selected.nonzero()[:, 0].cpu()
     logs, hits = floors
 

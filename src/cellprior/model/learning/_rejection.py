@@ -156,21 +156,8 @@ def explain_unknown(
 ) -> None:
     """Say why, if far more cells are unknown than of cells like those calibrated on.
 
-    Parameters
-    ----------
-    calibration, limits, reject
-        Of the promise.
-    novelty, confidence
-        Of the cells that were named ``(cells,)``.
-    unknown
-        What they are called.
-    guess
-        Where the best guess of each cell is found, in words.
-
-    Warns
-    -----
-    UserWarning
-        With the number of cells that are too far and too uncertain, the likely cause, and a ``reject`` that names more.
+    ``guess`` says where the best guess of each cell is found. The warning has the number of cells that are too far
+    and too uncertain, the likely cause, and a ``reject`` that names more.
     """
     far, uncertain = (int(x.sum()) for x in limits.unknown(novelty, confidence))
     n_cells, n_unknown = len(novelty), far + uncertain

@@ -54,20 +54,9 @@ class Steps(pl.Callback):
 def shown(
     model: Any, plan: Any, cells: Any, *, max_epochs: int, progress: bool
 ) -> Iterator[list[pl.Callback]]:
-    """Say what is about to be trained, and draw a bar; gives the callbacks that move it.
+    """Say what is about to be trained, and draw a bar, if ``progress``; gives the callbacks that move it.
 
-    Parameters
-    ----------
-    model
-        By the name of its class, and its ``module``.
-    plan
-        Whose parameters with a gradient are trained.
-    cells
-        With ``n_train`` and ``n_val``.
-    max_epochs
-        Passes over the training cells.
-    progress
-        Whether there may be a bar.
+    ``cells`` have ``n_train`` and ``n_val``; the parameters of the plan with a gradient are counted.
     """
     first = getattr(rank_zero_only, "rank", 0) == 0  # of several processes
     if first:
@@ -87,14 +76,7 @@ def shown(
 def told_end(history: Mapping[str, pd.DataFrame], trainer: Any, *, best: int | None) -> None:
     """Say how a training ended; scvi-tools does not, of one that was stopped early.
 
-    Parameters
-    ----------
-    history
-        Of this run.
-    trainer
-        That has ended.
-    best
-        Epoch whose weights are kept; ``None`` for the last.
+    ``best`` is the epoch whose weights are kept; ``None`` for the last.
     """
     losses = [name for stage in ("validation", "train") for name in history if name.endswith(f"{stage}_loss")]
     loss = f" {losses[0]}: {float(history[losses[0]].iloc[-1, 0]):.4g}." if losses else ""

@@ -34,22 +34,10 @@ def draw_view(
 
     The depth of the view is drawn evenly on the logarithm, that of a cell is around it, and a cell that has fewer
     counts keeps them all. Half of the panels are drawn evenly from the measured genes, half prefer those with many
-    counts, by the square root, as designed panels do.
-
-    Parameters
-    ----------
-    counts
-        Whole numbers over the vocabulary ``(cells, n_genes)``.
-    measured
-        Numbers of the genes that were measured ``(genes,)``, increasing.
-    rng
-        Draws.
-    depths
-        Least and greatest depth of a view.
-    panels
-        Least and greatest share of the measured genes in a panel.
-    panel_rate
-        Probability of a panel.
+    counts, by the square root, as designed panels do. Counts are whole numbers over the vocabulary
+    ``(cells, n_genes)``, ``measured`` the increasing numbers of the genes that were; ``depths`` and ``panels`` are
+    the least and greatest depth of a view and share of the measured genes in a panel, ``panel_rate`` the probability
+    of one.
     """
     genes = measured
     if rng.random() < panel_rate:

@@ -100,20 +100,9 @@ def read_lightning(checkpoint: InertCheckpoint, content: Any) -> Bundle | None:
 
 
 def bundle_of(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], file: Path, source: Path) -> Bundle:
-    """A bundle of their tensors.
+    """A bundle of their tensors, under their names; the vocabulary is looked for beside their ``file``.
 
     Raises WeightsError if they are another network's.
-
-    Parameters
-    ----------
-    tensors
-        Under their names.
-    stated
-        Their arguments.
-    file
-        Of the tensors; the vocabulary is looked for beside it.
-    source
-        Of the arguments.
     """
     arguments, n_tokens = network(stated, source)
     vocabulary = find_vocabulary(file.parent, n_tokens)

@@ -14,11 +14,6 @@ class TechnologyFloors(nn.Module):
     """:class:`~cellprior.model.learning._rank_floors.RankFloors` of the cells of each technology.
 
     A rank is a place among a cell's tokens, those of its context included.
-
-    Parameters
-    ----------
-    floors
-        One of each technology.
     """
 
     def __init__(self, floors: list[RankFloors]) -> None:
@@ -29,15 +24,7 @@ class TechnologyFloors(nn.Module):
     def fit(
         cls, cells: Iterable[tuple[Tensor, Tensor]], *, n_genes: int, n_positions: int
     ) -> TechnologyFloors:
-        """Count in one pass over cells.
-
-        Parameters
-        ----------
-        cells
-            Tokens ``(cells, positions)`` and codes of the context ``(cells,)`` of some cells each.
-        n_genes, n_positions
-            Of the network.
-        """
+        """Count in one pass over tokens ``(cells, positions)`` and codes of the context ``(cells,)``."""
         sizes = {"n_genes": n_genes, "n_positions": n_positions, "first": FIRST_GENE}
         found = [RankFloors.fit([], **sizes) for _ in TECHNOLOGIES]
         for tokens, context in cells:
@@ -51,17 +38,7 @@ class TechnologyFloors(nn.Module):
     def predict(
         self, tokens: Tensor, selected: Tensor, context: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Log-probabilities of the right genes, and whether they are the most likely, ``(selected places,)`` each.
-
-        Parameters
-        ----------
-        tokens
-            Of cells ``(cells, positions)``.
-        selected
-            Which of them are to be predicted; the others are in sight.
-        context
-            Codes ``(cells,)``.
-        """
+        """As of :class:`~cellprior.model.learning._rank_floors.RankFloors`, for codes of the context ``(cells,)``."""
         technology = CONTEXT_TECHNOLOGY[context.cpu()].to(tokens.device)
         of_place = technology[selected.nonzero()[:, 0]]
         joined: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})

@@ -76,14 +76,9 @@ def context_code(species: str = "human", assay: str | None = None) -> int:
 
 
 def scale_of(means: Tensor, gene_scale: GeneScale) -> Tensor:
-    """What counts are divided by, float64 ``(technologies, n_genes)``.
+    """What counts are divided by, float64 ``(technologies, n_genes)``: the mean of each gene, ``"clean"``.
 
-    Parameters
-    ----------
-    means
-        Of each gene by technology, 0 where it was never seen.
-    gene_scale
-        ``"clean"`` divides by the means, ``"rounded"`` by whole numbers (half up); both by 1 where there is a 0.
+    ``"rounded"`` divides by whole numbers (half up); both by 1 where there is a 0, of a gene that was never seen.
     """
     scale = means.double()
     if gene_scale == "rounded":
@@ -105,24 +100,10 @@ def rank_tokens(
     ``"clean"`` leaves equal values in the order of the vocabulary. ``"rounded"`` has many, in the order that the
     original's unstable sort gives them. A gene with a mean below 0, as some of MERFISH have, comes behind all others.
 
-    Parameters
-    ----------
-    counts
-        Raw counts ``(cells, genes)``, dense or CSR, columns in the order of the vocabulary.
-    means
-        See :func:`scale_of`.
-    context
-        Code of each cell ``(cells,)``, see :func:`context_code`.
-    n_positions
-        Most tokens of a cell; further genes are cut off.
-    gene_index
-        Vocabulary row of each column; ``None`` if the columns are the vocabulary.
-    gene_scale
-        See :func:`scale_of`.
-
-    Returns
-    -------
-    Int64 ``(cells, longest)``, padding behind each cell's tokens.
+    Raw counts ``(cells, genes)`` are dense or CSR, with ``gene_index``, the vocabulary row of each column,
+    increasing; ``None`` if the columns are the vocabulary. For ``means`` and ``gene_scale`` see :func:`scale_of`, for
+    the code of each cell, ``context``, :func:`context_code`. Genes beyond ``n_positions`` are cut off. Gives int64
+    ``(cells, longest)``, padding behind each cell's tokens.
     """
     device, n_cells = counts.device, len(counts)
     if device.type == "mps" or gene_scale == "rounded":  # the one has no float64, the other sorts one by one
@@ -181,11 +162,6 @@ def unstable_argsort(values: np.ndarray) -> np.ndarray:
 
     A quicksort around the median of the first, the middle and the last [Hoare; as numba has it], and an insertion sort
     of what is short.
-
-    Parameters
-    ----------
-    values
-        Without NaN ``(n,)``.
     """
     order, of = list(range(len(values))), values.tolist()
     waiting = [(0, len(order) - 1)]
@@ -235,14 +211,8 @@ def is_context(tokens: Tensor) -> Tensor:
 def nonzero_means(counts: list[Tensor], technology: list[Tensor], n_genes: int) -> Tensor:
     """Mean of each gene's counts per 10,000 over the cells that have it, float64 ``(technologies, n_genes)``.
 
-    Parameters
-    ----------
-    counts
-        Raw counts over the vocabulary, dense ``(cells, n_genes)`` each.
-    technology
-        Row of ``TECHNOLOGIES`` of each of these cells.
-    n_genes
-        Of the vocabulary. A gene that no cell of a technology has gets 0 there.
+    Of raw counts, dense ``(cells, n_genes)`` each, and the row of ``TECHNOLOGIES`` of each of these cells. A gene
+    that no cell of a technology has gets 0 there.
     """
     total = torch.zeros(len(TECHNOLOGIES), n_genes, dtype=torch.float64)
     n_cells = torch.zeros_like(total)

@@ -26,20 +26,8 @@ def masked_scores(
 ) -> MaskedScores:
     """Accuracy and cross-entropy (nats) of hidden genes, each of which is one of all that the vocabulary has.
 
-    Parameters
-    ----------
-    module
-        In eval mode.
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    floor
-        Fitted to other cells.
-    context
-        Code of each cell ``(cells,)``.
-    share
-        Of the genes of a cell that is hidden.
-    rng
-        Draws them.
+    Of raw counts over the vocabulary ``(cells, n_genes)``, a ``share`` of the genes of a cell is hidden; the module
+    is in eval mode, the floor fitted to other cells, ``context`` the code of each cell ``(cells,)``.
     """
     tokens = module.tokens(counts, context=context)
     drawn = mask_tokens(tokens.cpu().numpy(), rng, n_tokens=module.n_tokens, rate=share, hide=1.0, swap=0.0)

@@ -112,19 +112,11 @@ class NicheformerModule(BaseModuleClass):
         context: Tensor | None = None,
         gene_scale: GeneScale | None = None,
     ) -> Tensor:
-        """Tokens of cells ``(cells, longest)``, int64, padding behind each cell's.
+        """Tokens of cells ``(cells, longest)``, int64, padding behind each cell's, from raw counts, dense or CSR.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, genes)``, dense or sparse CSR.
-        gene_index
-            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary.
-        context
-            Code of each cell ``(cells,)``, see :func:`~cellprior.model.nicheformer._inputs.context_code`; by default
-            human, dissociated, of some assay.
-        gene_scale
-            ``"clean"`` or ``"rounded"``; by default the network's.
+        ``gene_index`` is the vocabulary row of each column; ``None`` if the columns are the vocabulary. ``context``
+        is the code of each cell ``(cells,)``, see :func:`~cellprior.model.nicheformer._inputs.context_code`; by
+        default human, dissociated, of some assay. ``gene_scale`` is by default the network's.
         """
         if context is None:
             context = torch.full((len(counts),), context_code())
@@ -271,12 +263,7 @@ class NicheformerModule(BaseModuleClass):
     def _groups(self, tokens: Tensor, *, padded: bool) -> Iterator[tuple[Tensor, int]]:
         """Cells that go through the network together, of nearly equal length, and the longest's; not those of none.
 
-        Parameters
-        ----------
-        tokens
-            Of all cells.
-        padded
-            Whether all positions of the network are computed.
+        With ``padded``, all positions of the network are computed.
         """
         if tokens.ndim != 2 or tokens.shape[1] > self.n_positions:
             msg = f"tokens are {tuple(tokens.shape)}, needed (cells, positions), {self.n_positions} at most."
@@ -326,16 +313,10 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None, n_seen: int) -> Tensor:
-        """Output at all positions.
+        """Output at all positions ``(cells, positions, n_hidden)``.
 
-        Parameters
-        ----------
-        x
-            Positions ``(cells, positions, n_hidden)``.
-        mask
-            Which of the first ``n_seen`` are seen ``(cells, 1, 1, n_seen)``; ``None`` for all.
-        n_seen
-            Those behind are padding, which nothing attends to.
+        Those behind ``n_seen`` are padding, which nothing attends to; ``mask`` says which of the others are seen
+        ``(cells, 1, 1, n_seen)``, ``None`` for all.
         """
         seen = x[:, :n_seen]
         query, key, value = (

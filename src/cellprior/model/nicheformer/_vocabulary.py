@@ -28,17 +28,11 @@ class Vocabulary(NamedTuple):
 
 
 def find_vocabulary(folder: Path, n_tokens: int) -> Vocabulary:
-    """Vocabulary of a network.
+    """Vocabulary of a network of so many tokens, those that are no genes included, from its folder.
 
-    Raises WeightsError if they are missing, damaged, or another network's.
-
-    Parameters
-    ----------
-    folder
-        Of the network. With ``model.h5ad``, its genes in their order, and ``<technology>_mean_script.npy`` of one
-        technology at least, these are read. Without ``model.h5ad``, the network of the authors gets its own.
-    n_tokens
-        Of the network, those that are no genes included.
+    With ``model.h5ad``, its genes in their order, and ``<technology>_mean_script.npy`` of one technology at least,
+    these are read. Without ``model.h5ad``, the network of the authors gets its own. Raises WeightsError if they are
+    missing, damaged, or another network's.
     """
     n_genes = n_tokens - FIRST_GENE
     reference = folder / REFERENCE

@@ -94,13 +94,8 @@ class FavorAttention(nn.Module):
     def reduce(self, parts: Iterable[tuple[Tensor, Tensor | None]], key_max: KeyMax) -> KeySums:
         """Sum keys and values up over all positions; where M rises, what was summed before is scaled down.
 
-        Parameters
-        ----------
-        parts
-            Positions ``(cells, positions, n_hidden)``, and how many each stands for ``(cells, positions)``, ``None``
-            for 1 each.
-        key_max
-            Over what M is taken.
+        Positions are ``(cells, positions, n_hidden)``, with how many each stands for, ``None`` for 1 each; M is taken
+        over ``key_max``.
         """
         top = self.projection.new_tensor(-torch.inf)
         sums = values = self.projection.new_zeros(())

@@ -47,15 +47,10 @@ def find_official(path: Path) -> Path:
 
 
 def read_official(checkpoint: Path) -> Bundle:
-    """Read an official checkpoint, pretrained or fine-tuned.
+    """Read an official checkpoint, pretrained or fine-tuned: ``*.pth``, with the gene names beside it.
 
-    Raises WeightsError if a file is missing or broken, or a tensor is not known.
-
-    Parameters
-    ----------
-    checkpoint
-        ``*.pth``, with the gene names beside it: ``scbert_gene_order_16906.txt``, or the only ``*gene*.txt`` with as
-        many lines as there are gene vectors.
+    These are ``scbert_gene_order_16906.txt``, or the only ``*gene*.txt`` with as many lines as there are gene
+    vectors. Raises WeightsError if a file is missing or broken, or a tensor is not known.
     """
     state_dict = rename(read_checkpoint(checkpoint).get("model_state_dict"), checkpoint.name)
     arguments = network(state_dict, checkpoint.name)

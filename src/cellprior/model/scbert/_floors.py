@@ -55,17 +55,7 @@ class BinFloors(nn.Module):
 
     @classmethod
     def fit(cls, batches: Iterable[Mapping[str, Tensor]], measured: Tensor, n_bins: int) -> BinFloors:
-        """Count in one pass over cells.
-
-        Parameters
-        ----------
-        batches
-            Minibatches of raw counts, each of one batch.
-        measured
-            Which genes were measured ``(1 or n_batches, n_genes)``.
-        n_bins
-            Bins above bin 0.
-        """
+        """Count in one pass over minibatches of raw counts, each of one batch."""
         bin_counts = torch.zeros(*measured.shape, n_bins)
         total = torch.zeros(*measured.shape, dtype=torch.float64)
         for batch in batches:
@@ -79,16 +69,8 @@ class BinFloors(nn.Module):
     def predict(self, counts: Tensor, bins: Tensor, selected: Tensor, *, batch: int = 0) -> dict[str, Tensor]:
         """Log-probabilities ``(selected genes, n_bins)`` by predictor, in the order of ``selected.nonzero()``.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, n_genes)``; only the cells' depths are read.
-        bins
-            Of these ``(cells, n_genes)``.
-        selected
-            Which genes are to be predicted ``(cells, n_genes)``; the others are in sight.
-        batch
-            Code of the cells' batch.
+        The ``selected`` of the ``bins`` ``(cells, n_genes)`` are to be predicted; the others are in sight. Of the
+        counts, only the cells' depths are read.
         """
         i = batch if len(self.rate) > 1 else 0
         n_bins = self.bin_counts.shape[-1]
@@ -114,18 +96,7 @@ def frequencies(n: Tensor, average: Tensor) -> Tensor:
 def truncated_poisson(rate: Tensor, depth: Tensor, n_bins: int) -> Tensor:
     """Probability of the bins 1 to K of a Poisson count that is known not to be in bin 0, see :class:`BinFloors`.
 
-    Parameters
-    ----------
-    rate
-        Of the gene, as a share of the depth ``(places,)``.
-    depth
-        Of the cell ``(places,)``.
-    n_bins
-        Bins above bin 0.
-
-    Returns
-    -------
-    Float32 ``(places, n_bins)``.
+    ``rate`` is of the gene, as a share of the depth of the cell ``(places,)``. Gives float32 ``(places, n_bins)``.
     """
     device = rate.device
     if device.type == "mps":  # has no float64, without which the tails of rare genes are 0 / 0

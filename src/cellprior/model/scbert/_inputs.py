@@ -16,19 +16,10 @@ TARGET_SUM = 10_000.0
 def counts_to_bins(counts: Tensor, n_bins: int = 5) -> Tensor:
     """Bin ``min(floor(log2(1 + x)), n_bins)`` of counts scaled to 10,000 per cell.
 
-    By comparison with the edges 1, 3, 7, ... of the bins, and not through a logarithm, so that a scaled count that
-    is an edge lands in the upper bin.
-
-    Parameters
-    ----------
-    counts
-        Raw counts ``(cells, genes)`` of the vocabulary genes, all of them, as the depth is their sum; dense or CSR.
-    n_bins
-        Bins above bin 0.
-
-    Returns
-    -------
-    Bins 0 to ``n_bins``, ``(cells, genes)``, dense uint8. A cell without counts is all 0.
+    By comparison with the edges 1, 3, 7, ... of the bins, and not through a logarithm, so that a scaled count that is
+    an edge lands in the upper bin. The raw counts ``(cells, genes)``, dense or CSR, are of all genes of the
+    vocabulary, as the depth is their sum. Gives bins 0 to ``n_bins``, ``(cells, genes)``, dense uint8. A cell without
+    counts is all 0.
     """
     row = None if counts.layout is torch.strided else row_of_each(counts)
     # Apple's GPUs have no float64; there a scaled count beyond 2^24 / 10,000 may round across an edge

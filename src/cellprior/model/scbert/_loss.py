@@ -20,14 +20,9 @@ BinLoss = Literal["cross_entropy", "ordinal"]
 
 
 def cross_entropy(log_probability: Tensor, rank: Tensor) -> Tensor:
-    """Mean of ``-ln p_y``; how far off a wrong bin is makes no difference.
+    """Mean of ``-ln p_y`` over the bins 1 to K ``(places, K)``; how far off a wrong bin is makes no difference.
 
-    Parameters
-    ----------
-    log_probability
-        Of the bins 1 to K ``(places, K)``.
-    rank
-        The right bin minus 1 ``(places,)``.
+    The right one is ``rank``, its number minus 1 ``(places,)``.
     """
     return -log_probability.gather(1, rank[:, None]).mean()
 
@@ -36,14 +31,8 @@ def ordinal_loss(log_probability: Tensor, rank: Tensor) -> Tensor:
     """Mean of ``-Σ_k ln P(y on its side of k)`` over the K - 1 thresholds between bins.
 
     The ranked ignorance score [Tödter & Ahrens, Mon. Weather Rev. 140:2005, 2012], a proper score: the
-    cross-entropies of all questions "is it above bin k?", so that bin 5 for 1 costs more than bin 5 for 4.
-
-    Parameters
-    ----------
-    log_probability
-        Of the bins 1 to K ``(places, K)``, together 1.
-    rank
-        The right bin minus 1 ``(places,)``.
+    cross-entropies of all questions "is it above bin k?", so that bin 5 for 1 costs more than bin 5 for 4. The
+    probabilities of the bins 1 to K ``(places, K)`` are together 1; the right one is ``rank``, its number minus 1.
     """
     up_to = log_probability.logcumsumexp(1)[:, :-1]  # ln P(y <= k)
     above = log_probability.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # ln P(y > k)
@@ -201,14 +190,7 @@ def masked_floors(
 ) -> dict[str, Tensor]:
     """Loss and accuracy of predictors, as those of :func:`masked_losses`.
 
-    Parameters
-    ----------
-    predictions
-        Log-probabilities of the bins 1 and above ``(places, n_bins)``, by predictor.
-    bins
-        The right ones ``(places,)``.
-    bin_loss
-        See :func:`masked_losses`.
+    Of log-probabilities of the bins 1 and above ``(places, n_bins)`` by predictor, and the right ones ``(places,)``.
     """
     name, loss = BIN_LOSSES[bin_loss]
     rank = bins.long() - 1

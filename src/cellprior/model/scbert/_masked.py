@@ -26,23 +26,10 @@ def masked_scores(
     """Accuracy and cross-entropy (nats) of the bins of hidden genes.
 
     Only expressed genes are hidden, as in pretraining, and all of them are. That they are expressed is known to all
-    predictors: the network's probabilities are those of the bins 1 and above, together 1.
-
-    Parameters
-    ----------
-    module
-        In eval mode.
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    floor
-        Fitted to other cells. See :class:`~cellprior.model.scbert._floors.BinFloors`; there is one more predictor
-        here, see :func:`gene_mean_and_cell`, which has an accuracy only.
-    share
-        Of the expressed genes of a cell that is hidden.
-    rng
-        Draws them.
-    batch
-        Code of the cells' batch.
+    predictors: the network's probabilities are those of the bins 1 and above, together 1. Of raw counts over the
+    vocabulary ``(cells, n_genes)``, a ``share`` of the expressed genes of a cell is hidden; the module is in eval
+    mode, the floor fitted to other cells, see :class:`~cellprior.model.scbert._floors.BinFloors`. There is one more
+    predictor here, see :func:`gene_mean_and_cell`, which has an accuracy only.
     """
     tokens = module.tokens(counts)
     drawn = sample_mask(tokens.cpu().numpy(), rng, rate=share, replace=1.0, n_bins=module.n_bins)
@@ -77,12 +64,7 @@ def masked_scores(
 def gene_mean_and_cell(floor: BinFloors, bins: Tensor, selected: Tensor, *, batch: int = 0) -> Tensor:
     """The bin nearest to the gene's mean plus what the cell's genes in sight are above theirs ``(selected genes,)``.
 
-    Parameters
-    ----------
-    floor
-        With how often each gene was in each bin.
-    bins, selected, batch
-        See :meth:`~cellprior.model.scbert._floors.BinFloors.predict`.
+    For ``bins``, ``selected`` and ``batch`` see :meth:`~cellprior.model.scbert._floors.BinFloors.predict`.
     """
     of_gene = floor.bin_counts[batch if len(floor.bin_counts) > 1 else 0]  # (n_genes, n_bins)
     value = torch.arange(1, of_gene.shape[1] + 1, device=of_gene.device, dtype=of_gene.dtype)

@@ -112,15 +112,10 @@ class ScBERTModule(BaseModuleClass):
         )
 
     def tokens(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
-        """Bins of all vocabulary genes ``(cells, n_genes)``, uint8.
+        """Bins of all vocabulary genes ``(cells, n_genes)``, uint8, from raw counts, dense or sparse CSR.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, genes)``, dense or sparse CSR.
-        gene_index
-            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary. The other
-            genes are in bin 0.
+        ``gene_index`` is the vocabulary row of each column, ``None`` if the columns are the vocabulary. The other
+        genes are in bin 0.
         """
         bins = counts_to_bins(counts, self.n_bins)
         if gene_index is None:
@@ -326,16 +321,9 @@ class ScBERTModule(BaseModuleClass):
 def sample_genes(tokens: Tensor, n_zero_genes: int) -> tuple[Tensor, Tensor]:
     """The genes that an approximate pass keeps: the expressed ones, and some of the others.
 
-    Parameters
-    ----------
-    tokens
-        Bins ``(cells, n_genes)``.
-    n_zero_genes
-        How many of the genes in bin 0 are kept: the first ones in an order that depends on ``n_genes`` alone.
-
-    Returns
-    -------
-    Their positions ``(cells, kept)``, and how many genes each stands for, 0 for the padding of cells that keep fewer.
+    Of the genes in bin 0 in ``tokens`` ``(cells, n_genes)``, ``n_zero_genes`` are kept: the first ones in an order
+    that depends on ``n_genes`` alone. Gives positions ``(cells, kept)``, and how many genes each stands for, 0 for
+    the padding of cells that keep fewer.
     """
     n_genes = tokens.shape[1]
     order = torch.randperm(n_genes, generator=torch.Generator().manual_seed(0)).to(tokens.device)
@@ -397,16 +385,8 @@ class PerformerLayer(nn.Module):
     def forward(self, x: Tensor, weight: Tensor | None, chunk: Chunk, read: slice = EVERYTHING) -> Tensor:
         """Output of the layer at the positions ``read``; written over ``x`` where there are no gradients.
 
-        Parameters
-        ----------
-        x
-            Positions ``(cells, positions, n_hidden)``.
-        weight
-            How many positions each stands for ``(cells, positions)``, 0 for padding; ``None`` for 1 each.
-        chunk
-            How to go through them.
-        read
-            Which of them to compute; all are seen.
+        Positions are ``(cells, positions, n_hidden)``; ``weight`` is how many each stands for ``(cells, positions)``,
+        0 for padding, ``None`` for 1 each; all are seen.
         """
         keys = self._keys(x, weight, chunk)
         x = x[:, read]

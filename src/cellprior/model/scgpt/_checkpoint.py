@@ -85,15 +85,11 @@ def recognises(path: Path) -> bool:
 
 
 def read_official(checkpoint: Path) -> Bundle:
-    """Read an official checkpoint.
+    """Read an official checkpoint, ``best_model.pt``, with ``args.json`` and ``vocab.json`` in the same folder.
 
-    Raises WeightsError if a file is missing or broken, a tensor is not known, or the files contradict each other.
-
-    Parameters
-    ----------
-    checkpoint
-        ``best_model.pt``, with ``args.json`` and ``vocab.json`` in the same folder. ``"layout": "scformer"`` in
-        ``args.json`` says that it is scFormer's, whose layout is the same and whose computation is not quite.
+    ``"layout": "scformer"`` in ``args.json`` says that it is scFormer's, whose layout is the same and whose
+    computation is not quite. Raises WeightsError if a file is missing or broken, a tensor is not known, or the files
+    contradict each other.
     """
     args, vocabulary = (_read_json(checkpoint.with_name(name), checkpoint) for name in (ARGS, VOCABULARY))
     state_dict = rename(read_checkpoint(checkpoint), checkpoint.name)

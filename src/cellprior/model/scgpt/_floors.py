@@ -46,17 +46,7 @@ class BinFloors(nn.Module):
 
     @classmethod
     def fit(cls, module: object, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> BinFloors:
-        """Sum up in one pass over cells.
-
-        Parameters
-        ----------
-        module
-            With ``tokens``, which bins counts.
-        batches
-            Minibatches of raw counts over the vocabulary, each of one batch.
-        measured
-            Which genes were measured ``(1 or n_batches, n_genes)``.
-        """
+        """Sum up in one pass over minibatches of raw counts, each of one batch, which ``module`` bins."""
         n_genes = measured.shape[1]
         sums = torch.zeros(2, 5, n_genes, dtype=torch.float64)
         of_batches = torch.zeros(1)
@@ -79,16 +69,9 @@ class BinFloors(nn.Module):
         return cls(sums.float(), of_batches)
 
     def predict(self, gene: Tensor, depth: Tensor, *, with_zeros: bool = False) -> dict[str, Tensor]:
-        """Bins by predictor ``(places,)``.
+        """Bins by predictor ``(places,)``, of vocabulary rows in cells of a depth, see :func:`depth_of`.
 
-        Parameters
-        ----------
-        gene
-            Vocabulary rows ``(places,)``.
-        depth
-            Of the cell, see :func:`depth_of` ``(places,)``.
-        with_zeros
-            Whether genes in bin 0 are among what is asked for.
+        ``with_zeros`` says whether genes in bin 0 are among what is asked for.
         """
         sums = self.sums[int(with_zeros)]
         average = sums.sum(1) / sums[0].sum().clamp(min=1.0)  # of one cell of the average gene

@@ -124,14 +124,6 @@ def reverse_gradient(x: Tensor) -> Tensor:
 
 
 def zero_loss(probability: Tensor, above: Tensor) -> Tensor:
-    """Mean of ``-ln`` of the probability of what is the case.
-
-    Parameters
-    ----------
-    probability
-        That a bin is above 0 ``(places,)``.
-    above
-        Whether it is ``(places,)``.
-    """
+    """Mean of ``-ln`` of the probability of what is the case: that a bin is above 0, or not ``(places,)``."""
     eps = torch.finfo(probability.dtype).eps
     return F.binary_cross_entropy(probability.clamp(eps, 1 - eps), above.to(probability.dtype))

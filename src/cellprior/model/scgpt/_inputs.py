@@ -41,18 +41,9 @@ def bin_bounds(counts: Counts, n_bins: int = N_BINS) -> tuple[np.ndarray, np.nda
     """How many edges are at or below each count, and how many are below: it may be in any bin in between.
 
     The edges are ``numpy.quantile(v, numpy.linspace(0, 1, n_bins - 1))`` of a cell's non-zero counts v, computed as
-    numpy does it, so that equality with a count is the same. The results are those of ``numpy.digitize``.
-
-    Parameters
-    ----------
-    counts
-        Above 0.
-    n_bins
-        With bin 0.
-
-    Returns
-    -------
-    Left and right, int64 ``(entries,)``; the bin is ``left``, or one of ``right + 1`` to ``left`` where these differ.
+    numpy does it, so that equality with a count is the same. The results are those of ``numpy.digitize``. Counts are
+    above 0, ``n_bins`` with bin 0. Gives left and right, int64 ``(entries,)``; the bin is ``left``, or one of
+    ``right + 1`` to ``left`` where these differ.
     """
     # of positive float32, the bits are in the order of the numbers
     key = (counts.cell.astype(np.int64) << 32) | counts.value.astype(np.float32).view(np.int32)
@@ -141,16 +132,9 @@ def as_tokens(
 ) -> TokenArrays:
     """Entries of cells as padded tokens behind a class token.
 
-    Parameters
-    ----------
-    indptr
-        Where each cell begins, and the end ``(cells + 1,)``.
-    gene, value
-        Vocabulary rows and bins ``(entries,)``.
-    n_genes
-        Size of the vocabulary; row ``n_genes`` is the padding, ``n_genes + 1`` the class token.
-    cls_value
-        Bin of the class token: ``PAD`` in pretraining, 0 in the original's fine-tuning.
+    Each cell begins at an ``indptr``, the last of which is the end; ``gene`` and ``value`` are vocabulary rows and
+    bins ``(entries,)``. Row ``n_genes`` is the padding, ``n_genes + 1`` the class token, whose bin ``cls_value`` is
+    ``PAD`` in pretraining, 0 in the original's fine-tuning.
     """
     n_entries = np.diff(indptr)
     shape = (len(n_entries), int(n_entries.max(initial=0)) + 1)
@@ -196,16 +180,8 @@ def tokenize(
 def sample_mask(value: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Which tokens are to be predicted: ``int(rate * k)`` of a cell's k genes, never the class token.
 
-    (The original's fine-tuning draws the class token too.)
-
-    Parameters
-    ----------
-    value
-        Bins ``(cells, width)``, the class token first, ``PAD`` behind the last.
-    rate
-        Share of the genes of each cell.
-    rng
-        Draws.
+    (The original's fine-tuning draws the class token too.) The class token is the first of the bins
+    ``(cells, width)``, ``PAD`` behind the last.
     """
     is_gene = value != PAD
     is_gene[:, 0] = False
@@ -216,17 +192,7 @@ def sample_mask(value: np.ndarray, rate: float, rng: np.random.Generator) -> np.
 
 
 def with_silent_genes(tokens: TokenArrays, genes: np.ndarray, n_genes: int) -> TokenArrays:
-    """The same cells with a token, of bin 0, for each of some genes that they do not express.
-
-    Parameters
-    ----------
-    tokens
-        Of the expressed genes.
-    genes
-        Vocabulary rows of all genes that are to have a token ``(k,)``.
-    n_genes
-        Size of the vocabulary.
-    """
+    """The same cells with a token, of bin 0, for each of some genes ``(k,)`` that they do not express."""
     n_cells = len(tokens.gene)
     bins = np.zeros((n_cells, n_genes + 2), dtype=np.int64)
     np.put_along_axis(bins, tokens.gene, tokens.value, axis=1)

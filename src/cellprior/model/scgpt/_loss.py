@@ -139,16 +139,8 @@ def drawn(
 ) -> tuple[Tokens, Tensor]:
     """The tokens of one step, and which of their bins are hidden ``(cells, width)``.
 
-    Parameters
-    ----------
-    tokens
-        Of all expressed genes.
-    rng
-        Draws.
-    mask_rate, max_genes
-        See :func:`cell_losses`.
-    silent
-        Genes that get a token of bin 0 where they are not expressed ``(n_genes,)``; ``None`` for none.
+    Genes in ``silent`` ``(n_genes,)`` get a token of bin 0 where they are not expressed; the rest is as of
+    :func:`cell_losses`.
     """
     arrays = TokenArrays(tokens.gene.cpu().numpy(), tokens.value.cpu().numpy(), tokens.length.numpy())
     if silent is not None:
@@ -191,14 +183,8 @@ def refuse_without_batches(module: Any, code: Tensor | None, dab_weight: float) 
 def read_cells(module: Any, tokens: Tokens, hidden: Tensor, code: Tensor | None) -> Read:
     """What the network says of cells some of whose bins are hidden; a few go through at a time.
 
-    Parameters
-    ----------
-    tokens
-        With all bins.
-    hidden
-        Which of them the network sees as ``MASK`` ``(cells, width)``.
-    code
-        Batch of each cell ``(cells,)``.
+    The bins ``hidden`` ``(cells, width)`` are ``MASK`` to the network; ``code`` is the batch of each cell
+    ``(cells,)``.
     """
     of_batch = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device) if code is None else code
     domain = int(of_batch[0]) if module.batch_norm is not None and code is not None else None
@@ -229,18 +215,8 @@ def read_cells(module: Any, tokens: Tokens, hidden: Tensor, code: Tensor | None)
 def masked_losses(read: Read, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
     """Mean squared error of hidden bins, and of whether they are above 0, where the network says that.
 
-    Parameters
-    ----------
-    read
-        From :func:`read_cells`.
-    target
-        Bins ``(cells, width)``.
-    hidden
-        Those that were hidden ``(cells, width)``.
-
-    Returns
-    -------
-    ``masked`` and ``masked_zero`` from the tokens, ``mvc`` and ``mvc_zero`` from the cell; 0 if nothing was hidden.
+    ``masked`` and ``masked_zero`` are from the tokens, ``mvc`` and ``mvc_zero`` from the cell; 0 if nothing was
+    hidden.
     """
     truth = target[hidden].float()
     parts = {}
@@ -259,14 +235,7 @@ def elastic_similarity(cell: Tensor, threshold: float) -> dict[str, Tensor]:
 
     The mean over all pairs of ``1 - (max(0, cos) - threshold)²``, the cosine of a cell with itself taken as 0. Its
     least value needs no biology (vectors at right angles to each other); ``ecs_floor_alike`` is what it is where all
-    are the same.
-
-    Parameters
-    ----------
-    cell
-        Vectors ``(cells, n_hidden)``.
-    threshold
-        Above which a pair is drawn together.
+    are the same. Cells ``(cells, n_hidden)`` are drawn together above the threshold.
     """
     cosine = similarities(cell, cell)
     cosine = F.relu(cosine.masked_fill(torch.eye(len(cell), dtype=torch.bool, device=cell.device), 0.0))
@@ -279,12 +248,7 @@ def elastic_similarity(cell: Tensor, threshold: float) -> dict[str, Tensor]:
 def contrastive(first: Tensor, second: Tensor, temperature: float = 0.5) -> dict[str, Tensor]:
     """Cross-entropy of finding a cell among all by its other pass through the network, with other dropout.
 
-    Parameters
-    ----------
-    first, second
-        The two passes ``(cells, n_hidden)``; where several processes train together, the cells of all are compared.
-    temperature
-        Of the softmax over cosines.
+    The passes are ``(cells, n_hidden)``; where several processes train together, the cells of all are compared.
     """
     first, second = gather_cells(first), gather_cells(second)
     scores = similarities(first, second) / temperature

@@ -24,20 +24,8 @@ def masked_scores(
 ) -> MaskedScores:
     """Squared error of the bins of hidden genes, expressed ones; that they are is known to all predictors.
 
-    Parameters
-    ----------
-    module
-        In eval mode.
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    floor
-        Fitted to other cells.
-    share
-        Of the expressed genes of a cell that is hidden.
-    rng
-        Draws them.
-    batch
-        Code of the cells' batch.
+    Of raw counts over the vocabulary ``(cells, n_genes)``, a ``share`` of the expressed genes of a cell is hidden;
+    the module is in eval mode, the floor fitted to other cells.
     """
     tokens = module.tokens(counts)
     hidden = torch.from_numpy(sample_mask(tokens.value.cpu().numpy(), share, rng)).to(tokens.gene.device)

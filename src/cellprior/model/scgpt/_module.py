@@ -192,16 +192,10 @@ class ScGPTModule(BaseModuleClass):
         seed: int = 0,
         max_genes: int | None = None,
     ) -> Tokens:
-        """Tokens of the expressed genes.
+        """Tokens of the expressed genes of raw counts ``(cells, genes)``, dense or sparse CSR.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, genes)``, dense or sparse CSR.
-        gene_index
-            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary.
-        ties, seed, max_genes
-            See :func:`~cellprior.model.scgpt._inputs.tokenize`; ``ties`` is by default the network's.
+        ``gene_index`` is the vocabulary row of each column; ``None`` if the columns are the vocabulary. The rest is
+        as of :func:`~cellprior.model.scgpt._inputs.tokenize`; ``ties`` is by default the network's.
         """
         entries = entries_of(counts, gene_index)
         found = tokenize(
@@ -220,12 +214,8 @@ class ScGPTModule(BaseModuleClass):
     def encode(self, tokens: Tokens, *, domain: int | None = None) -> Tensor:
         """Hidden states of all tokens ``(cells, width, n_hidden)``, in the order given; those of padding mean nothing.
 
-        Parameters
-        ----------
-        tokens
-            Cells; the bin may be ``MASK``.
-        domain
-            Batch whose statistics are used, with ``batch_norm="domain"``.
+        The bin of a token may be ``MASK``; with ``batch_norm="domain"``, ``domain`` is the batch whose statistics are
+        used.
         """
         return self._encode(tokens, domain)
 
@@ -320,14 +310,8 @@ class ScGPTModule(BaseModuleClass):
     def generate(self, cell: Tensor, gene: Tensor, value: Tensor | None = None) -> Tensor:
         """Bins of genes ``(cells, width)`` of a cell that is given by its vector in place of the first token.
 
-        Parameters
-        ----------
-        cell
-            Class token ``(cells, n_hidden)``.
-        gene
-            Vocabulary rows ``(cells, width)``, the first of which is not read.
-        value
-            Bins, if known ``(cells, width)``.
+        The vector is ``cell`` ``(cells, n_hidden)``; the first of the vocabulary rows ``gene`` ``(cells, width)`` is
+        not read. ``value`` has the bins, if known.
         """
         x = self.gene_encoder(gene)
         if value is not None:
@@ -550,18 +534,10 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, *, read: slice = EVERYTHING, n_projected: int | None = None
     ) -> Tensor:
-        """Output of the layer.
+        """Output at the tokens ``read`` of ``x`` ``(cells, width, n_hidden)``.
 
-        Parameters
-        ----------
-        x
-            Tokens ``(cells, width, n_hidden)``.
-        mask
-            Which keys are seen, broadcast to ``(cells, heads, queries, keys)``; ``None`` for all.
-        read
-            Tokens that are computed; all are seen.
-        n_projected
-            Only so many of the first tokens go through the output projection; ``None`` for all.
+        The keys in ``mask`` are seen, which is broadcast to ``(cells, heads, queries, keys)``; ``None`` for all. Only
+        ``n_projected`` of the first tokens go through the output projection; ``None`` for all.
         """
         if self.pre_norm:
             x = self.norm1(x)

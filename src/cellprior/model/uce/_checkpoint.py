@@ -359,16 +359,8 @@ def tables(
 ) -> dict[str, Tensor]:
     """What the two small layers make of the vectors of tokens: all that the network sees of them.
 
-    Parameters
-    ----------
-    tensors
-        Under our names, with both layers.
-    vectors
-        Of all tokens; on disk, they are read a few at a time.
-    rows
-        Those that are needed, the genes first.
-    n_genes
-        How many genes these are.
+    ``tensors`` are under our names, with both layers; vectors on disk are read a few at a time; of the ``rows`` that
+    are needed, the first ``n_genes`` are genes.
     """
     token, gene = (encoder_of(tensors, name) for name in ("token_encoder", "gene_encoder"))
     of_tokens, of_genes = [], []

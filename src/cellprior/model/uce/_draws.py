@@ -13,18 +13,9 @@ def average_of_draws(latent: Tensor, n_draws: int) -> tuple[Tensor, Tensor]:
     With R the length of the mean of a cell's K vectors of length 1, the vectors vary by ``s² = K (1 - R²) / (K - 1)``
     around their expectation, and their mean by ``s² / K``. The spread is what that is in cosines: the expected
     ``1 - cos`` between this mean and the one of endlessly many draws, ``s² / (2 K R²)``; it falls as ``1 / K``. (Of
-    vectors on a sphere, see Mardia & Jupp, Directional Statistics, 2000, 9.3.)
-
-    Parameters
-    ----------
-    latent
-        Of length 1, those of a cell one after the other ``(cells * n_draws, n_latent)``.
-    n_draws
-        Of each cell.
-
-    Returns
-    -------
-    Vectors of length 1 ``(cells, n_latent)``, and spreads ``(cells,)``, NaN for one draw.
+    vectors on a sphere, see Mardia & Jupp, Directional Statistics, 2000, 9.3.) Latents of length 1, those of a cell
+    one after the other ``(cells * n_draws, n_latent)``, give vectors of length 1 ``(cells, n_latent)``, and spreads
+    ``(cells,)``, NaN for one draw.
     """
     if n_draws == 1:
         return latent, torch.full_like(latent[:, 0], torch.nan)

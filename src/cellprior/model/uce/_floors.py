@@ -42,16 +42,9 @@ class PresenceFloors(nn.Module):
 
     @classmethod
     def fit(cls, module: Any, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> PresenceFloors:
-        """Count in one pass over cells.
+        """Count in one pass over minibatches of raw counts over the vocabulary, each of one batch.
 
-        Parameters
-        ----------
-        module
-            With ``cells``, which leaves of each cell the genes of its species.
-        batches
-            Minibatches of raw counts over the vocabulary, each of one batch.
-        measured
-            Which genes were measured ``(1 or n_batches, n_genes)``.
+        ``cells`` of the module leaves of each cell the genes of its species.
         """
         species = module.gene_species.cpu().numpy()
         expressed, cells = np.zeros(len(species)), np.zeros(len(species))
@@ -73,14 +66,8 @@ class PresenceFloors(nn.Module):
     def predict(self, query: Tensor, known: Tensor, n_expressed: Tensor) -> dict[str, Tensor]:
         """Probability that genes are expressed, by predictor ``(cells, queries)``.
 
-        Parameters
-        ----------
-        query
-            Vocabulary rows ``(cells, queries)``.
-        known
-            Which genes are a cell's to express: measured, and of its species ``(cells, n_genes)``.
-        n_expressed
-            How many it expresses ``(cells,)``.
+        Queries are vocabulary rows; ``known`` are the genes that are a cell's to express, measured, and of its
+        species ``(cells, n_genes)``; ``n_expressed`` is how many it does ``(cells,)``.
         """
         rate = self.rate()
         never = torch.log1p(-rate)  # log of 1 - rate
@@ -100,13 +87,6 @@ class PresenceFloors(nn.Module):
 
         With p as of :meth:`predict`, ``logit p + ln((positive / expressed) / (negative / not expressed))``: most genes
         are not expressed, and of those that are asked for half are. Beside them ``chance``, which knows that alone.
-
-        Parameters
-        ----------
-        query, known, n_expressed
-            See :meth:`predict`.
-        n_positive, n_negative
-            Queries of a cell that are expressed, and not ``(cells,)``.
         """
         n_silent = known.sum(1) - n_expressed
         odds = (n_positive.clamp(min=0.5) / n_negative.clamp(min=0.5)).log()

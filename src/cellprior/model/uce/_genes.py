@@ -18,18 +18,9 @@ def rows_of_genes(
 ) -> np.ndarray:
     """Vocabulary rows of genes by name, of any species.
 
-    Raises KeyError if a name means no gene, or genes of several species; TypeError if ``names`` is a text.
-
-    Parameters
-    ----------
-    names
-        Names of the data, or symbols of the vocabulary, whose capitals do not count where that is no question.
-    genes
-        The vocabulary.
-    match
-        Of the data's genes, if there are data; what it says of a name counts first, unless ``species`` is given.
-    species
-        Of the genes.
+    Of names of the data, or symbols of the vocabulary, capitals do not count where that is no question. What the
+    ``match`` of the data's genes, if there are data, says of a name counts first, unless ``species`` is given. Raises
+    KeyError if a name means no gene, or genes of several species; TypeError if ``names`` is a text.
     """
     if isinstance(names, str):
         msg = f"genes={names!r} is one text; a list of names is needed: genes=[{names!r}]."

@@ -54,15 +54,7 @@ class Sentences(NamedTuple):
 
 
 def of_one_species(counts: Counts, species: np.ndarray) -> tuple[Counts, np.ndarray]:
-    """The entries of the species that has most of a cell's counts, and the share of the counts that these are.
-
-    Parameters
-    ----------
-    counts
-        Of any genes.
-    species
-        Code of each gene of the vocabulary.
-    """
+    """The entries of the species that has most of a cell's counts, and the share of the counts that these are."""
     code, n_cells = species[counts.gene], len(counts.indptr) - 1
     n_species = int(species.max(initial=0)) + 1
     share = np.ones(n_cells)
@@ -95,12 +87,7 @@ def weights_of(count: np.ndarray) -> np.ndarray:
 def drawn_genes(weight: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """Place among ``weight`` of each draw, as ``numpy.random.choice`` with replacement makes them of uniform numbers.
 
-    Parameters
-    ----------
-    weight
-        Of the genes of a cell ``(k,)``.
-    uniform
-        In [0, 1) ``(sentence_length,)``.
+    The weights are of the genes of a cell ``(k,)``, the numbers in [0, 1) ``(sentence_length,)``.
     """
     cdf = np.cumsum(weight, dtype=np.float64)
     return np.searchsorted(cdf / cdf[-1], uniform, side="right")
@@ -110,15 +97,8 @@ def sentence(genes: np.ndarray, chromosomes: np.ndarray, genome: Genome) -> np.n
     """Tokens of the drawn genes, chromosome by chromosome.
 
     Genes of equal chromosome and start are in the order of their numbers; the original's sorting is not stable.
-
-    Parameters
-    ----------
-    genes
-        Vocabulary rows, drawn ``(sentence_length,)``.
-    chromosomes
-        Those that the drawn genes lie on, in the order in which they come.
-    genome
-        Where genes lie.
+    ``genes`` are vocabulary rows, drawn ``(sentence_length,)``; ``chromosomes`` those that they lie on, in the order
+    in which they come.
     """
     rank = np.empty(len(genome.code), dtype=np.int64)
     rank[chromosomes] = np.arange(len(chromosomes))
@@ -204,18 +184,8 @@ def released_sentences(
 ) -> Sentences:
     """Sentences as the original's script draws them, from one stream and cell after cell.
 
-    Parameters
-    ----------
-    counts
-        Of one species each.
-    genome
-        Where genes lie.
-    order
-        By vocabulary row, the place of each gene in the columns of the data, in whose order the original sums up.
-    stream
-        What ``numpy.random.seed`` begins; it is moved on.
-    length
-        Genes that are drawn.
+    Counts are of one species each. ``order`` is, by vocabulary row, the place of each gene in the columns of the
+    data, in whose order the original sums up; ``stream`` is what ``numpy.random.seed`` begins, and is moved on.
     """
     found = []
     for begin, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
@@ -277,23 +247,9 @@ def presence_task(
 ) -> Task:
     """Hide some of the genes that cells express, and ask for these and for others that are not there.
 
-    Parameters
-    ----------
-    counts
-        Of one species each.
-    genome
-        Where genes lie.
-    known
-        Which genes were measured ``(n_genes,)``.
-    rng
-        Draws everything.
-    hide
-        Share of the expressed genes that is hidden; the others make up the sentence.
-    n_queries
-        Half of them for genes that are expressed, hidden ones first, and then any; half for others of the species. Of a
-        cell without one kind, all for the other.
-    length
-        Genes of a sentence.
+    Counts are of one species each, the sentence of the genes that are not hidden, a share of those that are
+    expressed. Half of the queries are for genes that are, hidden ones first, and then any; half for others of the
+    species that were measured. Of a cell without one kind, all are for the other.
     """
     found, query, target = [], [], []
     n_positive = n_queries // 2

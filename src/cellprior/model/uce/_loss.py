@@ -97,17 +97,7 @@ def asked(
     hide_rate: float,
     n_queries: int,
 ) -> Asked:
-    """Sentences of a part of the genes of cells, and genes to ask for; see :func:`presence_losses`.
-
-    Parameters
-    ----------
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    measured
-        Which genes were measured ``(n_genes,)``.
-    rng
-        Draws.
-    """
+    """Sentences of a part of the genes of cells, and genes to ask for; see :func:`presence_losses`."""
     share(hide_rate=hide_rate)
     whole(least=2, n_queries=n_queries)
     cells, _ = module.cells(counts)

@@ -28,20 +28,8 @@ def masked_scores(
 ) -> MaskedScores:
     """Cross-entropy and accuracy of whether genes are expressed, half of which are, and of those most are hidden.
 
-    Parameters
-    ----------
-    module
-        In eval mode.
-    counts
-        Raw counts over the vocabulary ``(cells, n_genes)``.
-    floor
-        Fitted to other cells.
-    share
-        Of the expressed genes of a cell that is hidden.
-    rng
-        Draws.
-    measured
-        Which genes were measured ``(n_genes,)``.
+    Of raw counts over the vocabulary ``(cells, n_genes)``, a ``share`` of the expressed genes of a cell is hidden;
+    the module is in eval mode, the floor fitted to other cells, ``measured`` is ``(n_genes,)``.
     """
     task = asked(module, counts, floor, measured, rng, hide_rate=share, n_queries=N_QUERIES)
     logits = module.predict_pairs(module.latent_of(module.pool(task.tokens)), task.query)

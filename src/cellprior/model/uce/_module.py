@@ -191,12 +191,8 @@ class UCEModule(BaseModuleClass):
     def cells(self, counts: Tensor, gene_index: Tensor | None = None) -> tuple[Counts, np.ndarray]:
         """Counts above 0 of the species that has most of each cell's, and the share of the counts that these are.
 
-        Parameters
-        ----------
-        counts
-            Raw counts ``(cells, genes)``, dense or sparse CSR.
-        gene_index
-            Vocabulary row of each column of ``counts``; ``None`` if the columns are the vocabulary.
+        Raw counts ``(cells, genes)`` are dense or sparse CSR; ``gene_index`` is the vocabulary row of each column,
+        ``None`` if the columns are the vocabulary.
         """
         return of_one_species(entries_of(counts, gene_index), self.gene_species.cpu().numpy())
 
@@ -209,15 +205,7 @@ class UCEModule(BaseModuleClass):
         sampling: Sampling = "keyed",
         seed: int = 0,
     ) -> Tokens:
-        """Sentences of cells, ``n_draws`` of each one after the other.
-
-        Parameters
-        ----------
-        counts, gene_index
-            See :meth:`cells`.
-        n_draws, sampling, seed
-            See :func:`~cellprior.model.uce._inputs.sentences`.
-        """
+        """Sentences of cells, ``n_draws`` of each in turn; see :func:`~cellprior.model.uce._inputs.sentences`."""
         cells, _ = self.cells(counts, gene_index)
         return self.tokens_of(cells, n_draws=n_draws, sampling=sampling, seed=seed)
 
@@ -235,13 +223,8 @@ class UCEModule(BaseModuleClass):
     def encode(self, tokens: Tokens, *, padding: Padding = "masked") -> Tensor:
         """Hidden states of all tokens ``(sentences, width, n_hidden)``; those of padding mean nothing.
 
-        Parameters
-        ----------
-        tokens
-            Sentences.
-        padding
-            ``"masked"``: a cell does not see it; ``"released"``: as in the original's code, it is seen, and more than
-            anything else, as 1 is added to its logits. A cell then depends on the longest sentence beside it.
+        ``"masked"`` padding is not seen by a cell; ``"released"`` is, as in the original's code, and more than
+        anything else, as 1 is added to its logits: a cell then depends on the longest sentence beside it.
         """
         return self._encode(tokens, padding, EVERYTHING)
 
@@ -283,15 +266,7 @@ class UCEModule(BaseModuleClass):
         return in_micro_batches(embed, *tokens, size=max(at_a_time // tokens.token.shape[1], 1))
 
     def predict(self, latent: Tensor, genes: Tensor) -> Tensor:
-        """Logits that genes are expressed, of each cell and gene ``(cells, genes)``.
-
-        Parameters
-        ----------
-        latent
-            Embedding of cells, of length 1 ``(cells, n_latent)``.
-        genes
-            Vocabulary rows ``(genes,)``.
-        """
+        """Logits that genes are expressed ``(cells, genes)``, of embeddings of length 1 ``(cells, n_latent)``."""
         cell, gene = self._halves(latent, genes)
         found = torch.empty(len(latent), len(genes), device=latent.device)
         at_a_time = max(QUERIES // max(len(genes), 1), 1)
@@ -403,16 +378,10 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None, *, read: slice = EVERYTHING) -> Tensor:
-        """Output of the layer.
+        """Output at the tokens ``read`` of ``x`` ``(cells, width, n_hidden)``.
 
-        Parameters
-        ----------
-        x
-            Tokens ``(cells, width, n_hidden)``.
-        mask
-            Which keys are seen, or what is added to their logits, broadcast to ``(cells, heads, queries, keys)``.
-        read
-            Tokens that are computed; all are seen.
+        ``mask`` says which keys are seen, or what is added to their logits, broadcast to
+        ``(cells, heads, queries, keys)``.
         """
         x = self.norm1(x[:, read] + self.dropout(self._attend(x, mask, read)))
         return self.norm2(x + self.dropout(self.ff2(self.dropout(F.relu(self.ff1(x))))))

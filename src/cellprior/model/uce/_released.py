@@ -25,20 +25,9 @@ def released_latents(
 ) -> list[np.ndarray]:
     """Embeddings of batches that are padded together, ``(cells, n_latent)`` each.
 
-    Parameters
-    ----------
-    module
-        In eval mode.
-    batches
-        Raw counts, see :meth:`~cellprior.model.uce._module.UCEModule.cells`.
-    gene_index
-        Vocabulary row of each of their columns.
-    order
-        By vocabulary row, the place of each gene in the data.
-    stream
-        Of the original's draws; ``None`` for keyed ones, by ``seed``.
-    padding
-        Whether it is seen.
+    Of raw counts, see :meth:`~cellprior.model.uce._module.UCEModule.cells`. ``order`` is, by vocabulary row, the
+    place of each gene in the data; ``stream`` is of the original's draws, ``None`` for keyed ones, by ``seed``. The
+    module is in eval mode.
     """
     found = []
     for counts in batches:

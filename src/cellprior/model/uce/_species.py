@@ -27,22 +27,11 @@ TAXON_BITS = 32  # numbers of a further species' genes are above those of all re
 def with_species(bundle: Bundle, *, species: str, proteins: Proteins, positions: Table, taxon: int) -> Bundle:
     """Weights that know one more species; what they knew stays as it was.
 
-    Raises WeightsError if the weights cannot take it, or a table is not as needed; ValueError if the species is there
-    already.
-
-    Parameters
-    ----------
-    bundle
-        Weights, with the layers that make tokens of proteins.
-    species
-        Its name, as the vocabulary is to have it.
-    proteins
-        Vectors by symbol: a frame, a mapping, or a file that ``torch.save`` wrote of one, such as the original's
-        ``*.gene_symbol_to_embedding_ESM2.pt``.
-    positions
-        Table with ``gene_symbol``, ``chromosome`` and ``start``, or a CSV file.
-    taxon
-        Number of the species in NCBI's taxonomy, of which the vectors of its chromosomes are drawn, as in the original.
+    The bundle has the layers that make tokens of proteins, whose vectors are by symbol: a frame, a mapping, or a file
+    that ``torch.save`` wrote of one, such as the original's ``*.gene_symbol_to_embedding_ESM2.pt``. Positions are a
+    table with ``gene_symbol``, ``chromosome`` and ``start``, or a CSV file; of ``taxon``, the species' number in
+    NCBI's taxonomy, the vectors of its chromosomes are drawn, as in the original. Raises WeightsError if the weights
+    cannot take it, or a table is not as needed; ValueError if the species is there already.
     """
     whole(most=2**31 - 1, taxon=taxon)
     network = bundle.config["network"]
