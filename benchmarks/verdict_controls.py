@@ -63,7 +63,7 @@ BATCHES = {  # columns of obs; where there is none, parts of the cells are held 
     "oligodendroglioma_tirosh2016": "batch",
     "pbmc_kang_ifnb_muscat": "sample_id",
 }
-COMPONENTS = (5, 10, 20, 30, 50, 100)
+COMPONENTS = (5, 10, 20, 30, 50, 100, 200)
 MOST_CELLS = 1000
 NOISE = 0.3
 

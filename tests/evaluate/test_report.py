@@ -50,6 +50,19 @@ def test_an_embedding_of_nothing_loses(cells):
     assert re.search("Next: use (PCA|HVG)", report.verdict)
 
 
+def test_a_report_is_the_same_on_any_number_of_cores(cells, monkeypatch):
+    adata = cells()
+    found = []
+    for n_jobs in (1, 2):
+        monkeypatch.setattr(cp.settings, "_n_jobs", n_jobs)
+        found.append(cp.evaluate.report(adata, {"told": told(adata)}, "type", **QUICK))
+    one, two = found
+    assert one.verdict == two.verdict
+    for first, second in zip(one.tables().values(), two.tables().values(), strict=True):
+        without = [table.drop(columns="seconds", errors="ignore") for table in (first, second)]
+        assert without[0].equals(without[1])
+
+
 def test_shuffled_labels_are_no_signal_and_all_scores_at_chance(cells):
     adata = cells()
     adata.obs["shuffled"] = np.random.default_rng(0).permutation(adata.obs["type"])

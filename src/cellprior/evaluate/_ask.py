@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from cellprior._talk import bar
 from cellprior.evaluate import _probes as probes
@@ -20,6 +24,7 @@ from cellprior.evaluate._methods import Kind, Method, Space, centred
 from cellprior.evaluate._neighbors import Chosen, asked_within, choose, pools
 from cellprior.evaluate._splits import HELD_OUT, Split, inner_folds
 from cellprior.evaluate._task import CHOSEN, CHOSEN_OF_ALL, MAJORITY, ON_GENES, RIDGE, Task
+from cellprior.model.engine._cores import n_cores_used
 
 Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """From an embedding, labels, and another embedding to labels of the other."""
@@ -130,30 +135,68 @@ def ask(
     labellings: np.ndarray | None = None,
     progress: bool | None = None,
 ) -> Answers:
-    """Let every method name the test cells of every split of a kind.
+    """Let every method name the test cells of every split of a kind, several splits at a time.
 
     ``readers`` are `ZERO_SHOT` or `PROBES` or both, asked with all training cells if ``whole``, beside the
     classifiers that need no embedding; the `PROBES` also with ``n_per_class`` training cells of a label.
     ``labellings`` are the labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there
     is a signal.
     """
-    answers = Answers(task.splits[kind], task.copies)
-    n_steps = len(answers.splits) * (len(task.methods) + whole)
-    with bar(n_steps, kind, unit=" methods", progress=progress) as steps:
-        for split in answers.splits:
-            few = {n: _draw(split, task.codes, n) for n in n_per_class}
-            fold = Fold(task, split, labellings)
-            for method in task.methods:
-                with _timed(answers, method.name):
-                    spaces = list(method.fit(split.train, split.seed))
-                    if whole:
-                        _ask_whole(answers, fold, method, spaces, readers)
-                    _ask_few(answers, task, fold, method, spaces[0].values, few)
+    splits, drawn = task.splits[kind], threading.Lock()
+    n_cores = 1 if any(method.alone for method in task.methods) else n_cores_used()
+    for method in task.methods:
+        if method.seen == "all cells" and not method.alone:
+            list(method.fit(np.empty(0), 0))  # the same for all splits: not by several of them at once
+    for name in task.genes.sets:
+        task.genes.products(name)
+
+    def of_split(split: Split) -> Answers:
+        answers = Answers([split], task.copies)
+        few = {n: _draw(split, task.codes, n) for n in n_per_class}
+        fold = Fold(task, split, labellings)
+        for method in task.methods:
+            with _timed(answers, method.name):
+                spaces = list(method.fit(split.train, split.seed))
+                if whole:
+                    _ask_whole(answers, fold, method, spaces, readers)
+                _ask_few(answers, task, fold, method, spaces[0].values, few)
+            with drawn:
                 steps.update()
-            if whole:
-                _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
-                _choose_baselines(task, answers, readers)
+        if whole:
+            _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
+            _choose_baselines(task, answers, readers)
+            with drawn:
                 steps.update()
+        return answers
+
+    n_steps = len(splits) * (len(task.methods) + whole)
+    with (
+        bar(n_steps, kind, unit=" methods", progress=progress) as steps,
+        warnings.catch_warnings(),
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(n_cores) as pool,
+    ):
+        warnings.simplefilter("ignore")  # filters are of all threads, so what one of them ignores, all do
+        try:
+            parts = list(pool.map(of_split, splits))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return _joined(task, parts)
+
+
+def _joined(task: Task, of_splits: Sequence[Answers]) -> Answers:
+    """Answers on several splits, in their order."""
+    answers = Answers([split for one in of_splits for split in one.splits], task.copies)
+    for one in of_splits:
+        for asked, said in one.said.items():
+            answers.said[asked] += said
+        for asked, chosen in one.chosen.items():
+            answers.chosen[asked] += chosen
+        for key, names in one.by_chance.items():
+            answers.by_chance[key] += names
+        for name, seconds in one.seconds.items():
+            answers.seconds[name] += seconds
     return answers
 
 

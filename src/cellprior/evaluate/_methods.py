@@ -16,12 +16,13 @@ from scipy.sparse.linalg import eigsh
 
 from cellprior._talk import without_trainer_talk
 from cellprior.evaluate._expression import log_normalised
+from cellprior.model.engine._cores import n_cores_used
 
 Kind = Literal["embedding", "baseline", "control"]
 Seen = Literal["no cell", "training cells", "all cells"]
 
 ALL = "all genes"
-SIZES = (50, 30, 20, 10)  # components among which one is chosen
+SIZES = (100, 50, 30, 20, 10)  # components among which one is chosen
 N_HIGHLY_VARIABLE = 2000
 MOST_CELLS = 6000  # for which products of all cells with all cells, over all genes, are computed
 CHUNK = 2000  # genes of these products at a time
@@ -52,6 +53,8 @@ class Method:
     seen: Seen = "training cells"
     """What its embedding has learned from, labels aside: weights have not learned from these cells, as far as is
     known, and an array may have learned from all."""
+    alone: bool = False
+    """Whether fitting it draws from random numbers of the whole process, so that nothing may run beside it."""
 
 
 def fixed(name: str, values: np.ndarray, *, kind: Kind = "embedding", seen: Seen = "all cells") -> Method:
@@ -75,7 +78,7 @@ class Genes:
         if log.shape[0] <= MOST_CELLS and log.shape[1] > N_HIGHLY_VARIABLE:
             self.sets[ALL] = np.arange(log.shape[1])
         self.products = cache(self._products)
-        self.variable = lru_cache(maxsize=2)(self._variable)  # PCA and the genes themselves, of one split
+        self.variable = lru_cache(maxsize=max(2, n_cores_used()))(self._variable)  # of the splits in work
 
     def add(self, name: str, genes: np.ndarray) -> None:
         """A further set, unless it is one of those that are there."""
@@ -213,4 +216,4 @@ def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int, *, learn
             latent = np.asarray(model.get_latent_representation(query))
         return [Space("", latent, latent.shape[1:])]
 
-    return Method("scVI", "baseline", fit, "all cells" if learn_all else "training cells")
+    return Method("scVI", "baseline", fit, "all cells" if learn_all else "training cells", alone=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -302,9 +303,13 @@ def largest(codes: np.ndarray, n_test: int) -> np.ndarray:
     return np.full(n_test, values[n_cells.argmax()])
 
 
+_random = threading.Lock()
+
+
 def _fitted(model: Any, x: Matrix, codes: np.ndarray) -> Any:
-    # the products are so small that several threads of BLAS spend their time on waiting for each other
-    with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
+    # liblinear's random numbers are those of the process: two fits at a time would take from each other's. The
+    # products are so small that several threads of BLAS spend their time on waiting for each other
+    with _random, warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
         # weak penalties need not converge to be compared; the chosen one is as good as its held-out score
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", FutureWarning)  # attributes that are not read here change their shape
