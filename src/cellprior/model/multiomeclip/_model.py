@@ -42,7 +42,9 @@ from cellprior.model.multiomeclip import _peaks as peaks_alone
 from cellprior.model.multiomeclip import _training as training
 from cellprior.model.multiomeclip._checkpoint import read_scclip
 from cellprior.model.multiomeclip._encoder import JointEncoder
+from cellprior.model.multiomeclip._features import feature_vectors
 from cellprior.model.multiomeclip._inputs import genomic_order as order_along_genome
+from cellprior.model.multiomeclip._links import peak_gene_links
 from cellprior.model.multiomeclip._matching import Method, match, predict_modality, transfer_labels
 from cellprior.model.multiomeclip._module import (
     MODALITIES,
@@ -435,6 +437,118 @@ class MultiomeCLIP(PretrainedModel):
         AnnData with a row per cell of the query that has the other modality, and the reference's genes or peaks.
         """
         return predict_modality(self, query, reference, target=target, n_neighbors=n_neighbors)
+
+    def get_feature_representation(
+        self, modality: Modality, adata: Data | None = None, indices: Indices = None
+    ) -> pd.DataFrame:
+        r"""Vectors of genes or peaks in the shared space: where a cell moves with more of each.
+
+        Mean over the cells of the Jacobian of a cell's place :math:`z_i`, as
+        :meth:`get_latent_representation` gives it with ``center=True``, by the feature's value :math:`v_{ij}`:
+        :math:`g_j = \frac{1}{n} \sum_i \partial z_i / \partial v_{ij}`. The values are log-normalised expression,
+        or, of peaks, ``ln(1 + 10,000 w x / Σx)`` with the inverse document frequency ``w``; of ``encoder="vit"``,
+        peaks are open or closed. The depth of the cell is held still. Directions can be compared between genes and
+        peaks, lengths within one modality only.
+
+        Parameters
+        ----------
+        modality
+            ``"rna"`` for genes, ``"atac"`` for peaks.
+        adata
+            Data with cells of the modality, by default the attached.
+        indices
+            Cells, as numbers or a mask; a type of cells gives the vectors in that type. Of more than 1,024, every
+            second, third, ... is taken.
+
+        Returns
+        -------
+        All genes (by symbol) or peaks of the model by ``n_latent``; float32.
+
+        Raises
+        ------
+        ValueError
+            If none of the cells has the modality.
+        RuntimeError
+            If the model has neither been trained nor loaded from weights.
+        """
+        return feature_vectors(self, modality, adata, indices)
+
+    def peak_gene_links(
+        self,
+        adata: MuData | None = None,
+        indices: Indices = None,
+        *,
+        gene_positions: pd.DataFrame | None = None,
+        genes: Sequence[str] | None = None,
+        window: int = 500_000,
+        n_controls: int = 500,
+        min_cells: int = 10,
+    ) -> pd.DataFrame:
+        """Peaks around the starts of genes, and how near the model holds each to the gene, beside control peaks.
+
+        The score is the cosine of the two vectors of :meth:`get_feature_representation`. What it is for peaks that
+        have nothing to do with the gene, other peaks tell: those of other chromosomes that are open in about as many
+        cells, and that are within 2,000 base pairs of the start of some gene if this one is, and are not if it is
+        not. ``p`` is the share of such pairs, of all genes, whose score lies as far above the mean of its own controls
+        in their standard deviations; it is no probability that a link is there. The sign of a score is that of the
+        association; ``p`` asks for more opening with more expression.
+
+        A link is an association over kinds of cells, not an effect: peaks that open in the same cells as a gene is
+        expressed, on its chromosome by chance, have one too. Distance is not in the score.
+
+        Parameters
+        ----------
+        adata
+            MuData with cells that have both modalities, by default the attached. Held-out cells give correlations that
+            the model does not know.
+        indices
+            Cells, as numbers or a mask.
+        gene_positions
+            A row per gene, by symbol or Ensembl id: ``chrom``, ``start``, ``end`` and ``strand``, such as
+            :func:`cellprior.genes.read_positions` gives. By default the columns of ``mdata["rna"].var``. Without a
+            strand, the distance is that to the interval, as of Cell Ranger's column ``interval``. Of a gene that
+            stands twice, the first row counts.
+        genes
+            Names of the genes to link, by default all.
+        window
+            Base pairs from the start of a gene to the middle of a peak, at most; Signac's default.
+        n_controls
+            Control peaks of a pair, about; 50 at least.
+        min_cells
+            Cells in which a gene or a peak is found at least.
+
+        Returns
+        -------
+        A row per pair, the most certain first: ``gene`` and ``peak`` as the data call them; ``distance`` in base
+        pairs, negative upstream; ``score``; ``background_mean`` and ``background_sd`` of the control peaks' scores;
+        ``p``, and ``q`` after Benjamini and Hochberg, NaN if there are fewer than 50 control peaks; and the baseline,
+        ``correlation``, Pearson's of log-normalised expression and log-normalised accessibility over the cells.
+
+        Raises
+        ------
+        ValueError
+            If no cells have both modalities, positions are missing, genes and peaks are of two genome builds, or no
+            peak lies near a gene.
+        TypeError
+            If ``gene_positions`` is no DataFrame.
+        GeneMatchError
+            If ``gene_positions`` has hardly any gene of the model.
+
+        Warns
+        -----
+        UserWarning
+            If less than half of the genes have a position, or peaks are no more frequent near the starts of genes.
+        """
+        return peak_gene_links(
+            self,
+            adata,
+            indices,
+            gene_positions=gene_positions,
+            genes=genes,
+            window=window,
+            n_controls=n_controls,
+            min_cells=min_cells,
+        )
 
     def train(
         self,
