@@ -76,8 +76,8 @@ def read_positions(path: str | os.PathLike[str]) -> pd.DataFrame:
     >>> links = model.peak_gene_links(gene_positions=positions)
     """
     path = Path(path)
-    genes: list[tuple] = []
-    transcripts: list[tuple] = []
+    genes: list[tuple[str | int, ...]] = []
+    transcripts: list[tuple[str | int, ...]] = []
     for fields in _rows(path):
         if len(fields) >= 9 and fields[3].isdigit() and fields[4].isdigit():
             if (is_gene := fields[2].endswith("gene")) or fields[2] in ("transcript", "mRNA"):  # ncRNA_gene

@@ -1,4 +1,4 @@
-"""Genes and peaks in the shared space: how a cell's vector moves with each of them."""
+"""Genes and peaks in the shared space: where the cells are that have them."""
 
 from __future__ import annotations
 
@@ -6,78 +6,56 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
+import scipy.sparse as sp
 
-from cellprior.model.data._cells import Cells
+from cellprior._arguments import one_of
+from cellprior.model.data._cells import Cells, Counts
 from cellprior.model.data._counts import csr_tensor, row_numbers
-from cellprior.model.multiomeclip._module import (
-    MODALITIES,
-    MLPEncoder,
-    Modality,
-    MultiomeCLIPModule,
-    ViTEncoder,
-)
-
-MAX_CELLS = 1024  # that the mean is taken over
-CHUNK = {MLPEncoder: 256, ViTEncoder: 32}  # cells whose gradient is in memory
+from cellprior.model.engine._embedding import Embedding, in_memory
+from cellprior.model.multiomeclip._inputs import log_share, open_peaks
+from cellprior.model.multiomeclip._module import MODALITIES, Modality
+from cellprior.model.multiomeclip._training import in_parts
 
 
 def feature_vectors(model: Any, modality: Modality, adata: Any, indices: Any) -> pd.DataFrame:
     """See :meth:`cellprior.model.MultiomeCLIP.get_feature_representation`."""
-    if modality not in MODALITIES:
-        msg = f'modality={modality!r} is not known; choose "rna" or "atac".'
-        raise ValueError(msg)
+    one_of(MODALITIES, modality=modality)
     model._check_if_trained(warn=False)
     cells = model._cells(adata)
     rows = row_numbers(indices, cells.n_obs)
     rows = rows[cells.has(modality)[rows]]
     if not len(rows):
-        msg = (
-            f"None of the cells has {modality.upper()}, over which the vectors are averaged; the data have "
-            f"{' and '.join(cells.counts)}."
-        )
+        msg = f"None of the cells has {modality.upper()}; the data have {' and '.join(cells.counts)}."
         raise ValueError(msg)
-    vectors = vectors_over(model.module, modality, cells, rows)
     names = gene_names(model) if modality == "rna" else pd.Index(model.peaks)
-    return pd.DataFrame(vectors, index=names)
+    return pd.DataFrame(vectors_over(model, modality, cells, rows), index=names)
 
 
 def gene_names(model: Any) -> pd.Index:
     """Symbols of the vocabulary, or Ensembl ids of genes that have none."""
-    genes = model.genes
-    symbol = genes["symbol"] if "symbol" in genes else pd.Series("", index=genes.index)
-    if "ensembl_id" in genes:
-        symbol = symbol.where(symbol != "", genes["ensembl_id"])
+    symbol = model.genes["symbol"]
+    if "ensembl_id" in model.genes:
+        symbol = symbol.where(symbol != "", model.genes["ensembl_id"])
     return pd.Index(symbol.to_numpy(dtype=object))
 
 
-def vectors_over(
-    module: MultiomeCLIPModule, modality: Modality, cells: Cells, rows: np.ndarray
-) -> np.ndarray:
-    """Mean of the Jacobian over some cells, 1,024 of them at most, evenly drawn ``(n_features, n_latent)``, float32."""
-    rows = rows[:: -(-len(rows) // MAX_CELLS)]
-    encoder = module.encoder_of(modality)
-    module.eval()
-    total = torch.zeros(0)
-    with torch.inference_mode(False), torch.enable_grad():
-        for part in np.array_split(rows, -(-len(rows) // CHUNK[type(encoder)])):
-            counts = csr_tensor(cells.counts[modality].read(part)).to(module.device)
-            found = _jacobian(module, modality, encoder.inputs(counts))
-            total = found if not len(total) else total + found
-    by_input = total / len(rows)  # (n_latent, inputs)
-    if isinstance(encoder, MLPEncoder):
-        components = encoder.components
-        by_feature = components @ by_input[:, : components.shape[1]].T / encoder.spread
-    else:
-        by_feature = by_input.T / encoder.maximum[:, None]  # all 1 of ATAC
-    return by_feature.cpu().numpy()
+def vectors_over(model: Any, modality: Modality, cells: Cells, rows: np.ndarray) -> np.ndarray:
+    """Mean place of some cells, weighted by each feature, from the plain mean ``(n_features, n_latent)``, float32."""
+    some = cells.only([modality])
+    latent = in_memory(Embedding(model._encoder(some, center=True), some, rows)).astype(np.float64)
+    latent -= latent.mean(axis=0)
+    n_features = cells.counts[modality].n_columns
+    total, weight = np.zeros((n_features, latent.shape[1])), np.zeros(n_features)
+    for part in in_parts(np.arange(len(rows))):
+        values = log_values(cells.counts[modality], rows[part]).astype(np.float64)
+        total += values.T @ latent[part]
+        weight += np.asarray(values.sum(axis=0)).ravel()
+    return (total / np.where(weight > 0, weight, 1.0)[:, None]).astype(np.float32)
 
 
-def _jacobian(module: MultiomeCLIPModule, modality: Modality, inputs: Tensor) -> Tensor:
-    """Of the sum of the cells' places in the shared space, by what enters the encoder ``(n_latent, inputs)``."""
-    shift = torch.zeros(inputs.shape[1], device=inputs.device, requires_grad=True)  # of all cells alike
-    latent = torch.nn.functional.normalize(module.encoder_of(modality)(inputs.detach() + shift), dim=1)
-    places = module.alignment[modality](latent).sum(0)
-    gradients = [torch.autograd.grad(place, shift, retain_graph=True)[0] for place in places]
-    return torch.stack(gradients).detach()
+def log_values(counts: Counts, rows: np.ndarray) -> sp.csr_matrix:
+    """Log-normalised expression, or accessibility with peaks open or closed ``(cells, n_features)``, float32."""
+    tensor = csr_tensor(counts.read(rows))
+    values = log_share(open_peaks(tensor) if counts.modality == "atac" else tensor)
+    parts = values.values().numpy(), values.col_indices().numpy(), values.crow_indices().numpy()
+    return sp.csr_matrix(parts, shape=tuple(values.shape))

@@ -18,9 +18,8 @@ from cellprior.genes._genomes import possible_genomes
 from cellprior.genes._intervals import Intervals, read_peaks
 from cellprior.genes._positions import Places, places_of
 from cellprior.model.data._cells import Cells
-from cellprior.model.data._counts import csr_tensor, row_numbers
-from cellprior.model.multiomeclip._features import vectors_over
-from cellprior.model.multiomeclip._inputs import log_share, open_peaks
+from cellprior.model.data._counts import row_numbers
+from cellprior.model.multiomeclip._features import log_values, vectors_over
 from cellprior.model.multiomeclip._module import MODALITIES
 
 MAX_CELLS = 20_000  # that frequencies and correlations are taken from
@@ -107,12 +106,13 @@ def peak_gene_links(
     pairs = within(places, intervals, window)
     warn_if_not_near(pairs, window)
     vectors = {
-        name: unit(vectors_over(model.module, name, cells, rows)[features.rows])
+        name: unit(vectors_over(model, name, cells, rows)[features.rows])
         for name, features in zip(MODALITIES, (rna, atac), strict=True)
     }
     score = np.einsum("pd,pd->p", vectors["rna"][pairs.gene], vectors["atac"][pairs.peak])
     alike = groups(is_promoter(every, intervals), atac.n_cells, n_controls)
-    background = Background(*vectors.values(), places.chromosome, intervals.chromosome, alike)
+    chromosomes = places.chromosome, intervals.chromosome
+    background = Background(vectors["rna"], vectors["atac"], *chromosomes, alike)
     mean, spread, p = background.of(pairs, score)
     links = pd.DataFrame(
         {
@@ -141,10 +141,7 @@ def frequent(cells: Cells, modality: str, rows: np.ndarray, min_cells: int) -> F
         If there are none.
     """
     counts = cells.counts[modality]
-    tensor = csr_tensor(counts.read(rows))
-    values = log_share(open_peaks(tensor) if modality == "atac" else tensor)
-    parts = values.values().numpy(), values.col_indices().numpy(), values.crow_indices().numpy()
-    matrix = sp.csr_matrix(parts, shape=tuple(values.shape)).tocsc()
+    matrix = log_values(counts, rows).tocsc()
     matrix.eliminate_zeros()
     n_cells = np.diff(matrix.indptr)
     name_of = pd.Series(counts.matrix.var.index.astype(str), index=counts.match.index)

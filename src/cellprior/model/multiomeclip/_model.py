@@ -441,14 +441,13 @@ class MultiomeCLIP(PretrainedModel):
     def get_feature_representation(
         self, modality: Modality, adata: Data | None = None, indices: Indices = None
     ) -> pd.DataFrame:
-        r"""Vectors of genes or peaks in the shared space: where a cell moves with more of each.
+        r"""Vectors of genes or peaks in the shared space: where the cells are that have them.
 
-        Mean over the cells of the Jacobian of a cell's place :math:`z_i`, as
-        :meth:`get_latent_representation` gives it with ``center=True``, by the feature's value :math:`v_{ij}`:
-        :math:`g_j = \frac{1}{n} \sum_i \partial z_i / \partial v_{ij}`. The values are log-normalised expression,
-        or, of peaks, ``ln(1 + 10,000 w x / Σx)`` with the inverse document frequency ``w``; of ``encoder="vit"``,
-        peaks are open or closed. The depth of the cell is held still. Directions can be compared between genes and
-        peaks, lengths within one modality only.
+        With the places :math:`z_i` of :math:`n` cells, as :meth:`get_latent_representation` gives them by the same
+        modality with ``center=True``, and values :math:`v_{ij}`, the vector of feature :math:`j` is
+        :math:`\sum_i v_{ij} z_i / \sum_i v_{ij} - \sum_i z_i / n`. The values are ``ln(1 + 10,000 x / Σx)`` of the
+        counts, or of 1 for each open peak. Genes and peaks of the same kinds of cells point the same way; a long vector
+        means few kinds of cells, or that the feature is rare.
 
         Parameters
         ----------
@@ -457,12 +456,11 @@ class MultiomeCLIP(PretrainedModel):
         adata
             Data with cells of the modality, by default the attached.
         indices
-            Cells, as numbers or a mask; a type of cells gives the vectors in that type. Of more than 1,024, every
-            second, third, ... is taken.
+            Cells, as numbers or a mask; a type of cells gives the vectors within that type.
 
         Returns
         -------
-        All genes (by symbol) or peaks of the model by ``n_latent``; float32.
+        All genes (by symbol) or peaks of the model by ``n_latent``; float32; 0 of those that no cell has.
 
         Raises
         ------
