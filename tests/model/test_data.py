@@ -123,6 +123,15 @@ def test_columns_are_moved_dropped_and_added_up(counts):
     np.testing.assert_array_equal(x.toarray(), dense)
 
 
+def test_columns_that_are_in_order_are_left_as_they_are(counts):
+    x = sp.csr_matrix(counts)
+    assert select_columns(x, np.arange(N_GENES), N_GENES) is x
+    one_more = select_columns(x, np.arange(N_GENES), N_GENES + 1)
+    assert one_more.shape == (N_CELLS, N_GENES + 1)
+    doubled = sp.csr_matrix((np.ones(2), np.zeros(2, dtype=int), [0, 2]), shape=(1, N_GENES))
+    assert select_columns(doubled, np.arange(N_GENES), N_GENES).data.tolist() == [2.0]
+
+
 def test_without_a_matching_gene_the_columns_are_empty(counts):
     moved = select_columns(sp.csr_matrix(counts), np.full(N_GENES, -1), 5)
     assert moved.shape == (N_CELLS, 5)

@@ -36,6 +36,37 @@ def test_the_gene_sum_of_a_sparse_chunk_is_that_of_a_dense_one_and_of_numpy(rout
             np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-4, err_msg=f"{density}")
 
 
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("indices", ["sorted", "unsorted"])
+def test_blocks_of_genes_are_the_columns_of_the_counts_in_order(density, indices):
+    x = sp.csr_matrix(some_counts(density))
+    if indices == "unsorted":
+        for start, end in zip(x.indptr, x.indptr[1:], strict=False):
+            x.indices[start:end] = x.indices[start:end][::-1].copy()
+            x.data[start:end] = x.data[start:end][::-1].copy()
+        x.has_sorted_indices = False
+    for size in (1, 7, 30, 90, 1000):
+        blocks = list(_kernels._blocks_of_genes(x, size))
+        assert [start for start, _ in blocks] == list(range(0, 90, size))
+        for start, (pointers, columns, values) in blocks:
+            expected = sp.csc_matrix(some_counts(density))[:, start : start + size].tocsr()
+            np.testing.assert_array_equal(pointers, expected.indptr)
+            np.testing.assert_array_equal(columns, expected.indices)
+            np.testing.assert_array_equal(values, expected.data)
+    np.testing.assert_array_equal(x.toarray(), some_counts(density))  # the input is left as it was
+
+
+def test_the_depth_of_cells_is_added_up_from_the_first_gene_on_and_goes_to_each_value():
+    counts = 0.1 * some_counts(0.3)
+    x = csr_tensor(sp.csr_matrix(counts))
+    one_by_one = np.add.accumulate(counts, axis=1, dtype=np.float32)[:, -1]
+    np.testing.assert_array_equal(_kernels.cell_depth(x), one_by_one)
+    np.testing.assert_allclose(_kernels.cell_depth(torch.from_numpy(counts)), one_by_one, rtol=1e-6)
+    row = counts.nonzero()[0]
+    np.testing.assert_array_equal(_kernels.for_each(x, torch.from_numpy(one_by_one)), one_by_one[row])
+    np.testing.assert_array_equal(_kernels.row_of_each(x), row)
+
+
 @pytest.mark.parametrize("target_sum", [None, 1e4, 50.0])
 def test_logarithms_of_scaled_counts_are_those_of_numpy(target_sum):
     for density in DENSITIES:

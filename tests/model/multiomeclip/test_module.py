@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 
 from cellprior.model.data._counts import csr_tensor
+from cellprior.model.multiomeclip import _module
 from cellprior.model.multiomeclip._module import MultiomeCLIPModule, ViTEncoder
 
 VIT = {"encoder": "vit", "n_hidden": 16, "n_heads": 2, "n_layers": 2, "n_mlp": 32, "n_latent": 8}
@@ -32,6 +33,15 @@ def fitted(counts: dict[str, sp.csr_matrix], **options) -> MultiomeCLIPModule:
 
 def inputs_of(module: MultiomeCLIPModule, counts: dict[str, sp.csr_matrix]) -> dict[str, torch.Tensor]:
     return {name: module.encoder_of(name).inputs(csr_tensor(x)) for name, x in counts.items()}
+
+
+def test_the_peaks_of_a_cell_are_opened_and_added_up_once(counts, monkeypatch):
+    module, calls = fitted(counts), []
+    for name in ("open_peaks", "cell_depth"):
+        function = getattr(_module, name)
+        monkeypatch.setattr(_module, name, lambda x, f=function, name=name: calls.append(name) or f(x))
+    module.atac.inputs(csr_tensor(counts["atac"]))
+    assert sorted(calls) == ["cell_depth", "open_peaks"]
 
 
 @pytest.mark.parametrize("options", [{}, VIT], ids=["mlp", "vit"])

@@ -199,6 +199,8 @@ def _seem_counts(adata: ad.AnnData, layer: str | None) -> bool:
 
 def select_columns(x: sp.csr_matrix, column: np.ndarray, n_columns: int) -> sp.csr_matrix:
     """Move each column of ``x`` to ``column[j]``, drop those at -1, and add up those that meet."""
+    if len(column) == n_columns and x.has_canonical_format and np.array_equal(column, np.arange(n_columns)):
+        return x
     target = column[x.indices]
     kept = target >= 0
     indptr = np.concatenate([[0], np.cumsum(kept)])[x.indptr]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
@@ -21,8 +24,7 @@ def log_counts(counts: Tensor, target_sum: float | None) -> Tensor:
         return torch.log1p(counts)
     values = counts.values()
     if target_sum is not None:
-        rows = row_of_each(counts)
-        values = values * (target_sum / cell_depth(counts, rows).clamp(min=1.0))[rows]
+        values = values * for_each(counts, target_sum / cell_depth(counts).clamp(min=1.0))
     crow, col = counts.crow_indices(), counts.col_indices()
     return torch.sparse_csr_tensor(crow, col, torch.log1p(values), counts.shape, check_invariants=False)
 
@@ -52,15 +54,35 @@ def _sparse_product(x: Tensor, table: Tensor) -> Tensor:
     with torch.autocast(table.device.type, enabled=False):
         if x.device.type != "cpu":
             return torch.sparse.mm(x, table.float())
-        by_gene = _as_scipy(x, x.values()).tocsc()
         size = max(BLOCK_BYTES // (4 * table.shape[1]), 1)
         out = torch.zeros(len(x), table.shape[1])
-        for start in range(0, len(table), size):
-            block = by_gene[:, start : start + size].tocsr()
-            crow, col, values = (torch.from_numpy(part) for part in (block.indptr, block.indices, block.data))
-            tensor = torch.sparse_csr_tensor(crow, col, values, block.shape, check_invariants=False)
-            torch.addmm(out, tensor, table[start : start + size].float(), out=out)
+        for start, (crow, col, values) in _blocks_of_genes(_as_scipy(x, x.values()), size):
+            vectors = table[start : start + size].float()
+            shape = (len(x), len(vectors))
+            block = torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=False)
+            torch.addmm(out, block, vectors, out=out)
         return out
+
+
+def _blocks_of_genes(x: sp.csr_matrix, size: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """First gene of each block of ``size`` genes, and the block's row pointers, columns and values.
+
+    The values of a cell that belong to a block stand together, so each block is cut out as rows of a matrix that has a
+    row for each cell and block.
+    """
+    if not x.has_sorted_indices:
+        x = x.sorted_indices()
+    n_cells, n_genes = x.shape
+    n_blocks = -(-n_genes // size)
+    piece = np.repeat(np.arange(n_cells) * n_blocks, np.diff(x.indptr))
+    piece += x.indices // size
+    pointers = np.zeros(n_cells * n_blocks + 1, dtype=x.indices.dtype)
+    np.cumsum(np.bincount(piece, minlength=n_cells * n_blocks), out=pointers[1:])
+    pieces = sp.csr_matrix((x.data, x.indices, pointers), shape=(n_cells * n_blocks, n_genes))
+    for i in range(n_blocks):
+        block = pieces[i::n_blocks]
+        block.indices -= block.indices.dtype.type(i * size)
+        yield i * size, [torch.from_numpy(part) for part in (block.indptr, block.indices, block.data)]
 
 
 def to_dense(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,14 +102,18 @@ def _as_scipy(x: Tensor, values: Tensor) -> sp.csr_matrix:
     return sp.csr_matrix(parts, shape=tuple(x.shape))
 
 
+def for_each(x: Tensor, of_cells: Tensor) -> Tensor:
+    """A number of each cell ``(cells,)``, for each stored value of a CSR tensor."""
+    return torch.repeat_interleave(of_cells, x.crow_indices().diff())
+
+
 def row_of_each(x: Tensor) -> Tensor:
     """Row of each stored value of a CSR tensor."""
-    return torch.repeat_interleave(torch.arange(len(x), device=x.device), x.crow_indices().diff())
+    return for_each(x, torch.arange(len(x), device=x.device))
 
 
-def cell_depth(counts: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Sum of each cell's counts ``(cells,)``; dense or CSR, of which :func:`row_of_each` may be known already."""
+def cell_depth(counts: Tensor) -> Tensor:
+    """Sum of each cell's counts ``(cells,)``; dense or CSR."""
     if counts.layout is torch.strided:
         return counts.sum(1)
-    rows = row_of_each(counts) if rows is None else rows
-    return counts.values().new_zeros(len(counts)).index_add_(0, rows, counts.values())
+    return torch.segment_reduce(counts.values(), "sum", lengths=counts.crow_indices().diff().long())

@@ -9,13 +9,13 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from cellprior.genes._intervals import read_peaks
-from cellprior.model.engine._kernels import cell_depth, row_of_each
+from cellprior.model.engine._kernels import cell_depth, for_each
 
 TARGET_SUM = 10_000.0
 DEPTH_CORRELATION = 0.5  # of a component with the logarithm of the depth, from which on it is the depth
 
 
-def log_share(counts: Tensor, *, weight: Tensor | None = None) -> Tensor:
+def log_share(counts: Tensor, *, weight: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
     """``ln(1 + 10,000 w x / Σx)``, a cell at a time; a cell without counts stays 0.
 
     Without ``weight``, scanpy's log-normalisation; with the inverse document frequency, TF-IDF as in Stuart et al.,
@@ -27,15 +27,17 @@ def log_share(counts: Tensor, *, weight: Tensor | None = None) -> Tensor:
         ``(cells, features)``, dense or sparse CSR; what is given back is as it.
     weight
         Of the features ``(features,)``.
+    depth
+        Sum of each cell's counts, if it is known ``(cells,)``.
     """
+    least = (cell_depth(counts) if depth is None else depth).clamp(min=1.0)
     if counts.layout != torch.sparse_csr:
-        shares = counts / counts.sum(1, keepdim=True).clamp(min=1.0) * TARGET_SUM
+        shares = counts / least[:, None] * TARGET_SUM
         return torch.log1p(shares if weight is None else shares * weight)
-    rows = row_of_each(counts)
-    shares = counts.values() / cell_depth(counts, rows).clamp(min=1.0)[rows] * TARGET_SUM
+    shares = (counts.values() / for_each(counts, least)).mul_(TARGET_SUM)
     if weight is not None:
-        shares = shares * weight[counts.col_indices()]
-    return with_values(counts, torch.log1p(shares))
+        shares.mul_(weight[counts.col_indices()])
+    return with_values(counts, shares.log1p_())
 
 
 def thinned(counts: sp.csr_matrix, least: float, rng: np.random.Generator) -> sp.csr_matrix:

@@ -335,7 +335,7 @@ class MLPEncoder(nn.Module):
             open_cells = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
             idf = inverse_document_frequency(open_cells, counts.shape[0])
             self.idf.copy_(torch.from_numpy(idf))
-        weighted = [self._weigh(csr_tensor(part)) for part in _row_blocks(counts)]
+        weighted = [self._weigh(*self._read(csr_tensor(part))) for part in _row_blocks(counts)]
         blocks = [
             sp.csr_matrix(
                 (part.values().numpy(), part.col_indices().numpy(), part.crow_indices().numpy()), part.shape
@@ -349,32 +349,34 @@ class MLPEncoder(nn.Module):
         self.mean.copy_(torch.from_numpy(mean))
         self.spread.fill_(spread)
         if self.reads_depth:
-            depths = torch.cat([self._log_depth(csr_tensor(part)) for part in _row_blocks(counts)])
+            depths = torch.cat([torch.log1p(self._read(csr_tensor(part))[1]) for part in _row_blocks(counts)])
             self.depth_mean.copy_(depths.mean())
             self.depth_spread.copy_(depths.std(correction=0).clamp(min=LEAST_SPREAD))
 
     def places(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
         """Place of each cell on the components, its own or others ``(cells, n_components)``."""
-        components = self.components if components is None else components
-        return (weighted_gene_sum(self._weigh(counts), components) - self.mean) / self.spread
+        return self._places(*self._read(counts), components)
 
     def inputs(self, counts: Tensor, components: Tensor | None = None) -> Tensor:
         """What the layers read: places, and with ``reads_depth``, the depth ``(cells, n_components + reads_depth)``."""
-        places = self.places(counts, components)
+        read, depth = self._read(counts)
+        places = self._places(read, depth, components)
         if not self.reads_depth:
             return places
-        depth = (self._log_depth(counts) - self.depth_mean) / self.depth_spread
-        return torch.cat([places, depth[:, None]], dim=1)
+        standard = (torch.log1p(depth) - self.depth_mean) / self.depth_spread
+        return torch.cat([places, standard[:, None]], dim=1)
 
-    def _log_depth(self, counts: Tensor) -> Tensor:
-        """``ln(1 + d)``, with ``d`` the counts of a cell, or its open peaks ``(cells,)``."""
+    def _read(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts, or open peaks, and how many a cell has ``(cells,)``."""
         read = open_peaks(counts) if self.is_atac else counts
-        return torch.log1p(cell_depth(read))
+        return read, cell_depth(read)
 
-    def _weigh(self, counts: Tensor) -> Tensor:
-        if not self.is_atac:
-            return log_share(counts)
-        return log_share(open_peaks(counts), weight=self.idf.to(counts.device))
+    def _places(self, read: Tensor, depth: Tensor, components: Tensor | None = None) -> Tensor:
+        components = self.components if components is None else components
+        return (weighted_gene_sum(self._weigh(read, depth), components) - self.mean) / self.spread
+
+    def _weigh(self, read: Tensor, depth: Tensor) -> Tensor:
+        return log_share(read, weight=self.idf.to(read.device) if self.is_atac else None, depth=depth)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Latent ``(cells, n_latent)``, not yet of unit length."""

@@ -24,7 +24,7 @@ def counts_to_bins(counts: Tensor, n_bins: int = 5) -> Tensor:
     row = None if counts.layout is torch.strided else row_of_each(counts)
     # Apple's GPUs have no float64; there a scaled count beyond 2^24 / 10,000 may round across an edge
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
-    depth = cell_depth(counts, row).to(wide).clamp(min=1.0)
+    depth = cell_depth(counts).to(wide).clamp(min=1.0)
     x = counts if row is None else counts.values()
     depth = depth[:, None] if row is None else depth[row]
     scaled = (x.to(wide) * TARGET_SUM / depth).float()  # rounded as in the original
