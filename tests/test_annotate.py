@@ -135,6 +135,74 @@ def test_the_word_for_no_label_can_be_said_and_its_spelling_is_warned_of(
     assert (code[:90] == -1).all() and (code[90:] >= 0).all()
 
 
+def test_a_reference_may_hold_counts_and_batches_in_other_places_than_the_query(reference, query, tmp_path):
+    learn = {"max_epochs": 2, "trainable": "head", "enable_progress_bar": False}
+    same = query.copy()
+    cp.tl.annotate(same, STARTER, reference, "bulk_labels", batch_key="batch", **learn)
+    query.raw = query.copy()
+    query.X = np.log1p(query.X)
+    query.obs["lane"] = query.obs.pop("batch")
+    for place, move in (("X", None), ("counts", "layers")):
+        other = reference.copy()
+        if move:
+            other.layers["counts"] = other.X
+            other.X = np.log1p(other.X)
+        columns, x = list(other.obs), other.X
+        scvi.settings.seed = 0
+        cp.tl.annotate(
+            query,
+            STARTER,
+            other,
+            "bulk_labels",
+            layer="raw",
+            batch_key="lane",
+            reference_layer=place,
+            reference_batch_key="batch",
+            **learn,
+        )
+        np.testing.assert_array_equal(query.obs[f"{KEY}_probability"], same.obs[f"{KEY}_probability"])
+        assert list(other.obs) == columns and other.X is x and not other.uns.get("_scvi_uuid")
+    with pytest.raises(
+        ValueError, match=r"no counts in 'raw', where those of the query are.*=\"X\" or .*=\"counts\""
+    ):
+        cp.tl.annotate(query, STARTER, other, "bulk_labels", layer="raw")
+    with pytest.raises(KeyError, match="lane.* not found in obs of the reference.*reference_batch_key="):
+        cp.tl.annotate(
+            query, STARTER, other, "bulk_labels", layer="raw", batch_key="lane", reference_layer="X"
+        )
+    with pytest.raises(ValueError, match="name the query's column of batches too"):
+        cp.tl.annotate(
+            query,
+            STARTER,
+            other,
+            "bulk_labels",
+            layer="raw",
+            reference_layer="X",
+            reference_batch_key="batch",
+        )
+    with pytest.raises(ValueError, match="reference_layer: nothing is learned without reference="):
+        cp.tl.annotate(query, STARTER, reference_layer="X")
+    # on the command line
+    query.write_h5ad(tmp_path / "query.h5ad")
+    other.write_h5ad(tmp_path / "reference.h5ad")
+    paths = [str(tmp_path / name) for name in ("query.h5ad", "out.h5ad")]
+    there = [
+        "--layer",
+        "raw",
+        "--reference-layer",
+        "counts",
+        "--batch-key",
+        "lane",
+        "--reference-batch-key",
+        "batch",
+    ]
+    names = ["--reference", str(tmp_path / "reference.h5ad"), "--labels-key", "bulk_labels"]
+    scvi.settings.seed = 0
+    short = ["--max-epochs", "2", "--trainable", "head", "-q"]
+    assert main(["annotate", *paths, "--weights", STARTER, *names, *there, *short]) == 0
+    np.testing.assert_array_equal(ad.read_h5ad(paths[1]).obs[KEY], query.obs[KEY])
+
+
 def test_what_makes_no_sense_is_refused_and_nothing_is_written(reference, query, tmp_path):
     before = list(query.obs)
     for arguments, error, message in (

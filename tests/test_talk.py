@@ -97,6 +97,15 @@ def test_bars_are_not_drawn_where_nobody_wants_them(model, capsys):
     assert not any("%|" in line for line in said(capsys))
 
 
+def test_a_call_without_bars_has_none_of_the_embeddings_that_it_makes_either(capsys):
+    cp.settings.progress = True
+    adata = blood_cells()[:80].copy()
+    adata.obs["half"] = ["one", "other"] * 40
+    for progress, n_bars in ((False, 0), (None, 3)):
+        cp.evaluate.linear_probe(adata, STARTER, labels_key="half", seeds=2, progress=progress)
+        assert sum("%|" in line for line in said(capsys)) == n_bars, progress
+
+
 def test_a_step_within_a_step_is_silent(capsys):
     with bar(2, "outer", progress=True) as outer:
         with bar(2, "inner", progress=True) as inner:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellprior._matrix import RAW, matrix_of
+from cellprior._matrix import RAW, matrix_of, places
 from cellprior._obs import read_names
 from cellprior.genes._kinds import GENE, counted, kinds_of
 from cellprior.settings import settings
@@ -85,7 +85,7 @@ def check(adata: AnnData | MuData | str | os.PathLike[str]) -> Check:
         msg = f"There are {data.n_obs} cells and {data.n_vars} features; at least one of each is needed."
         raise ValueError(msg)
     rows = np.unique(np.linspace(0, data.n_obs - 1, N_CELLS).astype(np.int64))
-    matrices = {layer: _holds(data, layer, rows[:256]) for layer in _places(data)}
+    matrices = {layer: _holds(data, layer, rows[:256]) for layer in places(data)}
     with_counts = sorted((layer for layer, what in matrices.items() if what == COUNTS), key=_rank)
     layer = with_counts[0] if with_counts else None
     var = matrix_of(data, layer).var if with_counts else data.var
@@ -130,18 +130,6 @@ def _genes_of(adata: Any) -> tuple[Any, str | None, list[tuple[str, str]]]:
     kinds = ", ".join(f"{key!r} ({part.n_vars:,} features)" for key, part in adata.mod.items())
     note = f"{kinds}; below, {name!r}. For RNA and ATAC together: cp.model.MultiomeCLIP."
     return adata.mod[name], name, [("modalities", note)]
-
-
-def _places(data: Any) -> Iterator[str | None]:
-    """All matrices, as ``layer=`` names them."""
-    from cellprior._matrix import x_of
-
-    layers = [name for name in data.layers if name is not None]
-    if x_of(data) is not None:
-        yield None
-    yield from layers
-    if data.raw is not None and RAW not in layers:
-        yield RAW
 
 
 def _rank(layer: str | None) -> tuple[bool, bool]:

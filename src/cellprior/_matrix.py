@@ -68,6 +68,15 @@ def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: s
     return Matrix(adata.layers[layer], adata.var, f"layers[{layer!r}]")
 
 
+def places(adata: Any) -> list[str | None]:
+    """All matrices of an AnnData, as ``layer=`` names them."""
+    found: list[str | None] = [] if x_of(adata) is None else [None]
+    found += [name for name in adata.layers if name is not None]
+    if getattr(adata, "raw", None) is not None and RAW not in found:
+        found.append(RAW)
+    return found
+
+
 def x_of(adata: Any) -> Any:
     """``X``, None if there is none; of an open file without it, anndata raises a KeyError, or finds an empty one."""
     try:

@@ -18,6 +18,17 @@ BAR = "{l_bar}{bar}| {n:,.0f} of {total:,.0f}{unit} [{elapsed}<{remaining}, {rat
 LIGHTNING = ("lightning.pytorch", "lightning.fabric")
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)  # of a step that has a bar
+_wanted: ContextVar[bool | None] = ContextVar("wanted", default=None)  # by a caller of several steps
+
+
+@contextmanager
+def drawing(progress: bool | None) -> Iterator[None]:
+    """Let all steps within draw bars or not, as the ``progress=`` of their caller says; ``None`` changes nothing."""
+    token = _wanted.set(_wanted.get() if progress is None else progress)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 @contextmanager
@@ -43,8 +54,8 @@ def bar(
     unit
         What is counted, with a space before it; ``"B"`` for bytes.
     progress
-        Whether to draw it; ``None`` for what ``cellprior.settings.progress`` says. In a log file or a notebook, a
-        short step draws one only if it was asked for by name.
+        Whether to draw it; ``None`` for what :func:`drawing` or else ``cellprior.settings.progress`` says. In a log
+        file or a notebook, a short step draws one only if it was asked for by name.
     initial
         How much is done already.
     parts
@@ -52,6 +63,7 @@ def bar(
     """
     from tqdm import tqdm
 
+    progress = _wanted.get() if progress is None else progress
     wanted = settings.progress if progress is None else progress
     on_screen = sys.stderr is not None and sys.stderr.isatty()
     at_once = on_screen or bool(progress or settings._progress)

@@ -169,11 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--known-hash", help="as of embed")
     command.add_argument("--reference", type=Path, help="h5ad file with raw counts and labels, to learn from")
     _labels_key(command, "column of the reference's obs with cell types")
-    command.add_argument("--layer", help="layer with raw counts, in both (default: X)")
+    command.add_argument("--layer", help="layer with raw counts (default: X); raw for adata.raw")
+    command.add_argument("--reference-layer", help="that of the reference, if it is another; X for X")
     command.add_argument(
         "--gene-key", help="column of var with gene names, in both (default: found by itself)"
     )
-    command.add_argument("--batch-key", help="column of obs with the batch of each cell, in both")
+    command.add_argument("--batch-key", help="column of obs with the batch of each cell")
+    command.add_argument("--reference-batch-key", help="that of the reference, if it is another")
     command.add_argument(
         "--setup", metavar="NAME=VALUE", action="append", type=_pair, default=[], help="as of embed"
     )
@@ -347,7 +349,8 @@ def _annotate(args: argparse.Namespace) -> None:
     adata: Any = _read(args.input)
     _refuse_full(adata, args.output)
     reference: Any = None if args.reference is None else _read(args.reference)
-    names = ("layer", "gene_key", "batch_key", "key_added", "device", "save", "known_hash")
+    names = ["layer", "gene_key", "batch_key", "key_added", "device", "save", "known_hash"]
+    names += ["reference_layer", "reference_batch_key"]
     options = {name: getattr(args, name) for name in names}
     for name in ("reject", "trainable", "max_epochs"):  # the defaults are those of annotate and fine_tune
         if (value := getattr(args, name)) is not None:
@@ -360,7 +363,9 @@ def _annotate(args: argparse.Namespace) -> None:
     key = next(reversed(adata.uns["cellprior"]))
     counts = adata.obs[key].value_counts()
     shown = "\n".join(f"{name:40} {n:8,}" for name, n in counts.items() if n)
-    _done(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells\n{shown}\n")
+    coarse = f"{key}_coarse"
+    also = f" (coarser names in obs[{coarse!r}])" if coarse in adata.obs else ""
+    _done(f"{args.output}: obs[{key!r}], {adata.n_obs:,} cells{also}\n{shown}\n")
     if reasons := adata.uns["cellprior"][key].get("unknown"):
         _done(
             f"unknown: {reasons['too_far']:,} too far from every type, {reasons['too_uncertain']:,} too uncertain; "

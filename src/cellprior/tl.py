@@ -220,6 +220,8 @@ def annotate(
     layer: str | None = None,
     gene_key: str | None = None,
     batch_key: str | None = None,
+    reference_layer: str | None = None,
+    reference_batch_key: str | None = None,
     unlabeled_category: str = "unknown",
     reject: float | Literal["stored"] | None = "stored",
     key_added: str | None = None,
@@ -243,11 +245,14 @@ def annotate(
         which names common human types, a folder written by ``save``, or by ``save_pretrained``.
     reference
         Labelled cells that the model learns from first, see :doc:`/user_guide/annotation`; genes are matched by name.
-        ``layer``, ``gene_key`` and ``batch_key`` are those of both.
+        ``gene_key`` is that of both.
     labels_key
         Column of ``reference.obs``; cells of ``unlabeled_category`` are not learned from.
     layer, gene_key, batch_key, batch_size, min_coverage, device, copy, known_hash, setup
         As of :func:`embed`.
+    reference_layer, reference_batch_key
+        Where the reference has its counts and its batches, if not in the places of the query, ``layer`` and
+        ``batch_key``. ``"X"`` is its ``X``.
     unlabeled_category
         Label of the reference that stands for "not labelled", and the name of cells that are rejected.
     reject
@@ -291,6 +296,7 @@ def annotate(
     import numpy as np
     import pandas as pd
 
+    from cellprior._reference import as_the_query_has_it
     from cellprior.model import model_class
     from cellprior.model.learning._annotation import STORED, name_cells
     from cellprior.model.learning._rejection import check_share
@@ -308,9 +314,14 @@ def annotate(
         }
         msg = f"{given}= is given, and {missing}= is not: {what[missing]}. They are needed together."
         raise ValueError(msg)
-    if reference is None and (fine_tune or save is not None):
-        given = ", ".join([*fine_tune, *(["save"] if save is not None else [])])
-        msg = f"{given}: nothing is learned without reference=."
+    of_reference = {
+        "save": save,
+        "reference_layer": reference_layer,
+        "reference_batch_key": reference_batch_key,
+    }
+    told = [*fine_tune, *(name for name, value in of_reference.items() if value is not None)]
+    if reference is None and told:
+        msg = f"{', '.join(told)}: nothing is learned without reference=."
         raise ValueError(msg)
     if save is not None and os.path.lexists(save):
         msg = f"{os.fspath(save)} is there already: choose another folder for what is learned."
@@ -325,6 +336,14 @@ def annotate(
     else:
         _refuse_view_of_file(adata)
     key = key_added or f"{cls.obsm_key.removeprefix('X_')}_label"
+    if reference is not None:
+        reference = as_the_query_has_it(
+            reference,
+            layer=layer,
+            reference_layer=reference_layer,
+            batch_key=batch_key,
+            reference_batch_key=reference_batch_key,
+        )
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "batch_key": batch_key}
     options = {
         **where,

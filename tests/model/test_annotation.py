@@ -445,7 +445,7 @@ def test_the_reject_that_is_told_names_as_many_cells_as_told_and_no_smaller_one_
     assert named(reject) == n_named > 50
     assert all(named(r / 100) <= 50 for r in range(1, round(100 * reject)))
     limits = limits_of(*calibration, reject=0.2)
-    told = f"that names half of the cells is {reject:g} .{n_named} of 100."
+    told = f"reject={reject:g} is the smallest that names half of them .{n_named} of 100."
     with pytest.warns(UserWarning, match=told) as said:
         explain_unknown(calibration, limits, novelty, unsure, reject=0.2, unknown="?", guess="here")
     far, uncertain = (int(x.sum()) for x in limits.unknown(novelty, unsure))

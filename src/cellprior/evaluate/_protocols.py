@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, Unpack, cast, get_type_hints
 
 import pandas as pd
 from anndata import AnnData
 
 from cellprior._docs import PARTS, described
+from cellprior._talk import drawing
 from cellprior.evaluate._ask import PROBES, ZERO_SHOT, ask, tabulate
 from cellprior.evaluate._splits import HELD_OUT
 from cellprior.evaluate._structure import structure
@@ -91,17 +93,23 @@ def protocol(function: Protocol) -> Protocol:
     """
     described(function, {**PARTS, **SECTIONS})
     signature = inspect.signature(function)
+
+    @wraps(function)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        with drawing(kwargs.get("progress")):  # also of the embeddings that weights make on the way
+            return function(*args, **kwargs)
+
     *own, _ = signature.parameters.values()
     of_task = inspect.signature(make_task).parameters
     shown = signature.replace(parameters=[*own, *(of_task[name] for name in Options.__annotations__)])
-    complete: Any = function
+    complete: Any = asked
     complete.__signature__ = shown
     hints = get_type_hints(make_task)  # whose names the module of the function need not know
     complete.__annotations__ = {
         **{name: hint for name, hint in function.__annotations__.items() if name != "options"},
         **{name: hints[name] for name in Options.__annotations__},
     }
-    return function
+    return cast("Protocol", complete)
 
 
 @protocol

@@ -177,15 +177,15 @@ def explain_unknown(
         )
     else:
         cause = "Names are uncertain where the query is shallower than the reference, or lacks genes that tell types."
-    for share, what in ((0.5, "half of the cells"), (0.0, "any cell")):
-        if found := smallest_reject(calibration, novelty, confidence, share=share):
-            way_out = f"The smallest reject that names {what} is {found[0]:g} ({found[1]:,} of {n_cells:,})"
-            break
+    if half := smallest_reject(calibration, novelty, confidence, share=0.5):
+        way_out = f"reject={half[0]:g} is the smallest that names half of them ({half[1]:,} of {n_cells:,})."
+    elif some := smallest_reject(calibration, novelty, confidence, share=0.0):
+        way_out = f"No reject names half of them; reject={some[0]:g} names {some[1]:,} of {n_cells:,}."
     else:
-        way_out = "No reject names any cell"
+        way_out = "No reject names any of them."
     msg = (
-        f"{n_unknown:,} of {n_cells:,} cells are called {unknown!r}; of cells like those of the calibration, about "
-        f"{usual:.0%} would be. {far:,} are too far from every type, {uncertain:,} too uncertain. {cause} {way_out}; "
-        f"but what reject promises does not hold for such cells. The best guess for each cell is {guess}."
+        f"{n_unknown:,} of {n_cells:,} cells are called {unknown!r}. If they were like the reference, about "
+        f"{usual:.0%} would be. {far:,} are too far from every type, {uncertain:,} too uncertain. {cause} {way_out} "
+        f"What reject promises does not hold for such cells. The best guess for each cell is {guess}."
     )
     warnings.warn(msg, UserWarning, stacklevel=4)
