@@ -325,9 +325,10 @@ def test_cells_of_no_type_that_the_weights_name_are_unknown_and_no_best_guess_sa
     with torch.no_grad():
         model.module.annotation.linear.bias[none] += 20.0
     model.save_pretrained(tmp_path / "weights")
-    with pytest.warns(UserWarning, match="cells are called 'nothing'"):
+    with pytest.warns(UserWarning, match="cells are called 'nothing'") as said:
         cp.tl.annotate(query, tmp_path / "weights", unlabeled_category="nothing")
     assert set(query.obs[KEY]) == set(query.obs[f"{KEY}_coarse"]) == {"nothing"}
+    assert {warning.filename for warning in said if "are called" in str(warning.message)} == {__file__}
     assert set(query.obs[f"{KEY}_ontology_term_id"]) == {""}
     assert query.obs[f"{KEY}_probability"].max() < 0.01
     assert "none of these" not in set(query.obs[f"{KEY}_best_guess"])

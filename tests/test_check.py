@@ -77,6 +77,15 @@ def test_weights_that_would_refuse_the_genes_are_shown_with_the_reason():
     assert "cellplm-starter" not in check.call
 
 
+def test_a_genome_in_front_of_the_names_is_told_with_the_line_that_takes_it_off():
+    adata = blood_cells()[:60].copy()
+    adata.var_names = "hg19_" + adata.var_names
+    check = cp.tl.check(adata)
+    assert lines_of(check)["genome"] == "the names in var_names begin with 'hg19_', a genome: take it off"
+    exec(check.call, {"adata": adata})
+    assert cp.tl.check(adata).call.startswith('cp.tl.embed(adata, "cellplm-starter"')
+
+
 def test_data_without_cells_are_refused():
     with pytest.raises(ValueError, match="0 cells and 3 features"):
         cp.tl.check(ad.AnnData(np.zeros((0, 3))))

@@ -96,11 +96,14 @@ def check(adata: AnnData | MuData | str | os.PathLike[str]) -> Check:
     # antibodies may be told by the names in a column of var, which a match has looked at
     kinds = kinds_of(var) if match is None or match.kind is None else match.kind
     lines += [*_genes(var, match, kinds), *_depth(counts, kinds)]
+    genome = _genome_in_front(var) if best is None else None
+    if genome is not None:
+        lines.append(("genome", f"the names in {genome[0]} begin with {genome[1]!r}, a genome: take it off"))
     batches, labels = _columns(data.obs, BATCH), _columns(data.obs, LABELS)
     lines.append(("batches", _named(batches) or "no column of obs looks like one"))
     if labels:
         lines.append(("labels", _named(labels)))
-    call, command = _next(path, name, layer, bool(with_counts), matrices, best, batches[:1])
+    call, command = _next(path, name, layer, bool(with_counts), matrices, best, batches[:1], genome)
     return Check(matrices, layer, bool(with_counts), lines, weights, call, command)
 
 
@@ -251,6 +254,15 @@ def _genes(var: pd.DataFrame, match: Any, kinds: np.ndarray) -> list[tuple[str, 
     return lines
 
 
+def _genome_in_front(var: pd.DataFrame) -> tuple[str, str] | None:
+    """Where names begin with that of a genome, as where reads were mapped to several; and what they begin with."""
+    from cellprior.genes._spelling import genome_of_most
+
+    places = {"var_names": var.index, **{f"var[{str(column)!r}]": var[column] for column in var.columns}}
+    found = ((place, genome_of_most(names)) for place, names in places.items())
+    return next(((place, prefix) for place, prefix in found if prefix is not None), None)
+
+
 def _depth(counts: Any, kinds: np.ndarray) -> list[tuple[str, str]]:
     """Counts and genes of a cell."""
     if counts is None:
@@ -294,6 +306,7 @@ def _next(
     matrices: dict[str | None, str],
     weights: str | None,
     batch: list[tuple[str, int]],
+    genome: tuple[str, str] | None,
 ) -> tuple[str, str]:
     """The line of Python and the line of the shell that come next."""
     data = "adata" if modality is None else f"mdata[{modality!r}]"
@@ -304,6 +317,9 @@ def _next(
             target = f'{data}.layers["counts"] = ' if logs[0] != RAW else "counts = "
             return f"{target}cp.pp.recover_counts({data}{source})", "# then look again: cellprior check FILE"
         return "# raw counts are needed: go back to the file that has them", "# cellprior check FILE"
+    if genome is not None:
+        place = f"{data}.{genome[0]}"
+        return f"{place} = {place}.str.removeprefix({genome[1]!r})", "# then look again: cellprior check FILE"
     if weights is None:
         return "# none of the weights on this machine reads these genes", "cellprior list"
     python = [data, repr(weights).replace("'", '"')]

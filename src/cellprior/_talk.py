@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -99,6 +100,15 @@ def tell(text: str, *, verbosity: int = 1) -> None:
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the line of the first caller outside this package, however deep it comes from."""
+    package = os.path.join(os.path.dirname(__file__), "")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -53,3 +54,11 @@ def in_capitals(text: str) -> str:
         f"{found[-1].strip()}), which no human gene has: changing mouse symbols to upper case pairs genes that are not "
         "the same. Use a model trained on mouse, or map the genes to one-to-one orthologues (Ensembl BioMart)."
     )
+
+
+def genome_of_most(names: Iterable[object]) -> str | None:
+    """What stands in front of more than half of some names, if it is a genome (``"hg19_"``)."""
+    listed = [str(name) for name in names]
+    found = Counter(match[1] for name in listed if (match := GENOME.fullmatch(name)))
+    prefix, n = found.most_common(1)[0] if found else ("", 0)
+    return prefix if 2 * n > len(listed) else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binom
+
+from cellprior._talk import warn
 
 ERROR_CONFIDENCE = 0.9  # with which the error among the named cells is promised
 NAMED_SHARES = tuple(np.arange(4, 21) / 20)  # of the cells that look known, tried until the error is too high
@@ -91,7 +92,7 @@ def find_limits(novelty: np.ndarray, confidence: np.ndarray, correct: np.ndarray
             f"No share of the calibration cells is named with an error that is surely below reject={reject}: all cells "
             f"are called unknown. Allow {larger}, or train longer or on more cells."
         )
-        warnings.warn(msg, UserWarning, stacklevel=4)
+        warn(msg)
     return limits
 
 
@@ -188,4 +189,4 @@ def explain_unknown(
         f"{usual:.0%} would be. {far:,} are too far from every type, {uncertain:,} too uncertain. {cause} {way_out} "
         f"What reject promises does not hold for such cells. The best guess for each cell is {guess}."
     )
-    warnings.warn(msg, UserWarning, stacklevel=4)
+    warn(msg)
