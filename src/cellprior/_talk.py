@@ -78,7 +78,7 @@ def bar(
         unit=unit,
         disable=not wanted or _inside.get(),
         dynamic_ncols=on_screen,
-        ncols=None if on_screen else 100,
+        ncols=None if on_screen else 120,
         mininterval=0.1 if on_screen else SELDOM,
         delay=0.0 if at_once else SOON,
         **shown,

@@ -455,7 +455,7 @@ def test_the_reject_that_is_told_names_as_many_cells_as_told_and_no_smaller_one_
     guesses = Calibration(calibration.novelty, confidence, np.zeros(400, dtype=bool))
     limits = limits_of(*guesses, reject=0.2)
     assert limits.confidence == np.inf
-    with pytest.warns(UserWarning, match="100 are too far .*No reject names any cell"):
+    with pytest.warns(UserWarning, match="100 are too far .*No reject names any of them"):
         explain_unknown(guesses, limits, novelty + 1, unsure, reject=0.2, unknown="?", guess="here")
     explain_unknown(guesses, limits, novelty, unsure, reject=0.2, unknown="?", guess="here")
 

@@ -44,10 +44,12 @@ class Steps(pl.Callback):
             self.drawn.update(len(first) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the losses of the epoch."""
+        """Show the loss of the epoch: of held-out cells, if there are any. ``history`` has all of them."""
         if self.drawn is not None and trainer.is_global_zero:
-            shown = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
-            self.drawn.set_postfix(shown, refresh=False)
+            losses = trainer.progress_bar_metrics
+            name = next((name for name in losses if name.endswith("validation_loss")), next(iter(losses), None))
+            if name is not None:
+                self.drawn.set_postfix({name: f"{float(losses[name]):.4g}"}, refresh=False)
 
 
 @contextmanager
