@@ -47,7 +47,9 @@ class Steps(pl.Callback):
         """Show the loss of the epoch: of held-out cells, if there are any. ``history`` has all of them."""
         if self.drawn is not None and trainer.is_global_zero:
             losses = trainer.progress_bar_metrics
-            name = next((name for name in losses if name.endswith("validation_loss")), next(iter(losses), None))
+            name = next(
+                (name for name in losses if name.endswith("validation_loss")), next(iter(losses), None)
+            )
             if name is not None:
                 self.drawn.set_postfix({name: f"{float(losses[name]):.4g}"}, refresh=False)
 
