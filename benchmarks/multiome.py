@@ -262,6 +262,8 @@ def run(mdata: MuData, seed: int, args: argparse.Namespace) -> tuple[dict[str, d
     names = None
     if "label" in mdata.obs:
         names = (train.obs["label"].to_numpy(), test.obs["label"].to_numpy())
+    if args.multivi_only:
+        return {"matching": {"MULTIVI": multivi(train, test, args, names)}}, n_test
     is_mlp = args.network["encoder"] != "vit"
     kinds = [PLAIN, LABELLED] if names is not None and not args.plain else [PLAIN]
     kinds += [PRETRAINED] if args.pretrain_atac else []
@@ -315,6 +317,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--multivi", action="store_true", help="train MULTIVI on the same cells, which takes longer"
     )
+    parser.add_argument("--multivi-only", action="store_true", help="its row alone, of the same splits")
     parser.add_argument("--multivi-epochs", type=int, default=100)
     parser.add_argument(
         "--multivi-min-cells", type=int, default=1, help="cells a peak that it reads is open in"
@@ -347,6 +350,8 @@ def main() -> None:
     ]
     of = f"of held-out cells, mean and standard deviation of {args.seeds} seeds"
     print_means(f"Matching {of}", dict(zip(METRICS, columns, strict=True)), tables, "matching")
+    if args.multivi_only:
+        return
     if "probe" in tables[0]:
         columns = ["accuracy", "balanced accuracy"]
         print_means(f"Labels read off ATAC alone {of}", dict(enumerate(columns)), tables, "probe")
