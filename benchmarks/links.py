@@ -47,6 +47,7 @@ from cellprior._compat import without_pulled_columns
 from cellprior.genes import read_positions
 from cellprior.model.multiomeclip import MultiomeCLIP
 from cellprior.model.multiomeclip import _links as links
+from cellprior.model.multiomeclip._controls import PROMOTER
 from cellprior.model.multiomeclip._features import vectors_over
 
 START = time.perf_counter()
@@ -174,7 +175,7 @@ def compare(model: MultiomeCLIP, positions: pd.DataFrame, held_out: MuData, args
         "correlation over metacells, by RNA": by_correlation(*metacells(components(rna.values), *values)),
         "correlation over metacells, by MultiomeCLIP": by_correlation(*metacells(joint, *values)),
     }
-    near = np.abs(pairs.distance) <= links.PROMOTER
+    near = np.abs(pairs.distance) <= PROMOTER
     wrong = wrong_genes(rna, places, pairs.gene[near], rng)
     other = wrong_genes(rna, places, pairs.gene, rng)[:, 0]
     truth, unrelated = (over_held_out(gene, pairs.peak) for gene in (pairs.gene, other))

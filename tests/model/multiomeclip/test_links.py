@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from mudata import MuData
+from scipy.stats import false_discovery_control
 
 from cellprior.genes._genomes import GENOMES
 from cellprior.genes._intervals import read_peaks
 from cellprior.genes._positions import places_of
+from cellprior.model.multiomeclip import _controls, _training
 from cellprior.model.multiomeclip import _links as links
-from cellprior.model.multiomeclip import _training
 
 from .data import N_GENES, N_PEAKS, multiome, part, peak_names
 
@@ -121,8 +122,8 @@ def test_p_is_even_where_places_say_nothing_and_small_where_they_do():
     gene, peak = rng.integers(0, n_genes, 4000), rng.integers(0, n_peaks, 4000)
     same = of_genes[gene] == of_peaks[peak]
     pairs = links.Candidates(gene[same], peak[same], np.zeros(same.sum(), dtype=int))
-    group = links.groups(rng.random(n_peaks) < 0.2, n_cells, 500)
-    background = links.Background(
+    group = _controls.groups(rng.random(n_peaks) < 0.2, n_cells, 500)
+    background = _controls.Background(
         links.unit(genes), links.unit(peaks), of_genes.astype(str), of_peaks.astype(str), group
     )
     score = (links.unit(genes)[pairs.gene] * links.unit(peaks)[pairs.peak]).sum(axis=1)
@@ -135,15 +136,15 @@ def test_p_is_even_where_places_say_nothing_and_small_where_they_do():
 def test_control_peaks_are_as_open_and_as_near_to_the_start_of_a_gene():
     rng = np.random.default_rng(0)
     n_cells, near = rng.integers(1, 500, 4000), rng.random(4000) < 0.25
-    group = links.groups(near, n_cells, 250)
+    group = _controls.groups(near, n_cells, 250)
     for i in range(group.max() + 1):
         assert 250 <= (group == i).sum() < 300
         assert len(set(near[group == i])) == 1
         assert np.ptp(n_cells[group == i]) < 150
-    assert len(set(links.groups(np.arange(4000) < 60, n_cells, 4000))) == 1  # too few to tell apart
+    assert len(set(_controls.groups(np.arange(4000) < 60, n_cells, 4000))) == 1  # too few to tell apart
     peaks = read_peaks(["chr1:900-1100", "chr1:4000-4200", "2:900-1100", "none"])
     table = pd.DataFrame({"chrom": ["1"], "start": [2100], "end": [9000], "strand": ["+"]}, index=["a"])
-    assert links.is_promoter(places_of(table), peaks).tolist() == [True, True, False, False]
+    assert _controls.is_promoter(places_of(table), peaks).tolist() == [True, True, False, False]
 
 
 def test_features_of_a_query_keep_their_names_and_rare_ones_are_left_out(trained, found, mdata):
@@ -153,6 +154,10 @@ def test_features_of_a_query_keep_their_names_and_rare_ones_are_left_out(trained
     again = trained.peak_gene_links(query)
     assert again.peak[0] == found.peak[0].removeprefix("chr").replace(":", "-")
     pd.testing.assert_frame_equal(again.drop(columns="peak"), found.drop(columns="peak"))
+    some = trained.peak_gene_links(query, genes="GENE7")
+    all_of_it = again[again.gene == "GENE7"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some.drop(columns="q"), all_of_it.drop(columns="q"))
+    np.testing.assert_allclose(some.q, false_discovery_control(some.p))
     some = trained.peak_gene_links(query, genes=["GENE7", "GENE9"], window=100_000, min_cells=20)
     assert set(some.gene) == {"GENE7", "GENE9"}
     assert open_cells(query)[some.peak].min() >= 20

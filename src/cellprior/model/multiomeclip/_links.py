@@ -19,18 +19,22 @@ from cellprior.genes._intervals import Intervals, read_peaks
 from cellprior.genes._positions import Places, places_of
 from cellprior.model.data._cells import Cells
 from cellprior.model.data._counts import row_numbers
+from cellprior.model.multiomeclip._controls import (
+    MIN_CONTROLS,
+    Background,
+    Candidates,
+    groups,
+    is_promoter,
+)
 from cellprior.model.multiomeclip._features import log_values, vectors_over
 from cellprior.model.multiomeclip._module import MODALITIES
 
 MAX_CELLS = 20_000  # that frequencies and correlations are taken from
-PROMOTER = 2_000  # base pairs from the start of a gene
-MIN_CONTROLS = 50
 NEAR, MIN_NEAR, MIN_RICHER = (
     0.02,
     20,
     1.5,
 )  # share of the window, expected peaks there, and how many more are usual
-BINS, WIDEST = 4096, 12.0  # of the controls' scores, in standard deviations
 _AXIS = 1 << 33  # place of one chromosome on a common axis; no chromosome is as long
 COLUMNS = ["gene", "peak", "distance", "score", "background_mean", "background_sd", "p", "q", "correlation"]
 
@@ -59,15 +63,6 @@ class Features:
     def take(self, chosen: np.ndarray) -> Features:
         """Some of them, as numbers or a mask."""
         return Features(self.rows[chosen], self.names[chosen], self.values[:, chosen], self.n_cells[chosen])
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Pairs of a gene and a peak within the window: their numbers, and the base pairs between, one entry each."""
-
-    gene: np.ndarray
-    peak: np.ndarray
-    distance: np.ndarray
 
 
 def peak_gene_links(
@@ -100,9 +95,7 @@ def peak_gene_links(
     table = cells.counts["rna"].matrix.var if gene_positions is None else gene_positions
     rna, places, every = placed(model, rna, table, given=gene_positions is not None)
     refuse_two_genomes(every, intervals)
-    if genes is not None:
-        chosen = np.isin(rna.names, refuse_unknown(genes, rna.names))
-        rna, places = rna.take(chosen), places.take(chosen)
+    wanted = np.isin(rna.names, rna.names if genes is None else refuse_unknown(genes, rna.names))
     pairs = within(places, intervals, window)
     warn_if_not_near(pairs, window)
     vectors = {
@@ -113,22 +106,24 @@ def peak_gene_links(
     alike = groups(is_promoter(every, intervals), atac.n_cells, n_controls)
     chromosomes = places.chromosome, intervals.chromosome
     background = Background(vectors["rna"], vectors["atac"], *chromosomes, alike)
-    mean, spread, p = background.of(pairs, score)
+    mean, spread, p = background.of(pairs, score)  # of all genes, whichever are asked for
+    asked = wanted[pairs.gene]
+    pairs = Candidates(pairs.gene[asked], pairs.peak[asked], pairs.distance[asked])
     links = pd.DataFrame(
         {
             "gene": rna.names[pairs.gene],
             "peak": atac.names[pairs.peak],
             "distance": pairs.distance,
-            "score": score,
-            "background_mean": mean,
-            "background_sd": spread,
-            "p": p,
-            "q": _adjusted(p),
+            "score": score[asked],
+            "background_mean": mean[asked],
+            "background_sd": spread[asked],
+            "p": p[asked],
+            "q": _adjusted(p[asked]),
             "correlation": correlations(rna.values, atac.values, pairs),
         },
         columns=COLUMNS,
     )
-    order = np.lexsort((np.abs(pairs.distance), -score, p))
+    order = np.lexsort((links["distance"].abs(), -links["score"], links["p"]))
     return links.iloc[order].reset_index(drop=True)
 
 
@@ -292,113 +287,6 @@ def warn_if_not_near(pairs: Candidates, window: int) -> None:
             "be expected by chance, and usually there are many more: are genes and peaks of one genome build?"
         )
         warnings.warn(msg, UserWarning, stacklevel=4)
-
-
-def is_promoter(genes: Places, peaks: Intervals) -> np.ndarray:
-    """Which peaks lie within 2,000 base pairs of the start of any gene of the annotation ``(n_peaks,)``."""
-    found = np.zeros(len(peaks.names), dtype=bool)
-    middle = (peaks.start + peaks.end) // 2
-    for name in pd.unique(peaks.chromosome[peaks.known]):
-        on = np.flatnonzero(peaks.known & (peaks.chromosome == name))
-        here = genes.known & (genes.chromosome == name)
-        starts = np.sort(np.concatenate([genes.first[here], genes.last[here]]))
-        n = np.searchsorted(starts, middle[on] + PROMOTER, "right") - np.searchsorted(
-            starts, middle[on] - PROMOTER, "left"
-        )
-        found[on] = n > 0
-    return found
-
-
-def groups(is_promoter: np.ndarray, n_cells: np.ndarray, size: int) -> np.ndarray:
-    """Number of the group of each peak: those near the start of a gene apart, by the cells that they are open in.
-
-    Parameters
-    ----------
-    is_promoter
-        Which peaks are near the start of a gene ``(n_peaks,)``.
-    n_cells
-        In how many cells each is open ``(n_peaks,)``.
-    size
-        Peaks of a group, about.
-    """
-    kinds = [is_promoter, ~is_promoter]
-    if min(int(kind.sum()) for kind in kinds) < 2 * MIN_CONTROLS:  # too few for a group of their own
-        kinds = [np.ones(len(n_cells), dtype=bool)]
-    group, n_groups = np.zeros(len(n_cells), dtype=np.int64), 0
-    for kind in kinds:
-        of_kind = np.flatnonzero(kind)
-        of_kind = of_kind[np.argsort(n_cells[of_kind], kind="stable")]
-        parts = np.array_split(of_kind, max(len(of_kind) // size, 1))
-        for part in parts:
-            group[part] = n_groups
-            n_groups += 1
-    return group
-
-
-class Background:
-    """Scores of genes with peaks that they have nothing to do with: of other chromosomes, and alike.
-
-    Parameters
-    ----------
-    genes, peaks
-        Unit vectors ``(n, n_latent)``.
-    gene_chromosome, peak_chromosome
-        ``(n,)``.
-    group
-        Number of the group of each peak, whose members are alike, see :func:`groups`.
-    """
-
-    def __init__(
-        self,
-        genes: np.ndarray,
-        peaks: np.ndarray,
-        gene_chromosome: np.ndarray,
-        peak_chromosome: np.ndarray,
-        group: np.ndarray,
-    ) -> None:
-        self.genes, self.group = genes, group
-        self.gene_chromosome, self.peak_chromosome = gene_chromosome, peak_chromosome
-        self.members = [np.flatnonzero(group == i) for i in range(int(group.max()) + 1)]
-        self.vectors = [peaks[members] for members in self.members]
-
-    def of(self, pairs: Candidates, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a pair's controls, and the share of controls that are as far above theirs.
-
-        The controls of a pair are few, so how far they are above their mean, in their standard deviations, is counted
-        over all genes that have a pair with a peak of the group.
-
-        Parameters
-        ----------
-        pairs
-            Genes and peaks.
-        score
-            Of each pair.
-        """
-        group = self.group[pairs.peak]
-        mean, spread = np.full((2, len(score)), np.nan)
-        standard = np.full(len(score), np.nan)
-        above = np.zeros((len(self.members), BINS), dtype=np.int64)  # of the controls, by group
-        key = pairs.gene * len(self.members) + group
-        order = np.argsort(key, kind="stable")
-        for of_both in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
-            gene, i = pairs.gene[of_both[0]], group[of_both[0]]
-            others = self.peak_chromosome[self.members[i]] != self.gene_chromosome[gene]
-            control = self.vectors[i][others] @ self.genes[gene]
-            if len(control) < MIN_CONTROLS or not (sd := float(control.std(dtype=np.float64))) > 0:
-                continue
-            mean[of_both], spread[of_both] = control.mean(dtype=np.float64), sd
-            standard[of_both] = (score[of_both] - mean[of_both[0]]) / sd
-            above[i] += np.bincount(_bin((control - mean[of_both[0]]) / sd), minlength=BINS)
-        above = above[:, ::-1].cumsum(axis=1)[:, ::-1]  # in this bin, or higher
-        known = ~np.isnan(standard)
-        p = np.full(len(score), np.nan)
-        p[known] = (1 + above[group[known], _bin(standard[known])]) / (1 + above[group[known], 0])
-        return mean, spread, p
-
-
-def _bin(standard: np.ndarray) -> np.ndarray:
-    scaled = (standard / WIDEST + 1) * (BINS / 2)
-    return np.clip(scaled.astype(np.int64), 0, BINS - 1)
 
 
 def correlations(rna: sp.csc_matrix, atac: sp.csc_matrix, pairs: Candidates) -> np.ndarray:

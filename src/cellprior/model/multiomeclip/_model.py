@@ -507,7 +507,7 @@ class MultiomeCLIP(PretrainedModel):
             strand, the distance is that to the interval, as of Cell Ranger's column ``interval``. Of a gene that
             stands twice, the first row counts.
         genes
-            Names of the genes to link, by default all.
+            Names of the genes to link, by default all. Their ``p`` are the same as among all, ``q`` are of their pairs.
         window
             Base pairs from the start of a gene to the middle of a peak, at most; Signac's default.
         n_controls
