@@ -229,7 +229,9 @@ def report(report: Report, *, figsize: tuple[float, float] = (15.0, 10.0)) -> Fi
     found = [ax.get_legend_handles_labels() for ax in axes.values()]
     handles = {label: line for pair in found for line, label in zip(*pair, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    text = "\n".join(textwrap.fill(str(verdict), int(11 * figsize[0])) for verdict in report.verdicts)
+    width = int(11 * figsize[0])
+    lines = [line for verdict in report.verdicts for line in str(verdict).replace("\n  ", " ").split("\n")]
+    text = "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines)
     figure.suptitle(text, fontsize=11, x=0.01, ha="left")
     return figure
 

@@ -158,7 +158,9 @@ def test_the_figure_draws_every_table(report):
         "each label, nearest neighbours (cells)",
         "clusters and neighbourhoods, all cells",
     ]
-    assert "told" in figure.get_suptitle()
+    title = figure.get_suptitle().split("\n")
+    assert title[0].startswith("told: ") and title[1].startswith("- As an embedding: ")
+    assert " ".join(line.strip() for line in title) == " ".join(report.verdict.split())
     plt.close(figure)
 
 

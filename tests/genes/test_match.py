@@ -396,6 +396,13 @@ TYPES = {"Antibody Capture": "antibody", "CRISPR Guide Capture": "guide", "Multi
 
 @pytest.mark.parametrize("spelling", [str, str.lower, lambda text: text.replace(" ", "_")])
 @pytest.mark.parametrize("value", [*TYPES, "Custom", "Peaks", "HTO"])
+def test_what_is_no_gene_is_shown_by_the_name_that_was_read_and_not_by_its_row():
+    symbols = [*(f"GENE{i}" for i in range(30)), "CD3_TotalSeqB"]
+    var = pd.DataFrame({"symbol": symbols}, index=[str(i) for i in range(31)])
+    result = cp.genes.match(var, symbols[:30])
+    assert result.source == "symbol" and "1 antibody (CD3_TotalSeqB): left out" in repr(result)
+
+
 def test_antibody_rows_and_their_like_are_not_added_to_genes(
     value: str, spelling: object, no_tables: list[str]
 ) -> None:

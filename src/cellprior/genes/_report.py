@@ -203,9 +203,10 @@ class GeneMatch(Report):
         return rows + [("note", note) for note in self.notes]
 
     def _names_of(self, kind: str) -> str:
-        """A few columns of a kind."""
+        """A few columns of a kind, by the names that were read, or else by those of the index."""
         some = np.flatnonzero(self.kind == kind)
-        return ", ".join(map(str, self.var_names[some[:3]])) + (", ..." if len(some) > 3 else "")
+        shown = (str(self.names[i]) or str(self.var_names[i]) for i in some[:3])
+        return ", ".join(shown) + (", ..." if len(some) > 3 else "")
 
 
 def _n_genes(names: np.ndarray) -> int:
