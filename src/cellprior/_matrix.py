@@ -60,9 +60,8 @@ def matrix_of(adata: Any, layer: str | None, *, argument: str = "layer", name: s
     if layer not in layers:
         raw = f' It has raw, which is named as {argument}="raw".' if has_raw else ""
         msg = (
-            f"There is no layer {layer!r} in {who}; its layers are {layers or 'none'}.{raw} Raw counts are looked for "
-            f"there because {argument}={layer!r} was said, here or in the setup of the model: a query and a reference "
-            "hold them in the same place."
+            f"There is no layer {layer!r} in {who}; its layers are {layers or 'none'}.{raw} {argument}={layer!r} was "
+            "given here or in the setup of the model, and a query has its counts in the same place as the reference."
         )
         raise ValueError(msg)
     return Matrix(adata.layers[layer], adata.var, f"layers[{layer!r}]")

@@ -305,7 +305,9 @@ def _embed(args: argparse.Namespace) -> None:
 
     is_mudata, streams = args.input.suffix == ".h5mu", _streams(args.output)
     if not streams and is_mudata != (args.output.suffix == ".h5mu"):
-        msg = f"{args.input.name} and {args.output.name} are of different kinds: both .h5mu, or neither, is needed."
+        msg = (
+            f"{args.input.name} and {args.output.name} are of different kinds. Name both .h5mu, or neither."
+        )
         raise ValueError(msg)
     if not streams:
         _refuse_output(args)
@@ -505,7 +507,7 @@ def _pair(text: str) -> tuple[str, str]:
     """``NAME=VALUE``."""
     name, equals, value = text.partition("=")
     if not name or not equals or not value:
-        msg = f"{text!r} is no NAME=VALUE, such as assay_key=assay"
+        msg = f"{text!r} is not NAME=VALUE, such as assay_key=assay"
         raise argparse.ArgumentTypeError(msg)
     return name, value
 

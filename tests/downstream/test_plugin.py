@@ -174,7 +174,7 @@ def test_a_plugin_that_cannot_be_used_is_named_once_and_ours_work_as_before(
     (unknown / "config.json").write_text('{"model": "Broken"}')
     with (
         pytest.warns(UserWarning, match=rf"'shaky' \({value} of broken-plugin 1.0\) is left out: {reason}"),
-        pytest.raises(cp.weights.WeightsError, match="no model that is known here: CellPLM, ScBERT, Multi"),
+        pytest.raises(cp.weights.WeightsError, match="of an unknown model. Known are CellPLM, ScBERT, Multi"),
     ):
         cp.model.model_class(unknown)
     with pytest.raises(cp.weights.WeightsError):  # and no second warning

@@ -396,13 +396,6 @@ TYPES = {"Antibody Capture": "antibody", "CRISPR Guide Capture": "guide", "Multi
 
 @pytest.mark.parametrize("spelling", [str, str.lower, lambda text: text.replace(" ", "_")])
 @pytest.mark.parametrize("value", [*TYPES, "Custom", "Peaks", "HTO"])
-def test_what_is_no_gene_is_shown_by_the_name_that_was_read_and_not_by_its_row():
-    symbols = [*(f"GENE{i}" for i in range(30)), "CD3_TotalSeqB"]
-    var = pd.DataFrame({"symbol": symbols}, index=[str(i) for i in range(31)])
-    result = cp.genes.match(var, symbols[:30])
-    assert result.source == "symbol" and "1 antibody (CD3_TotalSeqB): left out" in repr(result)
-
-
 def test_antibody_rows_and_their_like_are_not_added_to_genes(
     value: str, spelling: object, no_tables: list[str]
 ) -> None:
@@ -417,6 +410,12 @@ def test_antibody_rows_and_their_like_are_not_added_to_genes(
         assert list(result.not_genes.values()) == [5] and len(result.lost_genes()) == 0
     assert result.kind is not None and result.kind[-1] == TYPES.get(value, result.kind[-1]) != "gene"
     assert "not genes" in repr(result) and "(GENE0, GENE1, GENE2, ...)" in result._repr_html_()
+
+
+def test_what_is_no_gene_is_shown_by_the_name_that_was_read_and_not_by_its_row(no_tables: list[str]) -> None:
+    names = [*SYMBOLS, "CD3_TotalSeqB"]
+    result = match(pd.DataFrame({"symbol": names}, index=[str(i) for i in range(len(names))]), SYMBOLS)
+    assert result.source == "symbol" and "1 antibody (CD3_TotalSeqB): left out" in repr(result)
 
 
 def test_a_column_of_types_may_have_gaps_or_mean_nothing(no_tables: list[str]) -> None:

@@ -184,7 +184,7 @@ def model_class(weights: str | os.PathLike[str], *, known_hash: str | None = Non
         if model.__name__ == name or (name is None and model.recognises(path)):
             return model
     held = ascii(name)[1:-1] if name else "weights"
-    msg = f"{weights} holds {held} of no model that is known here: {', '.join(known)}."
+    msg = f"{weights} holds {held} of an unknown model. Known are {', '.join(known)}."
     if path.suffix == ".ckpt":
         msg += " A checkpoint of scCLIP or Nicheformer can be made into a bundle: see `cellprior convert`."
     raise WeightsError(msg)

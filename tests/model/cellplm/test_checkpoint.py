@@ -147,5 +147,5 @@ def test_a_folder_with_two_checkpoints_or_none_and_a_file_of_another_name_are_re
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="holds no bundle .* and 0 official checkpoints"):
         embed(tmp_path / "empty", golden_vae)
-    with pytest.raises(WeightsError, match="no model that is known here"):
+    with pytest.raises(WeightsError, match="of an unknown model"):
         model_class(other)

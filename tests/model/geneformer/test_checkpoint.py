@@ -48,7 +48,7 @@ def test_the_folder_and_the_file_in_it_are_recognised_and_other_folders_with_a_c
     for cls in (Geneformer, CellPLM):
         with pytest.raises(WeightsError, match="holds no Geneformer|no bundle"):
             cls.from_pretrained(other, case.adata())
-    with pytest.raises(WeightsError, match="no model that is known"):
+    with pytest.raises(WeightsError, match="of an unknown model"):
         model_class(other)
     with pytest.raises(WeightsError, match="official checkpoints"):
         CellPLM.from_pretrained(path.parent, case.adata())

@@ -201,8 +201,8 @@ def labels_of(model: Any, labels_key: str | None) -> tuple[list[str], np.ndarray
         raise ValueError(msg)
     if small := [f"{label!r} ({n})" for label, n in zip(labels, n_cells, strict=True) if n < MIN_CELLS]:
         msg = (
-            f"Fewer than {MIN_CELLS} cells have the label {', '.join(small)}: trained on, but neither validated "
-            "nor calibrated. Expect them to be missed; merge or leave out such labels."
+            f"Fewer than {MIN_CELLS} cells have the label {', '.join(small)}. The model learns from them, but none "
+            "is left to validate or calibrate with, and it will often miss such cells. Merge or leave out such labels."
         )
         warnings.warn(msg, UserWarning, stacklevel=4)
     warn_of_unlabeled(labels.tolist(), unknown, where=f"adata.obs[{key!r}]")

@@ -59,9 +59,9 @@ def keep_split(
     held_out = np.concatenate([rows for part, rows in drawn.items() if part != TRAIN])
     if n_seen := len(np.intersect1d(held_out, before[TRAIN])):
         msg = (
-            "The split that is asked for is not that of the training before, and other cells are held out: "
-            f"{n_seen:,} of {len(held_out):,} have been seen in training, and their scores are too good. Leave out "
-            "what sets the split to keep it."
+            "The split that is asked for is not that of the training before, so other cells are held out. "
+            f"{n_seen:,} of these {len(held_out):,} have been seen in training, and their scores are too good. To "
+            "keep the split, leave out the arguments that set it."
         )
         warnings.warn(msg, UserWarning, stacklevel=5)
     return drawn
