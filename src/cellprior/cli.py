@@ -305,9 +305,7 @@ def _embed(args: argparse.Namespace) -> None:
 
     is_mudata, streams = args.input.suffix == ".h5mu", _streams(args.output)
     if not streams and is_mudata != (args.output.suffix == ".h5mu"):
-        msg = (
-            f"{args.input.name} and {args.output.name} are of different kinds. Name both .h5mu, or neither."
-        )
+        msg = f"{args.input.name} and {args.output.name} are of different kinds. Name both .h5mu, or neither."
         raise ValueError(msg)
     if not streams:
         _refuse_output(args)
