@@ -13,7 +13,7 @@ matching
     MultiomeCLIP reads, the linear bar, with 15 dimensions; and with the number of dimensions that is best on the test
     cells, which favours it. ``depth only`` matches the ranks of the total counts. MULTIVI embeds RNA and ATAC of the
     held-out cells each by itself; by cosine and by distance, whichever finds more on the test cells, which favours it.
-    It reads the peaks that are open in ``--multivi-min-cells`` training cells or more: all of them take it hours.
+    It reads the peaks that are open in ``--multivi-min-cells`` training cells or more.
 ATAC alone
     With ``--pretrain-atac``, a second model whose encoder of ATAC is pretrained on the ATAC of the training cells, in
     the same tables; and how well a linear probe reads labels of held-out cells off the components of TF-IDF (LSI), and
