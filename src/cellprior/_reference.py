@@ -49,15 +49,16 @@ def as_the_query_has_it(
         msg = (
             f"The reference has no counts in {'X' if place is None else repr(place)}"
             f"{', where those of the query are' if reference_layer is None else ''}. "
-            f"Say where it has raw counts: {named or 'it has no matrix at all'} (on the command line --reference-layer)."
+            f"Say where it has raw counts: {named or 'it has no matrix at all'} (--reference-layer on the command "
+            "line)."
         )
         raise ValueError(msg)
     column = batch_key if reference_batch_key is None else reference_batch_key
     if column is not None and column not in reference.obs:
         msg = (
             f"{column!r} not found in obs of the reference; its columns are {list(reference.obs.columns)}. Name its "
-            "column of batches: reference_batch_key=... (--reference-batch-key). If it is one batch, give it a column that says so: "
-            f'reference.obs["{column}"] = "reference".'
+            "column of batches: reference_batch_key=... (--reference-batch-key). If it is one batch, give it a column "
+            f'that says so: reference.obs["{column}"] = "reference".'
         )
         raise KeyError(msg)
     if place == layer and column == batch_key:
