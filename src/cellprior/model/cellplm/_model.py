@@ -293,16 +293,5 @@ class CellPLM(PretrainedModel):
         floor = super()._fit_predictors(batches, measured)
         return Fitted(floor, fit_covariates(self.module, batches(), measured[0].to(self.module.device)))
 
-    def _masked_scores(
-        self,
-        counts: Tensor,
-        fitted: Any,
-        *,
-        share: float,
-        rng: np.random.Generator,
-        measured: Tensor,
-        batch: int,
-    ) -> MaskedScores:
-        return masked_scores(
-            self.module, counts, fitted, share=share, rng=rng, measured=measured, batch=batch
-        )
+    def _masked_scores(self, counts: Tensor, fitted: Any, **how: Any) -> MaskedScores:
+        return masked_scores(self.module, counts, fitted, **how)

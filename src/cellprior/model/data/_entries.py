@@ -41,6 +41,16 @@ def entries_of(counts: Tensor, gene_index: Tensor | None) -> Counts:
     return Counts(indptr.numpy(), gene, value)
 
 
+def entries(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell, column and value of counts that are not 0, by cell and then by column."""
+    if counts.layout is torch.strided:
+        row, gene = counts.nonzero(as_tuple=True)
+        return row, gene, counts[row, gene]
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts.crow_indices().diff())
+    gene, value = counts.col_indices().long(), counts.values()
+    return row[value != 0], gene[value != 0], value[value != 0]
+
+
 def scramble(number: np.ndarray) -> np.ndarray:
     """Well mixed bits of whole numbers, uint64: splitmix64 [Steele, Lea & Flood, OOPSLA 2014]."""
     with np.errstate(over="ignore"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cellprior.model.data._entries import entries
+from cellprior.model.learning import _ranked as ranked
+from cellprior.model.learning._ranked import Masked
 
 PAD, MASK, CLS, EOS = 0, 1, 2, 3  # of V1, only the first two
 TARGET_SUM = 10_000.0
@@ -39,13 +43,7 @@ def rank_tokens(
     if device.type == "mps":  # has no float64
         counts, scale = counts.cpu(), scale.cpu()
         gene_index = None if gene_index is None else gene_index.cpu()
-    if counts.layout is torch.strided:
-        row, gene = counts.nonzero(as_tuple=True)
-        value = counts[row, gene]
-    else:
-        row = torch.arange(n_cells, device=counts.device).repeat_interleave(counts.crow_indices().diff())
-        gene, value = counts.col_indices().long(), counts.values()
-        row, gene, value = row[value != 0], gene[value != 0], value[value != 0]
+    row, gene, value = entries(counts)
     gene = gene if gene_index is None else gene_index[gene]
     order = torch.sort(value.double() / scale[gene].double(), descending=True, stable=True).indices
     order = order[torch.sort(row[order], stable=True).indices]
@@ -95,13 +93,6 @@ def nonzero_medians(counts: list[Tensor], n_genes: int) -> np.ndarray:
     return found
 
 
-class Masked(NamedTuple):
-    """What pretraining shows and asks for, ``(cells, positions)`` each."""
-
-    shown: np.ndarray
-    selected: np.ndarray
-
-
 def mask_tokens(
     tokens: np.ndarray,
     rng: np.random.Generator,
@@ -109,29 +100,9 @@ def mask_tokens(
     n_tokens: int,
     special: bool,
     rate: float = 0.15,
-    hide: float = 0.8,
-    swap: float = 0.1,
+    **shown: float,
 ) -> Masked:
-    """Draw which genes pretraining has to predict, and what it shows in their place.
-
-    Parameters
-    ----------
-    tokens
-        Of cells ``(cells, positions)``. Only genes are drawn, never ``<cls>`` and ``<eos>``.
-    rng
-        Draws.
-    n_tokens
-        Number of tokens, special ones included.
-    special
-        See :func:`rank_tokens`.
-    rate
-        Probability of a gene to be selected.
-    hide, swap
-        Probability of a selected gene to be shown as ``<mask>``, and as any token; else it is in plain sight.
-    """
-    selected = (tokens >= first_gene(special)) & (rng.random(tokens.shape, dtype=np.float32) < rate)
-    fate = rng.random(tokens.shape, dtype=np.float32)
-    others = rng.integers(PAD + 1, n_tokens, size=tokens.shape)  # the original's may be padding
-    shown = np.where(selected & (fate < hide), MASK, tokens)
-    shown = np.where(selected & (fate >= hide) & (fate < hide + swap), others, shown)
-    return Masked(shown, selected)
+    """As the original does: never of ``<cls>`` and ``<eos>``; what is shown instead may be any token but padding."""
+    how: dict[str, Any] = {"first": first_gene(special), "mask": MASK, "rate": rate, "hide": 0.8, "swap": 0.1}
+    others = (PAD + 1, n_tokens)  # the original's may be padding
+    return ranked.mask_tokens(tokens, rng, others=others, **how | shown)

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior.model.geneformer._inputs import mask_tokens, token_counts
 from cellprior.model.learning import _ranked as ranked
+from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.learning._rank_floors import RankFloors
 
 gene_scores = partial(ranked.gene_scores, token_counts)
@@ -28,48 +28,29 @@ def masked_losses(
     mask_rate: float = 0.15,
     micro_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Cross-entropy of the genes at selected places, as the original pretrains; mean over these places.
+    """Losses as the original pretrains, see :func:`~cellprior.model.learning._ranked.masked_losses`.
 
-    Of held-out cells, all selected genes are hidden: what is shown in plain sight can be copied, which the floors
-    cannot.
-
-    Raises ValueError if ``micro_batch_size`` is below 1.
-
-    Parameters
-    ----------
-    module
-        The network.
-    batch
-        ``X``, raw counts over the vocabulary ``(cells, n_genes)``.
-    floor
-        Predictors whose loss on the same places is given too.
-    measured
-        Not read: a gene that was not measured has no counts, and so no place.
-    rng_seed
-        Of the mask.
-    mask_rate
-        See :func:`~cellprior.model.geneformer._inputs.mask_tokens`.
-    micro_batch_size
-        Cells in memory at a time; by default about 4,096 tokens. Never changes the gradient.
-
-    Returns
-    -------
-    ``loss`` and ``masked``, which are equal; ``masked_accuracy``, how often the most likely gene is right; and the
-    floors of both.
+    ``batch`` has ``X``, raw counts over the vocabulary ``(cells, n_genes)``. Which genes were ``measured`` is not
+    read: one that was not has no counts, and so no place. ``micro_batch_size``, cells in memory at a time, by default
+    about 4,096 tokens, never changes the gradient. Raises ValueError if it is below 1.
     """
     tokens = module.tokens(batch[REGISTRY_KEYS.X_KEY])
     tokens = tokens[token_counts(tokens).argsort(descending=True, stable=True)]
-    plain: dict[str, float] = {} if module.training else {"hide": 1.0, "swap": 0.0}
-    masked = mask_tokens(
-        tokens.cpu().numpy(),
-        np.random.default_rng(rng_seed),
-        n_tokens=module.n_tokens,
-        special=module.special,
-        rate=mask_rate,
-        **plain,
+    draw, predict = _asked(module, floor, mask_rate)
+    how: dict[str, Any] = {"rng_seed": rng_seed, "micro_batch_size": micro_batch_size}
+    return ranked.masked_losses(gene_scores, module, tokens, draw, predict, bias=module.gene_bias, **how)
+
+
+def masked_scores(
+    module: Any, counts: Tensor, floor: RankFloors, *, share: float, rng: np.random.Generator, **_: Any
+) -> MaskedScores:
+    """Of raw counts over the vocabulary ``(cells, n_genes)``; a ``share`` of the tokens of a cell is hidden."""
+    return ranked.masked_scores(
+        gene_scores, module, module.tokens(counts), *_asked(module, floor, share), rng
     )
-    shown, selected = (torch.from_numpy(part).to(tokens.device) for part in masked)
-    found = gene_scores(module, tokens, shown, selected, micro_batch_size=micro_batch_size)
-    with torch.no_grad():
-        floors = floor.predict(tokens, selected, first=module.first_gene)
-    return ranked.losses_beside(found, floors, module.gene_bias)
+
+
+def _asked(module: Any, floor: RankFloors, rate: float) -> tuple[ranked.Draw, ranked.Predict]:
+    """What draws genes, and the floors of these."""
+    draw = partial(mask_tokens, n_tokens=module.n_tokens, special=module.special, rate=rate)
+    return draw, partial(floor.predict, first=module.first_gene)

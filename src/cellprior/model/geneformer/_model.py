@@ -19,7 +19,7 @@ from cellprior.model.data._minibatches import first_cells
 from cellprior.model.geneformer._checkpoint import FILES, find_official, read_official
 from cellprior.model.geneformer._context import attention_between, gene_vectors
 from cellprior.model.geneformer._inputs import nonzero_medians
-from cellprior.model.geneformer._masked import masked_scores
+from cellprior.model.geneformer._loss import masked_scores
 from cellprior.model.geneformer._module import GeneformerModule, Pooling
 from cellprior.model.geneformer._perturb import How, Request, perturb
 from cellprior.model.geneformer._vocabulary import shipped
@@ -308,14 +308,5 @@ class Geneformer(PretrainedModel):
         self.module.gene_scale.copy_(torch.from_numpy(medians))
         return everything
 
-    def _masked_scores(
-        self,
-        counts: Tensor,
-        fitted: Any,
-        *,
-        share: float,
-        rng: np.random.Generator,
-        measured: Tensor,
-        batch: int,
-    ) -> MaskedScores:
-        return masked_scores(self.module, counts, fitted, share=share, rng=rng)
+    def _masked_scores(self, counts: Tensor, fitted: Any, **how: Any) -> MaskedScores:
+        return masked_scores(self.module, counts, fitted, **how)

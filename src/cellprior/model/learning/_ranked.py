@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cellprior.model.learning._contrast import in_micro_batches
-from cellprior.model.learning._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MODEL, MaskedScores, by_cell
 
 TRAINED_TOKENS = 4096  # of the cells whose gradient is computed at a time
 
@@ -57,43 +58,104 @@ def gene_scores(
     return in_micro_batches(score, tokens, shown, selected, size=micro_batch_size or cells_at_a_time(tokens))
 
 
-def losses_beside(
-    found: Tensor, floors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], bias: Tensor
-) -> dict[str, Tensor]:
-    """``loss`` and ``masked``, which are equal, ``masked_accuracy``, and the floors of both; means over the places.
+class Masked(NamedTuple):
+    """What pretraining shows and asks for, ``(cells, positions)`` each."""
 
-    ``found`` is from :func:`gene_scores`, ``floors`` are log-probabilities and hits at the same places, by predictor,
-    and ``bias`` is of the network: a loss without places depends on it.
+    shown: np.ndarray
+    selected: np.ndarray
+
+
+def mask_tokens(
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    first: int,
+    mask: int,
+    others: tuple[int, int],
+    rate: float,
+    hide: float,
+    swap: float,
+) -> Masked:
+    """Draw which genes, tokens from ``first`` on, pretraining has to predict, and what it shows in their place.
+
+    A gene is selected with probability ``rate``, and then shown as ``mask`` with probability ``hide``, and as a token
+    from ``others[0]`` to below ``others[1]`` with ``swap``; else it is in plain sight.
     """
+    selected = (tokens >= first) & (rng.random(tokens.shape, dtype=np.float32) < rate)
+    fate = rng.random(tokens.shape, dtype=np.float32)
+    drawn = rng.integers(*others, size=tokens.shape)
+    shown = np.where(selected & (fate < hide), mask, tokens)
+    shown = np.where(selected & (fate >= hide) & (fate < hide + swap), drawn, shown)
+    return Masked(shown, selected)
+
+
+Draw = Callable[
+    ..., Masked
+]  # of tokens and a generator; ``hide`` and ``swap`` of :func:`mask_tokens` can be given
+# of tokens and of those that are selected, log-probabilities and hits, by predictor
+Predict = Callable[[Tensor, Tensor], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+
+
+def masked_losses(
+    score: Callable[..., Tensor],
+    module: Any,
+    tokens: Tensor,
+    draw: Draw,
+    predict: Predict,
+    *,
+    bias: Tensor,
+    rng_seed: int,
+    micro_batch_size: int | None,
+) -> dict[str, Tensor]:
+    """Cross-entropy of the genes at selected places; mean over these places.
+
+    ``loss`` and ``masked``, which are equal; ``masked_accuracy``, how often the most likely gene is right; and the
+    floors of both, which ``predict`` gives of the same places. Of held-out cells, all selected genes are hidden: what
+    is shown in plain sight can be copied, which the floors cannot. ``bias`` is of the network: a loss without places
+    depends on it. ``score`` is :func:`gene_scores` of the model's tokens.
+    """
+    plain: dict[str, float] = {} if module.training else {"hide": 1.0, "swap": 0.0}
+    masked = draw(tokens.cpu().numpy(), np.random.default_rng(rng_seed), **plain)
+    shown, selected = (torch.from_numpy(part).to(tokens.device) for part in masked)
+    found = score(module, tokens, shown, selected, micro_batch_size=micro_batch_size)
+    with torch.no_grad():
+        logs, hits = predict(tokens, selected)
     if not len(found):  # of cells with a handful of genes
         found = found.new_zeros(1, 2) + 0.0 * bias.sum()
-    loss, hit = -found[:, 0].mean(), found[:, 1].detach().mean()
-    logs, hits = floors
+    loss = -found[:, 0].mean()
     return {
         "loss": loss,
         "masked": loss,
-        "masked_accuracy": hit,
+        "masked_accuracy": found[:, 1].detach().mean(),
         **{f"masked_floor_{name}": -_mean(value) for name, value in logs.items()},
         **{f"masked_accuracy_floor_{name}": _mean(value) for name, value in hits.items()},
     }
 
 
-def scores_by_cell(
-    found: Tensor, floors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], selected: Tensor
+@torch.no_grad()
+def masked_scores(
+    score: Callable[..., Tensor],
+    module: Any,
+    tokens: Tensor,
+    draw: Draw,
+    predict: Predict,
+    rng: np.random.Generator,
 ) -> MaskedScores:
-    """Accuracy and cross-entropy (nats) of genes of each cell that are ``selected``; see :func:`losses_beside`."""
+    """Accuracy and cross-entropy (nats) of hidden genes, each of which is one of all that the vocabulary has.
+
+    The module is in eval mode, what ``predict`` stands for fitted to other cells; see :func:`masked_losses`.
+    """
+    masked = draw(tokens.cpu().numpy(), rng, hide=1.0, swap=0.0)
+    shown, selected = (torch.from_numpy(part).to(tokens.device) for part in masked)
+    found = score(module, tokens, shown, selected)
+    logs, hits = predict(tokens, selected)
     cell = selected.nonzero()[:, 0].cpu()
-    logs, hits = floors
-
-    def by_cell(values: Tensor) -> Tensor:
-        return torch.zeros(len(selected), dtype=torch.float64).index_add_(0, cell, values.cpu().double())
-
-    measures: dict[str, dict[str, Any]] = {
+    measures: dict[str, dict[str, Tensor]] = {
         "accuracy": {MODEL: found[:, 1]} | dict(hits),
         "cross_entropy": {MODEL: -found[:, 0]} | {name: -value for name, value in logs.items()},
     }
     sums = {
-        measure: {name: by_cell(values) for name, values in of_measure.items()}
+        measure: {name: by_cell(values, cell, len(selected)) for name, values in of_measure.items()}
         for measure, of_measure in measures.items()
     }
     return MaskedScores(selected.sum(1), sums)

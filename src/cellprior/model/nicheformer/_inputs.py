@@ -7,11 +7,15 @@ is divided by 1, as the authors' own tokens were made.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cellprior.model.data._entries import entries
+from cellprior.model.learning import _ranked as ranked
+from cellprior.model.learning._ranked import Masked
 
 MASK, PAD = 0, 1  # 2 is a token of the cell that nothing uses
 FIRST_GENE = 30  # token of the first gene of the vocabulary; the others follow in its order
@@ -109,7 +113,7 @@ def rank_tokens(
     if device.type == "mps" or gene_scale == "rounded":  # the one has no float64, the other sorts one by one
         counts, means, context = counts.cpu(), means.cpu(), context.cpu()
         gene_index = None if gene_index is None else gene_index.cpu()
-    row, gene, value = _entries(counts)
+    row, gene, value = entries(counts)
     gene = gene if gene_index is None else gene_index[gene]
     total = torch.zeros(n_cells, dtype=torch.float64, device=row.device).index_add_(0, row, value.double())
     technology = CONTEXT_TECHNOLOGY.to(row.device)[context]
@@ -132,16 +136,6 @@ def rank_tokens(
     tokens[:, :N_CONTEXT] = prefix.gather(1, (prefix == PAD).long().argsort(dim=1, stable=True))
     tokens[row, place] = gene + FIRST_GENE
     return tokens[:, :n_positions].to(device)
-
-
-def _entries(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cell, column and value of counts that are not 0, by cell and then by column."""
-    if counts.layout is torch.strided:
-        row, gene = counts.nonzero(as_tuple=True)
-        return row, gene, counts[row, gene]
-    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts.crow_indices().diff())
-    gene, value = counts.col_indices().long(), counts.values()
-    return row[value != 0], gene[value != 0], value[value != 0]
 
 
 def _order(row: Tensor, gene: Tensor, value: Tensor, gene_scale: GeneScale) -> Tensor:
@@ -224,41 +218,13 @@ def nonzero_means(counts: list[Tensor], technology: list[Tensor], n_genes: int) 
     return total / n_cells.clamp(min=1.0)
 
 
-class Masked(NamedTuple):
-    """What pretraining shows and asks for, ``(cells, positions)`` each."""
-
-    shown: np.ndarray
-    selected: np.ndarray
-
-
 def mask_tokens(
-    tokens: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    n_tokens: int,
-    rate: float = 0.15,
-    hide: float = 0.81,
-    swap: float = 0.1,
+    tokens: np.ndarray, rng: np.random.Generator, *, n_tokens: int, rate: float = 0.15, **shown: float
 ) -> Masked:
-    """Draw which genes pretraining has to predict, and what it shows in their place.
+    """Genes alone are drawn, and shown in their place; the original's may be an assay.
 
-    Parameters
-    ----------
-    tokens
-        Of cells ``(cells, positions)``. Only genes are drawn. The original also hides species, assay and ``spatial``,
-        and never ``dissociated``, which it takes for the token of the cell.
-    rng
-        Draws.
-    n_tokens
-        Number of tokens, special ones included.
-    rate
-        Probability of a gene to be selected.
-    hide, swap
-        Probability of a selected gene to be hidden, and to be shown as any gene; else it is in plain sight.
+    The original also hides species, assay and ``spatial``, and never ``dissociated``, which it takes for the token of
+    the cell.
     """
-    selected = (tokens >= FIRST_GENE) & (rng.random(tokens.shape, dtype=np.float32) < rate)
-    fate = rng.random(tokens.shape, dtype=np.float32)
-    others = rng.integers(FIRST_GENE, n_tokens, size=tokens.shape)  # the original's may be an assay
-    shown = np.where(selected & (fate < hide), MASK, tokens)
-    shown = np.where(selected & (fate >= hide) & (fate < hide + swap), others, shown)
-    return Masked(shown, selected)
+    how: dict[str, Any] = {"first": FIRST_GENE, "mask": MASK, "rate": rate, "hide": 0.81, "swap": 0.1}
+    return ranked.mask_tokens(tokens, rng, others=(FIRST_GENE, n_tokens), **how | shown)

@@ -12,6 +12,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from cellprior.model.learning import _ranked as ranked
+from cellprior.model.learning._masked import MaskedScores
 from cellprior.model.nicheformer._floors import TechnologyFloors
 from cellprior.model.nicheformer._inputs import CONTEXT_KEY, mask_tokens, token_counts
 
@@ -28,48 +29,45 @@ def masked_losses(
     mask_rate: float = 0.15,
     micro_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Cross-entropy of the genes at selected places, as the original pretrains; mean over these places.
+    """Losses as the original pretrains, see :func:`~cellprior.model.learning._ranked.masked_losses`.
 
-    Of held-out cells, all selected genes are hidden: what is shown in plain sight can be copied, which the floors
-    cannot.
-
-    Raises ValueError if ``micro_batch_size`` is below 1.
-
-    Parameters
-    ----------
-    module
-        The network, a :class:`~cellprior.model.nicheformer._module.NicheformerModule`.
-    batch
-        ``X``, raw counts over the vocabulary ``(cells, n_genes)``; ``context``, the code of each cell, where it is
-        known.
-    floor
-        Predictors whose loss on the same places is given too.
-    measured
-        Not read: a gene that was not measured has no counts, and so no place.
-    rng_seed
-        Of the mask.
-    mask_rate
-        See :func:`~cellprior.model.nicheformer._inputs.mask_tokens`.
-    micro_batch_size
-        Cells in memory at a time; by default about 4,096 tokens. Never changes the gradient.
-
-    Returns
-    -------
-    ``loss`` and ``masked``, which are equal; ``masked_accuracy``, how often the most likely gene is right; and the
-    floors of both.
+    ``batch`` has ``X``, raw counts over the vocabulary ``(cells, n_genes)``, and ``context``, the code of each cell,
+    where it is known. Which genes were ``measured`` is not read: one that was not has no counts, and so no place.
+    ``micro_batch_size``, cells in memory at a time, by default about 4,096 tokens, never changes the gradient. Raises
+    ValueError if it is below 1.
     """
     context = context_of(batch)
     tokens = module.tokens(batch[REGISTRY_KEYS.X_KEY], context=context)
     order = token_counts(tokens).argsort(descending=True, stable=True)
-    tokens, context = tokens[order], context[order.cpu()]
-    plain: dict[str, float] = {} if module.training else {"hide": 1.0, "swap": 0.0}
-    rng = np.random.default_rng(rng_seed)
-    masked = mask_tokens(tokens.cpu().numpy(), rng, n_tokens=module.n_tokens, rate=mask_rate, **plain)
-    shown, selected = (torch.from_numpy(part).to(tokens.device) for part in masked)
-    found = gene_scores(module, tokens, shown, selected, micro_batch_size=micro_batch_size)
-    with torch.no_grad():
-        floors = floor.predict(tokens, selected, context)
-    return ranked.losses_beside(found, floors, module.gene_logits.bias)
+    draw, predict = _asked(module, floor, context[order.cpu()], mask_rate)
+    how: dict[str, Any] = {"rng_seed": rng_seed, "micro_batch_size": micro_batch_size}
+    bias = module.gene_logits.bias
+    return ranked.masked_losses(gene_scores, module, tokens[order], draw, predict, bias=bias, **how)
+
+
+def masked_scores(
+    module: Any,
+    counts: Tensor,
+    floor: TechnologyFloors,
+    context: Tensor,
+    *,
+    share: float,
+    rng: np.random.Generator,
+    **_: Any,
+) -> MaskedScores:
+    """Of raw counts over the vocabulary ``(cells, n_genes)``; a ``share`` of the genes of a cell is hidden.
+
+    ``context`` is the code of each cell ``(cells,)``.
+    """
+    tokens = module.tokens(counts, context=context)
+    return ranked.masked_scores(gene_scores, module, tokens, *_asked(module, floor, context, share), rng)
+
+
+def _asked(
+    module: Any, floor: TechnologyFloors, context: Tensor, rate: float
+) -> tuple[ranked.Draw, ranked.Predict]:
+    """What draws genes, and the floors of these."""
+    return partial(mask_tokens, n_tokens=module.n_tokens, rate=rate), partial(floor.predict, context=context)
 
 
 def context_of(batch: Mapping[str, Tensor]) -> Tensor:

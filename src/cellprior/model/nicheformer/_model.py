@@ -10,7 +10,6 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-import torch
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
@@ -29,8 +28,7 @@ from cellprior.model.nicheformer._inputs import (
     GeneScale,
     nonzero_means,
 )
-from cellprior.model.nicheformer._loss import context_of
-from cellprior.model.nicheformer._masked import masked_scores
+from cellprior.model.nicheformer._loss import context_of, masked_scores
 from cellprior.model.nicheformer._module import POOLINGS, NicheformerModule, Pooling
 from cellprior.model.nicheformer._vocabulary import shipped
 from cellprior.weights import Bundle, InertCheckpoint
@@ -306,20 +304,10 @@ class Nicheformer(PretrainedModel):
         return everything
 
     def _masked_scores(
-        self,
-        counts: Tensor,
-        fitted: Any,
-        *,
-        share: float,
-        rng: np.random.Generator,
-        measured: Tensor,
-        batch: int,
-        context: Tensor | None = None,
+        self, counts: Tensor, fitted: Any, *, context: Tensor | None = None, **how: Any
     ) -> MaskedScores:
-        context = (
-            torch.zeros(len(counts), dtype=torch.long) if context is None else context.reshape(-1).long()
-        )
-        return masked_scores(self.module, counts, fitted, context.cpu(), share=share, rng=rng)
+        batch = {REGISTRY_KEYS.X_KEY: counts} | ({} if context is None else {CONTEXT_KEY: context})
+        return masked_scores(self.module, counts, fitted, context_of(batch), **how)
 
     def _find_cells(self, data: Any) -> Cells:
         args = self.registry["setup_args"]

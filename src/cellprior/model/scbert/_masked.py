@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model.learning._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MODEL, MaskedScores, by_cell
 from cellprior.model.scbert._floors import PRIOR, BinFloors
 from cellprior.model.scbert._inputs import sample_mask
 from cellprior.model.scbert._loss import hits
@@ -22,6 +24,7 @@ def masked_scores(
     share: float,
     rng: np.random.Generator,
     batch: int = 0,
+    **_: Any,
 ) -> MaskedScores:
     """Accuracy and cross-entropy (nats) of the bins of hidden genes.
 
@@ -48,17 +51,11 @@ def masked_scores(
     ).float()
     surprise = {name: -p.gather(1, rank[:, None])[:, 0] for name, p in predictions.items()}
     cell = selected.nonzero()[:, 0].cpu()
-
-    def by_cell(values: Tensor) -> Tensor:
-        return torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, cell, values.cpu().double())
-
-    return MaskedScores(
-        selected.sum(1),
-        {
-            measure: {name: by_cell(values) for name, values in of_measure.items()}
-            for measure, of_measure in (("accuracy", correct), ("cross_entropy", surprise))
-        },
-    )
+    sums = {
+        measure: {name: by_cell(values, cell, len(tokens)) for name, values in of_measure.items()}
+        for measure, of_measure in (("accuracy", correct), ("cross_entropy", surprise))
+    }
+    return MaskedScores(selected.sum(1), sums)
 
 
 def gene_mean_and_cell(floor: BinFloors, bins: Tensor, selected: Tensor, *, batch: int = 0) -> Tensor:

@@ -243,14 +243,5 @@ class ScBERT(PretrainedModel):
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> BinFloors:
         return BinFloors.fit(batches, measured, self.module.n_bins)
 
-    def _masked_scores(
-        self,
-        counts: Tensor,
-        fitted: Any,
-        *,
-        share: float,
-        rng: np.random.Generator,
-        measured: Tensor,
-        batch: int,
-    ) -> MaskedScores:
-        return masked_scores(self.module, counts, fitted, share=share, rng=rng, batch=batch)
+    def _masked_scores(self, counts: Tensor, fitted: Any, **how: Any) -> MaskedScores:
+        return masked_scores(self.module, counts, fitted, **how)

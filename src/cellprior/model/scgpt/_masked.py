@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from cellprior.model.learning._masked import MODEL, MaskedScores
+from cellprior.model.learning._masked import MODEL, MaskedScores, by_cell
 from cellprior.model.scgpt._floors import BinFloors, depth_of
 from cellprior.model.scgpt._inputs import MASK, sample_mask
 from cellprior.model.scgpt._module import ScGPTModule
@@ -21,6 +23,7 @@ def masked_scores(
     share: float,
     rng: np.random.Generator,
     batch: int = 0,
+    **_: Any,
 ) -> MaskedScores:
     """Squared error of the bins of hidden genes, expressed ones; that they are is known to all predictors.
 
@@ -43,9 +46,8 @@ def masked_scores(
         found[some.to(found.device), : bins.shape[1]] = bins.float()
     predictions[MODEL] = found[cell, place]
 
-    def by_cell(values: Tensor) -> Tensor:
-        total = torch.zeros(len(hidden), dtype=torch.float64)
-        return total.index_add_(0, cell.cpu(), values.cpu().double())
-
-    errors = {name: by_cell((guess - truth).square()) for name, guess in predictions.items()}
+    of_cell = cell.cpu()
+    errors = {
+        name: by_cell((guess - truth).square(), of_cell, len(hidden)) for name, guess in predictions.items()
+    }
     return MaskedScores(hidden.sum(1), {"squared_error": errors})

@@ -456,14 +456,5 @@ class UCE(PretrainedModel):
     def _fit_floor(self, batches: Iterable[Mapping[str, Tensor]], measured: Tensor) -> PresenceFloors:
         return PresenceFloors.fit(self.module, batches, measured)
 
-    def _masked_scores(
-        self,
-        counts: Tensor,
-        fitted: Any,
-        *,
-        share: float,
-        rng: np.random.Generator,
-        measured: Tensor,
-        batch: int,
-    ) -> MaskedScores:
-        return masked_scores(self.module, counts, fitted, share=share, rng=rng, measured=measured)
+    def _masked_scores(self, counts: Tensor, fitted: Any, **how: Any) -> MaskedScores:
+        return masked_scores(self.module, counts, fitted, **how)
