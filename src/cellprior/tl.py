@@ -162,11 +162,12 @@ def embed(
     from cellprior.model.data._files import open_counts
     from cellprior.model.engine._dask import await_workers
     from cellprior.model.engine._embedding import in_memory
+    from cellprior.model.files._loading import refuse_setup
 
     if batch_size is not None:
         count(batch_size=batch_size)
     cls = model_class(weights, known_hash=known_hash)
-    cls._refuse_setup(setup or {})
+    refuse_setup(cls, setup or {})
     if client is not None:
         await_workers(client)
     source = None
@@ -298,11 +299,12 @@ def annotate(
 
     from cellprior._reference import as_the_query_has_it
     from cellprior.model import model_class
+    from cellprior.model.files._loading import refuse_setup
     from cellprior.model.learning._annotation import STORED, name_cells
     from cellprior.model.learning._rejection import check_share
 
     cls = model_class(weights, known_hash=known_hash)
-    cls._refuse_setup(setup or {})
+    refuse_setup(cls, setup or {})
     if not cls.can("annotate"):
         msg = f"The weights {weights} are of a {cls.__name__}, which names cells by its transfer_labels."
         raise ValueError(msg)

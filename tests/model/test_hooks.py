@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from scvi.model.base import BaseModelClass
 
 from cellprior.model import CellPLM, PretrainedModel
 from cellprior.model._hooks import Hooks
@@ -50,6 +51,7 @@ def test_a_model_class_inherits_from_the_base_alone():
     from cellprior.model import MODELS
 
     assert {model.__bases__ for model in MODELS} == {(PretrainedModel,)}
+    assert PretrainedModel.__bases__ == (Hooks, BaseModelClass)
 
 
 def test_evaluation_refuses_by_name_what_a_model_of_two_modalities_cannot_do():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from scvi.module.base import BaseModuleClass
 
 from cellprior.model import CellPLM, MultiomeCLIP, ScBERT, model_class
-from cellprior.model.files._loading import LoadableModel
+from cellprior.model._base import PretrainedModel
 from cellprior.model.files._strict import few_parts, load_strictly
 from cellprior.weights import WeightsError
 
@@ -25,7 +25,7 @@ FOLDERS = {
 }
 
 
-def changed(cls: type[LoadableModel], folder: Path, part: str = "network", **values: Any) -> Path:
+def changed(cls: type[PretrainedModel], folder: Path, part: str = "network", **values: Any) -> Path:
     shutil.copytree(FOLDERS[cls], folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -34,7 +34,7 @@ def changed(cls: type[LoadableModel], folder: Path, part: str = "network", **val
     return folder
 
 
-VALUES: list[tuple[type[LoadableModel], str, list[Any]]] = [
+VALUES: list[tuple[type[PretrainedModel], str, list[Any]]] = [
     (CellPLM, "target_sum", [0, -5, 1e308, "6000", True]),
     (CellPLM, "n_hidden", [0, -16, 17, 16.0, "16", None, [16], 2**62]),
     (CellPLM, "n_heads", [0, 3, "2"]),

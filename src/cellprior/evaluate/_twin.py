@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anndata as ad
 import torch
 
 from cellprior.model._base import PretrainedModel
-from cellprior.model.files._loading import LoadableModel, load_strictly
+from cellprior.model.files._loading import attachable
+from cellprior.model.files._strict import load_strictly
 
 RANDOM_WEIGHTS = "random weights"  # what the provenance of a twin says
 
 
-def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> PretrainedModel:
+def random_twin(model: Any, adata: ad.AnnData, *, seed: int) -> PretrainedModel:
     """A model of the same class, network and vocabulary with random weights, ready to embed.
 
     What pretraining has given a model is what it has beyond its twin. The twin counts as trained, so that it embeds
@@ -33,7 +36,7 @@ def random_twin(model: LoadableModel, adata: ad.AnnData, *, seed: int) -> Pretra
         if adata.uns.get("_scvi_uuid") not in cls._setup_adata_manager_store:
             adata = adata.copy() if adata.is_view else adata
             cls.setup_anndata(adata, **model.registry["setup_args"])
-        attached = cls._set_up(adata)
+        attached = attachable(cls, adata)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = cls(attached, min_coverage=model.min_coverage, **vocabulary, **model._network())

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cellprior.model._base import PretrainedModel
     from cellprior.model.cellplm import CellPLM
     from cellprior.model.data._counts import NotCountsError
-    from cellprior.model.files._loading import LoadableModel
     from cellprior.model.geneformer import Geneformer
     from cellprior.model.learning._finite import DivergedError
     from cellprior.model.multiomeclip import MultiomeCLIP
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from cellprior.model.scgpt import ScGPT
     from cellprior.model.uce import UCE
 
-    MODELS: tuple[type[LoadableModel], ...]
+    MODELS: tuple[type[PretrainedModel], ...]
 
 __all__ = [
     "UCE",
@@ -58,7 +57,6 @@ _MODELS = {
 _PLACES = {
     **_MODELS,
     "DivergedError": "learning._finite",
-    "LoadableModel": "files._loading",
     "NotCountsError": "data._counts",
     "PretrainedModel": "_base",
 }
@@ -80,16 +78,16 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
-def models() -> Iterator[type[LoadableModel]]:
+def models() -> Iterator[type[PretrainedModel]]:
     """Our model classes, then those of plug-ins, which are imported when it comes to them."""
     yield from sys.modules[__name__].MODELS
     yield from _added()
 
 
 @cache
-def _added() -> tuple[type[LoadableModel], ...]:
+def _added() -> tuple[type[PretrainedModel], ...]:
     """Model classes of plug-ins."""
-    from cellprior.model.files._loading import LoadableModel
+    from cellprior.model._base import PretrainedModel
 
     found = []
     for plugin in plugins():
@@ -98,7 +96,7 @@ def _added() -> tuple[type[LoadableModel], ...]:
         except Exception as error:  # noqa: BLE001 - whatever it raises, the others are usable
             warn_broken(plugin, f"its import fails ({error!r}).")
             continue
-        if isinstance(model, type) and issubclass(model, LoadableModel):
+        if isinstance(model, type) and issubclass(model, PretrainedModel):
             found.append(model)
         else:
             warn_broken(plugin, "it is no subclass of cellprior.model.PretrainedModel.")
@@ -161,7 +159,7 @@ def convert(
     return into_bundle(models, path, folder, **options)
 
 
-def model_class(weights: str | os.PathLike[str], *, known_hash: str | None = None) -> type[LoadableModel]:
+def model_class(weights: str | os.PathLike[str], *, known_hash: str | None = None) -> type[PretrainedModel]:
     """Class that loads some weights: a registry name, a bundle folder, an official checkpoint file or its address.
 
     Raises

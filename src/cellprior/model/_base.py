@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from inspect import signature
 from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 from uuid import uuid4
 
 import anndata as ad
@@ -16,29 +18,33 @@ import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import rich.pretty  # noqa: F401  scvi-tools 1.4.2 uses it without importing it
+import torch
 from mudata import MuData
 from scvi import REGISTRY_KEYS
+from scvi.model.base import BaseModelClass
 
 from cellprior import genes as gene_matching
-from cellprior._matrix import is_raw, matrix_of, totals
+from cellprior._matrix import totals
 from cellprior._obs import text_of
 from cellprior.genes._kinds import which_are_genes
 from cellprior.genes._table import read_vocabulary
 from cellprior.model._habits import refuse_habit, told
+from cellprior.model._hooks import Hooks
 from cellprior.model.data._cells import Cells, Counts, cells_of_anndata, refuse_no_counts
 from cellprior.model.data._counts import row_numbers
 from cellprior.model.data._datamodule import StreamedCells
-from cellprior.model.data._fields import BatchField, CountsField, CountsManager, without_view
+from cellprior.model.data._fields import manager_of, refuse_missing_key, without_view
 from cellprior.model.data._fingerprint import digest
 from cellprior.model.data._minibatches import VocabularyLoader, VocabularySplitter
 from cellprior.model.data._panels import distinct, measured_genes, refuse_unmeasured
 from cellprior.model.engine._embedding import Embedding, Encode, in_memory
 from cellprior.model.engine._encoder import Encoder
 from cellprior.model.engine._stream import refuse_impossible, stream
-from cellprior.model.files._loading import LoadableModel
+from cellprior.model.files import _loading as loading
 from cellprior.model.learning import _annotation as annotation
 from cellprior.model.learning import _training as training
 from cellprior.model.learning._annotation_plan import AnnotationHead
+from cellprior.model.learning._finite import refuse_not_finite
 
 Data: TypeAlias = ad.AnnData | MuData
 Indices: TypeAlias = Sequence[int] | Sequence[bool] | np.ndarray | None
@@ -47,7 +53,7 @@ Size = Literal["small", "released"]
 MANY = 100_000  # cells, from which on a new network has the size of the released ones
 
 
-class _Hinting(type(LoadableModel)):  # type: ignore[misc]
+class _Hinting(type(BaseModelClass)):  # type: ignore[misc]
     """Says what takes the place of a class method of scvi-tools that is missing here."""
 
     def __getattr__(cls, name: str) -> Any:
@@ -55,7 +61,7 @@ class _Hinting(type(LoadableModel)):  # type: ignore[misc]
         return type.__getattribute__(cls, name)  # the error as it always is
 
 
-class PretrainedModel(LoadableModel, metaclass=_Hinting):
+class PretrainedModel(Hooks, BaseModelClass, metaclass=_Hinting):
     """Base of the model classes.
 
     A subclass gives what :class:`~cellprior.model._hooks.Hooks` lists, and an ``__init__`` that calls
@@ -65,6 +71,9 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
     _data_loader_cls = VocabularyLoader
     _opened: Any = None  # data that are read without having been set up
     _annotation: dict[str, Any] = {}
+    # what :meth:`from_pretrained` was given, and the sha256 of all that was read: tensors, configuration, vocabulary
+    pretrained_: dict[str, str] | None = None
+    split_: dict[str, Any] = {}  # by way of training, which cells were held out
     is_trained_: bool
     history_: dict[str, Any] | None
 
@@ -201,22 +210,7 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         setup_method_args = cls._get_setup_method_args(**locals())
         cls.register_manager(cls._manager(adata, setup_method_args, **kwargs))
 
-    @staticmethod
-    def _manager(adata: ad.AnnData, setup_method_args: dict[str, Any], **kwargs: Any) -> CountsManager:
-        """Manager of an AnnData, or of one that takes the place of another, for which ``source_registry`` is given."""
-        args = setup_method_args["setup_args"]
-        refuse_missing_key(adata, args)
-        fields: list[Any] = [CountsField(REGISTRY_KEYS.X_KEY, args["layer"])]
-        if args["batch_key"] is not None:
-            fields.append(BatchField(REGISTRY_KEYS.BATCH_KEY, args["batch_key"]))
-        # labels are no field: they are read when they are learned, and a query need not have them
-        if args["labels_key"] not in (None, *adata.obs) and "source_registry" not in kwargs:
-            columns = list(adata.obs.columns)
-            msg = f"{args['labels_key']!r} not found in adata.obs; its columns are {columns}."
-            raise KeyError(msg)
-        manager = CountsManager(fields=fields, setup_method_args=setup_method_args)
-        manager.register_fields(adata, **kwargs)
-        return manager
+    _manager = staticmethod(manager_of)
 
     def get_latent_representation(
         self,
@@ -245,6 +239,130 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         <not_embedded>
         """
         return self._embed(adata, indices, batch_size, precision)
+
+    # weights, see cellprior.model.files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | os.PathLike[str],
+        adata: Any = None,
+        *,
+        min_coverage: float = 0.25,
+        device: str | int | torch.device = "auto",
+        known_hash: str | None = None,
+    ) -> Self:
+        """Load pretrained weights, and attach data.
+
+        Parameters
+        ----------
+        weights
+            Registry name (see :func:`cellprior.weights.available`), folder written by :meth:`save_pretrained`,
+            official checkpoint file, or address of one (then ``known_hash`` is needed).
+        adata
+            Data to attach: an AnnData, for MultiomeCLIP a MuData. Set up like the data it is a copy or part of, or
+            with default arguments, if it has not been set up itself. Needed to train on only.
+        min_coverage
+            Least share of genes that must match, see :func:`cellprior.genes.match`.
+        device
+            ``"auto"`` is the first GPU if there is one, else the CPU.
+        known_hash
+            sha256 of the file, or of the whole folder, see :func:`cellprior.weights.sha256`.
+
+        Raises
+        ------
+        WeightsError
+            If the weights are not found, damaged, or another model's.
+        GeneMatchError
+            If too few genes match.
+        """
+        options: dict[str, Any] = {"min_coverage": min_coverage, "device": device, "known_hash": known_hash}
+        found: Self = loading.from_pretrained(cls, weights, adata, **options)
+        return found
+
+    @classmethod
+    def opened(
+        cls,
+        weights: str | os.PathLike[str],
+        adata: ad.AnnData,
+        *,
+        layer: str | Mapping[str, str | None] | None = None,
+        gene_key: str | None = None,
+        batch_key: str | None = None,
+        unlabeled_category: str = "unknown",
+        modalities: Mapping[str, str] | None = None,
+        min_coverage: float = 0.25,
+        device: str | int | torch.device = "auto",
+        known_hash: str | None = None,
+        setup: Mapping[str, Any] | None = None,
+    ) -> AbstractContextManager[Self]:
+        """A model that embeds some data, for a while; then both are let go. See :func:`cellprior.tl.embed`.
+
+        Raises
+        ------
+        ValueError
+            If the model does not read data of this kind.
+        """
+        where = {"gene_key": gene_key, "batch_key": batch_key, "unlabeled_category": unlabeled_category}
+        options: dict[str, Any] = {"min_coverage": min_coverage, "device": device, "known_hash": known_hash}
+        return loading.opened(
+            cls, weights, adata, layer=layer, modalities=modalities, where=where, setup=setup or {}, **options
+        )
+
+    @staticmethod
+    def _layers_on_disk(
+        layer: str | Mapping[str, str | None] | None, modalities: Mapping[str, str] | None
+    ) -> str | Mapping[str, str | None] | None:
+        """Layer as :func:`cellprior.model.data._files.open_counts` takes it."""
+        return layer
+
+    _read_weights = classmethod(loading.read_weights)
+
+    @classmethod
+    def load(cls, dir_path: str, adata: ad.AnnData | None = None, *args: Any, **kwargs: Any) -> Self:
+        """Load a model saved with ``save``; see :meth:`scvi.model.base.BaseModelClass.load`."""
+        with warnings.catch_warnings():
+            # scvi-tools warns of genes in another order; here they are matched by name
+            warnings.filterwarnings("ignore", message="`var_names` for the loaded", category=UserWarning)
+            # mudata has renamed what scvi-tools 1.4.2 calls
+            warnings.filterwarnings("ignore", message="The method mod_names is deprecated")
+            return super().load(dir_path, adata, *args, **kwargs)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the weights as a bundle that :meth:`from_pretrained` loads, without any of the data.
+
+        Parameters
+        ----------
+        folder
+            Where to write ``model.safetensors``, ``config.json``, ``genes.tsv`` (``peaks.tsv``) and ``README.md``.
+        card
+            Markdown for ``README.md``: what the weights were trained on, how good they are, and their licence.
+        overwrite
+            Replace a bundle that is already there.
+        """
+        loading.save_pretrained(self, folder, card=card, overwrite=overwrite)
+
+    def save(self, dir_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write the model, to be loaded with ``load``; see :meth:`scvi.model.base.BaseModelClass.save`."""
+        refuse_not_finite(self.module)
+        super().save(dir_path, *args, **kwargs)
+
+    def _check_if_trained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to embed without training, and with weights that are not finite."""
+        super()._check_if_trained(*args, **kwargs)
+        refuse_not_finite(self.module)
+
+    def release(self) -> None:
+        """Let go of the attached data; scvi-tools otherwise holds it for as long as the process runs."""
+        if self.adata is not None:
+            type(self)._setup_adata_manager_store.pop(self.adata.uns["_scvi_uuid"], None)
+        type(self)._per_instance_manager_store.pop(self.id, None)
+
+    def provenance(self, adata: ad.AnnData | None = None) -> dict[str, Any]:
+        """Which weights the model has, and how much of some data, by default the attached, it reads; for the record."""
+        return loading.provenance(self, adata)
 
     # learning, see cellprior.model.learning
 
@@ -678,18 +796,3 @@ class PretrainedModel(LoadableModel, metaclass=_Hinting):
         )
         self._register_manager_for_instance(manager)
         return adata
-
-
-def refuse_missing_key(adata: ad.AnnData, setup_args: Mapping[str, Any]) -> None:
-    """Refuse a column with names of genes that is not there.
-
-    Raises KeyError, with those that are.
-    """
-    key, layer = setup_args["gene_key"], setup_args["layer"]
-    if key is None:
-        return
-    var = matrix_of(adata, layer).var
-    if key not in var:
-        frame = "adata.raw.var" if is_raw(adata, layer) else "adata.var"
-        msg = f"{key!r} not found in {frame}; its columns are {list(var.columns)}."
-        raise KeyError(msg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from cellprior._matrix import (
     Matrix,
+    is_raw,
     matrix_of,
     refuse_pointers,
     to_memory,
@@ -132,3 +133,35 @@ def without_view(adata: ad.AnnData) -> ad.AnnData:
                 x.indptr[:-1], x.indptr[1:], min(len(x.indices), len(x.data)), "of the whole data"
             )
     return to_memory(adata) if adata.isbacked else adata.copy()
+
+
+def manager_of(adata: ad.AnnData, setup_method_args: dict[str, Any], **kwargs: Any) -> CountsManager:
+    """Manager of an AnnData, or of one that takes the place of another, for which ``source_registry`` is given."""
+    args = setup_method_args["setup_args"]
+    refuse_missing_key(adata, args)
+    fields: list[Any] = [CountsField(REGISTRY_KEYS.X_KEY, args["layer"])]
+    if args["batch_key"] is not None:
+        fields.append(BatchField(REGISTRY_KEYS.BATCH_KEY, args["batch_key"]))
+    # labels are no field: they are read when they are learned, and a query need not have them
+    if args["labels_key"] not in (None, *adata.obs) and "source_registry" not in kwargs:
+        columns = list(adata.obs.columns)
+        msg = f"{args['labels_key']!r} not found in adata.obs; its columns are {columns}."
+        raise KeyError(msg)
+    manager = CountsManager(fields=fields, setup_method_args=setup_method_args)
+    manager.register_fields(adata, **kwargs)
+    return manager
+
+
+def refuse_missing_key(adata: ad.AnnData, setup_args: Mapping[str, Any]) -> None:
+    """Refuse a column with names of genes that is not there.
+
+    Raises KeyError, with those that are.
+    """
+    key, layer = setup_args["gene_key"], setup_args["layer"]
+    if key is None:
+        return
+    var = matrix_of(adata, layer).var
+    if key not in var:
+        frame = "adata.raw.var" if is_raw(adata, layer) else "adata.var"
+        msg = f"{key!r} not found in {frame}; its columns are {list(var.columns)}."
+        raise KeyError(msg)

@@ -42,7 +42,7 @@ def masked_losses(
 
 
 def masked_scores(
-    module: Any, counts: Tensor, floor: RankFloors, *, share: float, rng: np.random.Generator, **_: Any
+    module: Any, counts: Tensor, floor: RankFloors, *, share: float, rng: np.random.Generator, **unread: Any
 ) -> MaskedScores:
     """Of raw counts over the vocabulary ``(cells, n_genes)``; a ``share`` of the tokens of a cell is hidden."""
     return ranked.masked_scores(

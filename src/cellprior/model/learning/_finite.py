@@ -125,3 +125,13 @@ def not_finite(module: torch.nn.Module) -> str | None:
         if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
             return None
         return next((name for name, x in tensors.items() if not torch.isfinite(x.detach()).all()), None)
+
+
+def refuse_not_finite(module: torch.nn.Module) -> None:
+    """Refuse to read or keep weights of which some are not finite."""
+    if (name := not_finite(module)) is not None:
+        msg = (
+            f"The weights {name} are not finite, as after a training that diverged: nothing can be embedded, "
+            "predicted or saved with them. Load the weights anew, or train again with a smaller learning rate."
+        )
+        raise DivergedError(msg)

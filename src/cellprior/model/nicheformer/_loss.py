@@ -53,7 +53,7 @@ def masked_scores(
     *,
     share: float,
     rng: np.random.Generator,
-    **_: Any,
+    **unread: Any,
 ) -> MaskedScores:
     """Of raw counts over the vocabulary ``(cells, n_genes)``; a ``share`` of the genes of a cell is hidden.
 

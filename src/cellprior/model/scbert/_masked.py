@@ -24,7 +24,7 @@ def masked_scores(
     share: float,
     rng: np.random.Generator,
     batch: int = 0,
-    **_: Any,
+    **unread: Any,
 ) -> MaskedScores:
     """Accuracy and cross-entropy (nats) of the bins of hidden genes.
 

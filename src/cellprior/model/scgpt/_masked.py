@@ -23,7 +23,7 @@ def masked_scores(
     share: float,
     rng: np.random.Generator,
     batch: int = 0,
-    **_: Any,
+    **unread: Any,
 ) -> MaskedScores:
     """Squared error of the bins of hidden genes, expressed ones; that they are is known to all predictors.
 

@@ -25,7 +25,7 @@ def masked_scores(
     share: float,
     rng: np.random.Generator,
     measured: Tensor,
-    **_: Any,
+    **unread: Any,
 ) -> MaskedScores:
     """Cross-entropy and accuracy of whether genes are expressed, half of which are, and of those most are hidden.
 
