@@ -23,7 +23,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("cellprior")
+        globals()[name] = version("cellprior")  # which reads a file
+        return globals()[name]
     msg = f"module 'cellprior' has no attribute {name!r}"
     raise AttributeError(msg)
 

@@ -201,7 +201,7 @@ def embed(
         if out is not None:
             options = {"hidden": hidden, "overwrite": overwrite, "progress": progress}
             options |= {"batch_size": batch_size, "client": client, "source": source}
-            model._stream(out, key=key, params=params, **options)
+            model._stream(out, key=key, params=params, record=record, **options)
             return None
         if client is None:
             latent = model.get_latent_representation(batch_size=batch_size)

@@ -676,6 +676,7 @@ class PretrainedModel(Hooks, BaseModelClass, metaclass=_Hinting):
         out: str | os.PathLike[str],
         *,
         params: Mapping[str, Any],
+        record: Mapping[str, Any] | None = None,
         hidden: str | os.PathLike[str] = "memory",
         client: Any = None,
         **options: Any,
@@ -684,7 +685,8 @@ class PretrainedModel(Hooks, BaseModelClass, metaclass=_Hinting):
         sees_others = self._encoder_cls.sees_others
         refuse_impossible(type(self).__name__, sees_others=sees_others, hidden=hidden, client=client)
         options |= {"hidden": hidden, "client": client, "weights": self._digest()}
-        stream(self._embedding, self._cells(), out, record={**self.provenance(), "params": params}, **options)
+        record = {**(record or self.provenance()), "params": params}
+        stream(self._embedding, self._cells(), out, record=record, **options)
 
     def _digest(self) -> str:
         """Digest of all that can change the embedding of a cell."""

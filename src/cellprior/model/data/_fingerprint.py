@@ -22,8 +22,7 @@ def digest(*parts: np.ndarray | Iterable[object]) -> str:
         if isinstance(part, np.ndarray) and part.dtype.kind in "iufb":
             found.update(np.ascontiguousarray(part).tobytes())
         else:
-            for name in part:
-                found.update(str(name).encode(errors="surrogatepass") + b"\0")
+            found.update("".join(f"{name}\0" for name in part).encode(errors="surrogatepass"))
         found.update(b"\1")
     return found.hexdigest()[:16]
 

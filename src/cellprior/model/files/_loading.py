@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from uuid import uuid4
 import anndata as ad
 import torch
 
+import cellprior
 from cellprior.model.data._fields import without_view
 from cellprior.model.data._files import with_frames
 from cellprior.model.files._strict import check_fits, load_strictly
@@ -217,7 +217,7 @@ def provenance(model: Any, adata: Any) -> dict[str, Any]:
             prefix = f"{name}_" if cells.joint else ""
             shares = ("coverage", "counts_share") if cells.joint else SHARES
             read |= {prefix + share: getattr(counts.match, share) for share in shares}
-    version_ = {"cellprior_version": version("cellprior")}
+    version_ = {"cellprior_version": cellprior.__version__}
     return {"model": type(model).__name__, **(model.pretrained_ or {}), **read, **version_}
 
 
