@@ -23,8 +23,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        globals()[name] = version("cellprior")  # which reads a file
-        return globals()[name]
+        return version("cellprior")
     msg = f"module 'cellprior' has no attribute {name!r}"
     raise AttributeError(msg)
 

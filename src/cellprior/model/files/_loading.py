@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from uuid import uuid4
 import anndata as ad
 import torch
 
-import cellprior
 from cellprior.model.data._fields import without_view
 from cellprior.model.data._files import with_frames
 from cellprior.model.files._strict import check_fits, load_strictly
@@ -31,6 +32,8 @@ from cellprior.weights._inert import MAX_EXPANSION
 from cellprior.weights._reading import check_genes, model_of
 
 SHARES = ("coverage", "vocabulary_share", "counts_share")  # of a match, for the record
+
+version_of = cache(version)  # which reads a file each time
 
 SETUP = "_scvi_"  # what the keys of scvi-tools' setup begin with
 
@@ -217,7 +220,7 @@ def provenance(model: Any, adata: Any) -> dict[str, Any]:
             prefix = f"{name}_" if cells.joint else ""
             shares = ("coverage", "counts_share") if cells.joint else SHARES
             read |= {prefix + share: getattr(counts.match, share) for share in shares}
-    version_ = {"cellprior_version": cellprior.__version__}
+    version_ = {"cellprior_version": version_of("cellprior")}
     return {"model": type(model).__name__, **(model.pretrained_ or {}), **read, **version_}
 
 
