@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from _starter_data import CellSet, ensembl_ids, labels_of, read_set
+from _starter_data import CellSet, ensembl_ids, labels_of, read_gene_names, read_set
+from sklearn.utils.extmath import randomized_svd
 
 TRAINING_SETS = (
     "pbmc_facs_zheng2017",
@@ -113,6 +114,16 @@ def read_profiles(folder: Path) -> dict[str, tuple[CellSet, np.ndarray]]:
     return found
 
 
+def read_sources(folder: Path, gene_tables: Path) -> tuple[pd.DataFrame, list[CellSet], list[Source]]:
+    """The vocabulary, and all sets and profiles: as they are, and over the vocabulary; sets come first."""
+    sets, profiles = read_corpus(folder), read_profiles(folder)
+    names = read_gene_names(gene_tables, sets)
+    vocabulary = choose_vocabulary(sets, [cells for cells, _ in profiles.values()], names)
+    sources = [source_of(cells, vocabulary, names) for cells in sets]
+    sources += [source_of(cells, vocabulary, names, measured) for cells, measured in profiles.values()]
+    return vocabulary, [*sets, *(cells for cells, _ in profiles.values())], sources
+
+
 def choose_vocabulary(
     sets: Sequence[CellSet], profiles: Sequence[CellSet], names: pd.DataFrame
 ) -> pd.DataFrame:
@@ -187,6 +198,39 @@ def log_input(source: Source, rows: np.ndarray, share: np.ndarray, target_sum: f
     depth = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1e-6 if source.is_profile else 1.0)
     part = target_sum * share[source.measured].sum() / share.sum()
     return sp.csr_matrix(sp.diags(part / depth) @ counts).log1p()
+
+
+def pooled_axes(
+    sources: Sequence[Source], share: np.ndarray, n_axes: int, *, cells: int, target_sum: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Principal axes of pooled cells and profiles, each source centred and of the same weight.
+
+    Of genes over their standard deviation + 0.3; components are over the fourth root of their variance, so that cells
+    times axes have them so.
+
+    Parameters
+    ----------
+    cells
+        Of a source, at most, drawn at random.
+
+    Returns
+    -------
+    Axes ``(n_genes, n_axes)``, and the square roots of the components' sizes ``(n_axes,)``.
+    """
+    rng = np.random.default_rng(seed)
+    rows, variance = [], np.zeros(len(share))
+    for source in sources:
+        some = rng.permutation(source.counts.shape[0])[:cells]
+        x = log_input(source, some, share, target_sum).toarray()
+        x -= x.mean(axis=0)
+        variance += (x**2).mean(axis=0)
+        rows.append(x / np.sqrt(len(x) * len(sources)))
+    scale = 1.0 / (np.sqrt(variance / len(sources)) + 0.3)
+    pooled = np.concatenate(rows)
+    pooled *= scale.astype(np.float32)
+    _, size, axes = randomized_svd(pooled, n_axes, random_state=seed, n_iter=3)
+    root = np.sqrt(size)
+    return (axes * scale / root[:, None]).T, root
 
 
 def draw_cells(

@@ -27,7 +27,7 @@ from _starter_terms import JUDGED, JUDGED_COARSE, TERMS
 import cellprior as cp
 from cellprior.evaluate import accuracy, clustering, knn_predict
 from cellprior.evaluate._twin import random_twin
-from cellprior.model import CellPLM
+from cellprior.model import CellPLM, PretrainedModel
 
 SEEDS = (0, 1, 2)
 MOST_CELLS = 800  # of a set
@@ -87,7 +87,7 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def embeddings(model: CellPLM, cells: CellSet, seed: int) -> dict[str, np.ndarray]:
+def embeddings(model: PretrainedModel, cells: CellSet, seed: int) -> dict[str, np.ndarray]:
     """What is compared, by the name of the method."""
     adata = as_anndata(cells)
     twin = random_twin(model, adata, seed=seed)
@@ -116,7 +116,7 @@ def scored(embedding: np.ndarray, labels: np.ndarray, seed: int, *, clusters: bo
 
 
 def judge(
-    model: CellPLM, sets: Iterable[CellSet], *, clusters: bool, resample: int | None = None
+    model: PretrainedModel, sets: Iterable[CellSet], *, clusters: bool, resample: int | None = None
 ) -> pd.DataFrame:
     """One row per set, method and seed; with `resample`, each seed draws so many cells anew."""
     rows = []
@@ -125,7 +125,7 @@ def judge(
             cells = whole if resample is None else some_cells(whole, resample, seed=seed)
             assert cells.labels is not None
             found = embeddings(model, cells, seed)
-            if clusters and len(np.unique(cells.batch)) > 1:
+            if clusters and isinstance(model, CellPLM) and len(np.unique(cells.batch)) > 1:
                 found[BY_BATCH] = by_batch(model, cells)
             for method, embedding in found.items():
                 score = scored(embedding, cells.labels, seed, clusters=clusters)

@@ -1,95 +1,160 @@
-"""How the ScBERT starter is judged, and the card that tells it. Every number on the card is computed here."""
+"""How `scbert-starter` is judged, and its card. Every number on the card is computed here, by `cellprior.evaluate`.
+
+    python scripts/_starter_scbert_card.py --data <folder of .h5ad> --bundle <folder> [--seeds <folder> <folder>]
+
+On the studies, with the measures and beside the baselines of `_starter_judge.py`, which judges `cellplm-starter`.
+`--seeds` are bundles of the same recipe with other seeds: their scores stand beside those of the bundle.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _starter_card import (
-    METHODS,
-    SEEDS,
-    STARTER,
-    coverage_rows,
-    results_table,
-    sources_rows,
-    verdict,
-)
-from _starter_data import DEPTH_CONFOUNDED, UNSEEN_BLOOD, UNSEEN_TISSUE, CellSet, subset
+from _starter_corpus import UNSEEN_STUDIES
+from _starter_data import UNSEEN_BLOOD, UNSEEN_TISSUE, CellSet
 from _starter_fit import as_anndata
+from _starter_judge import (
+    FEW_CELLS,
+    FEW_GENES,
+    METHODS,
+    PCA_L2,
+    SEEDS,
+    SHALLOW,
+    STARTER,
+    judge,
+    panel,
+    plain,
+    read_judged,
+    scored,
+    some_cells,
+    sources,
+    table,
+    thinned,
+)
 
 from cellprior.evaluate import masked_prediction
 from cellprior.model import ScBERT
 
+BLOOD = ("pbmc3k_seurat", "pbmc_kang_ifnb_muscat", UNSEEN_BLOOD)
 MASK_SHARE = 0.15
-RANDOM_ZERO_GENES = 300  # of the approximation that the random weights are judged with, to save time
-EXPRESSED = "starter, expressed"
-VARIANTS = {STARTER: {}, EXPRESSED: {"pooling": "expressed"}}
+MASKED_CELLS = 40  # of a set, for which hidden genes are predicted
+NEAR = 0.03
 CARD = Path(__file__).with_suffix(".md")
+log = logging.getLogger("judge")
 
 
-def judge_masked(folder: Path, sets: list[CellSet], held_out: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Prediction of hidden genes in held-out cells, see :func:`cellprior.evaluate.masked_prediction`."""
-    tables = []
+def judge_masked(model: ScBERT, cells: CellSet) -> pd.DataFrame:
+    """Prediction of hidden genes, see :func:`cellprior.evaluate.masked_prediction`."""
+    found = ScBERT.from_pretrained(model.pretrained_["weights"], as_anndata(some_cells(cells, 200, seed=0)))
+    rows = masked_prediction(
+        found, mask_shares=(MASK_SHARE,), seeds=2, max_cells=MASKED_CELLS, progress=False
+    )
+    found.release()
+    wide = rows.pivot(index="metric", columns="method", values="value")
+    return wide.reset_index().assign(set=cells.name)
+
+
+def of_starter(bundle: Path, sets: list[CellSet]) -> pd.DataFrame:
+    """Scores of a bundle's embedding alone, as :func:`_starter_judge.judge` has them."""
+    model, rows = ScBERT.from_pretrained(bundle), []
     for cells in sets:
-        part = subset(cells, held_out[cells.name]) if cells.name in held_out else cells
-        model = ScBERT.from_pretrained(folder, as_anndata(part))
-        table = masked_prediction(model, mask_shares=(MASK_SHARE,), seeds=len(SEEDS), progress=False)
-        tables.append(table.assign(set=cells.name))
-        model.release()
-    return pd.concat(tables, ignore_index=True)
+        assert cells.labels is not None
+        latent = model.get_latent_representation(as_anndata(cells))
+        for seed in SEEDS:
+            score = scored(latent, cells.labels, seed, clusters=True)
+            rows.append({"set": cells.name, "method": STARTER, "seed": seed, **score})
+    return pd.DataFrame(rows)
 
 
-def masked_table(masked: pd.DataFrame, metric: str) -> str:
-    """Markdown: a row per set, a column per predictor, the best in bold."""
-    wide = masked[masked["metric"] == metric].pivot(index="set", columns="method", values="value")
-    wide = wide.dropna(axis=1, how="all").loc[masked["set"].unique(), lambda t: sorted(t, key="model".__ne__)]
-    lines = ["| cells | " + " | ".join(name.replace("_", " ") for name in wide) + " |"]
-    lines.append("|---|" + "---|" * wide.shape[1])
-    for name, values in wide.iterrows():
-        best = values.max() if metric == "accuracy" else values.min()
-        shown = ["-" if np.isnan(v) else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+def milliseconds(model: ScBERT, cells: CellSet) -> tuple[float, float]:
+    """CPU time of a cell on one core, reading and matching included, and its expressed genes (median)."""
+    adata = as_anndata(cells)
+    model.get_latent_representation(adata)
+    start = time.process_time()
+    model.get_latent_representation(adata)
+    expressed = float(np.median(np.diff(cells.counts.indptr)))
+    return 1e3 * (time.process_time() - start) / adata.n_obs, expressed
+
+
+def verdicts(knn: pd.DataFrame) -> str:
+    """Where the starter stands beside the better PCA on each set, in a line."""
+    lines = []
+    mean = knn.groupby(["set", "method"], sort=False)["knn"].mean().unstack()
+    for name, row in mean.iterrows():
+        of_pca = row.drop([STARTER, "random weights"])
+        best = of_pca.idxmax()
+        beside = f"{row[STARTER] - row[PCA_L2]:+.3f} to {PCA_L2}"
+        if best != PCA_L2:
+            beside += f", {row[STARTER] - of_pca[best]:+.3f} to {best}"
+        lines.append(f"- {name}: {row[STARTER]:.3f}, {beside}.")
+    of_blood = mean.loc[list(BLOOD)]
+    difference = of_blood[STARTER] - of_blood[PCA_L2]
+    level = "is level" if difference.min() >= -NEAR else "is not level"
+    lines.append(
+        f"- On blood, mean of {len(BLOOD)} sets: {of_blood[STARTER].mean():.3f} beside {of_blood[PCA_L2].mean():.3f} of "
+        f"{PCA_L2}; the worst set is {difference.min():+.3f}, so that it {level} within {NEAR} on each."
+    )
     return "\n".join(lines)
 
 
-def masked_verdict(masked: pd.DataFrame, name: str) -> str:
-    """One sentence: where the starter stands against the best of the others, with the interval of the difference."""
-    rows = masked[(masked["set"] == name) & (masked["method"] == "model")]
-    parts = [
-        f"{row.metric.replace('_', ' ')} {row.value:.3f}, {row.difference:+.3f} [{row.difference_low:+.3f}, "
-        f"{row.difference_high:+.3f}] against {row.versus.replace('_', ' ')}"
-        for row in rows.itertuples()
-    ]
-    return f"- {name}: " + "; ".join(parts) + "."
-
-
-def render_card(
-    recipe: dict,
-    model: ScBERT,
-    cells: list[CellSet],
-    held_out: dict[str, np.ndarray],
-    unseen: list[CellSet],
-    masked: pd.DataFrame,
-    results: pd.DataFrame,
-) -> str:
-    """The card, in Markdown."""
-    methods = (STARTER, EXPRESSED, *METHODS[1:])
-    return CARD.read_text(encoding="utf-8").format(
-        million=sum(p.numel() for p in model.module.parameters()) / 1e6,
-        sources=sources_rows(cells, held_out),
-        coverage=coverage_rows([*cells, *unseen], results),
-        masked_loss=masked_table(masked, "cross_entropy"),
-        masked_accuracy=masked_table(masked, "accuracy"),
-        masked_verdicts="\n".join(masked_verdict(masked, name) for name in masked["set"].unique()),
-        knn=results_table(results, "knn", methods),
-        ari=results_table(results, "ari", methods),
-        verdicts="\n".join(verdict(results, name) for name in results["set"].unique()),
-        confounded=DEPTH_CONFOUNDED,
-        unseen_blood=UNSEEN_BLOOD,
-        unseen_tissue=UNSEEN_TISSUE,
-        n_sets=len(cells),
-        mask_share=MASK_SHARE,
-        random_zero_genes=RANDOM_ZERO_GENES,
-        **recipe,
+def main() -> None:
+    """Judge, and write the card into the bundle."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the .h5ad files")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="bundles of other seeds")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    sets = read_judged(args.data)
+    by_name = {cells.name: cells for cells in sets}
+    blood, pancreas = by_name["pbmc3k_seurat"], by_name[UNSEEN_TISSUE]
+    model = ScBERT.from_pretrained(args.bundle)
+    parts = {"knn": judge(model, sets, clusters=True)}
+    few = [replace(c, name=f"{c.name}, {FEW_CELLS} cells") for c in (blood, pancreas)]
+    others = [panel(c, FEW_GENES, seed=0) for c in (blood, pancreas)]
+    others += [thinned(c, depth, seed=1) for c in (blood, pancreas) for depth in SHALLOW]
+    hard = [judge(model, few, clusters=False, resample=FEW_CELLS), judge(model, others, clusters=False)]
+    parts["hard"] = pd.concat(hard)
+    masked = pd.concat([judge_masked(model, by_name[name]) for name in (*UNSEEN_STUDIES[:1], *BLOOD)])
+    columns = ["set", "metric", "model", *sorted(set(masked) - {"set", "metric", "model"})]
+    parts["masked"] = masked[columns]
+    runs = []
+    for number, folder in enumerate((args.bundle, *args.seeds)):
+        found = parts["knn"] if number == 0 else of_starter(folder, sets)
+        mean = found[found["method"] == STARTER].groupby("set", sort=False)[["knn", "ari"]].mean()
+        runs.append(mean.add_prefix(f"training seed {number}: "))
+    parts["runs"] = pd.concat(runs, axis=1).reset_index()
+    speed, expressed = milliseconds(model, blood)
+    for name, frame in parts.items():
+        log.info("%s\n%s", name, frame.round(4).to_csv(index=False))
+    network = model._network()
+    card = CARD.read_text(encoding="utf-8").format(
+        n_genes=f"{len(model.genes):,}",
+        million=sum(p.numel() for p in model.module.parameters()) / 1e6,
+        knn=table(parts["knn"], "knn", METHODS),
+        ari=table(parts["knn"], "ari", METHODS),
+        hard=table(parts["hard"], "knn", METHODS),
+        verdicts=verdicts(parts["knn"]),
+        masked=plain(parts["masked"]),
+        masked_share=MASK_SHARE,
+        runs=plain(parts["runs"]),
+        speed=f"{speed:.1f}",
+        expressed=f"{expressed:,.0f}",
+        sources=sources(args.data),
+        renamed=int((model.genes["previous_symbols"] != "").sum()),
+        **{name: network[name] for name in ("n_hidden", "n_heads", "head_dim", "n_bins")},
+    )
+    (args.bundle / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

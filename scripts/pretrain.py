@@ -170,7 +170,7 @@ def judge(args: argparse.Namespace, bundle: Path, cells: CollectionCells) -> dic
         )
         scores = scores[scores["metric"].isin(["accuracy", "macro_f1"])]
         table = (
-            scores.groupby(["method", "probe", "metric"], sort=False)["value"].mean().unstack().reset_index()
+            scores.groupby(["method", "reader", "metric"], sort=False)["value"].mean().unstack().reset_index()
         )
         found[f"Labels of {path.stem}, which was not trained on"] = table
     return found

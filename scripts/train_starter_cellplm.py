@@ -26,18 +26,15 @@ import torch
 from _starter_corpus import (
     Source,
     average_share,
-    choose_vocabulary,
     draw_cells,
     log_input,
-    read_corpus,
-    read_profiles,
-    source_of,
+    pooled_axes,
+    read_sources,
 )
-from _starter_data import CellSet, read_gene_names
+from _starter_data import CellSet
 from _starter_fit import cosine, train
 from _starter_head import add_head
 from scvi import REGISTRY_KEYS
-from sklearn.utils.extmath import randomized_svd
 from torch.optim.lr_scheduler import LambdaLR
 
 from cellprior.model import CellPLM
@@ -106,11 +103,7 @@ class Corpus:
 
 def read(data: Path, gene_tables: Path, recipe: Recipe) -> Corpus:
     """Read the sets and the profiles, and choose the vocabulary."""
-    sets, profiles = read_corpus(data), read_profiles(data)
-    names = read_gene_names(gene_tables, sets)
-    vocabulary = choose_vocabulary(sets, [cells for cells, _ in profiles.values()], names)
-    sources = [source_of(cells, vocabulary, names) for cells in sets]
-    sources += [source_of(cells, vocabulary, names, measured) for cells, measured in profiles.values()]
+    vocabulary, sets, sources = read_sources(data, gene_tables)
     share = average_share(sources, len(vocabulary))
     rng = np.random.default_rng(recipe.seed)
     total, n_known = np.zeros(len(vocabulary)), np.zeros(len(vocabulary))
@@ -124,7 +117,6 @@ def read(data: Path, gene_tables: Path, recipe: Recipe) -> Corpus:
         measured[0, source.measured] = True
         means = GeneMeans.fit([{REGISTRY_KEYS.X_KEY: counts}], measured)
         floors[source.name] = means.share[0].clamp(min=1e-9), means.dispersion[0]
-    sets = [*sets, *(cells for cells, _ in profiles.values())]
     return Corpus(vocabulary, sets, sources, share, total / np.maximum(n_known, 1), floors)
 
 
@@ -137,20 +129,15 @@ def start_from_pca(module: CellPLMModule, corpus: Corpus, recipe: Recipe) -> Non
     layer passes half of the components on with both signs, so that the ReLU loses nothing; the residual branches start
     small; the latent means start as these components.
     """
-    rng = np.random.default_rng(recipe.seed)
-    rows, variance = [], np.zeros(len(corpus.vocabulary))
-    for source in corpus.sources:
-        some = rng.permutation(source.counts.shape[0])[: recipe.start_cells]
-        x = log_input(source, some, corpus.share, recipe.target_sum).toarray()
-        x -= x.mean(axis=0)
-        variance += (x**2).mean(axis=0)
-        rows.append(x / np.sqrt(len(x) * len(corpus.sources)))
-    scale = 1.0 / (np.sqrt(variance / len(corpus.sources)) + 0.3)
-    pooled = np.concatenate(rows)
-    pooled *= scale.astype(np.float32)
-    _, size, axes = randomized_svd(pooled, recipe.n_hidden, random_state=recipe.seed, n_iter=3)
-    root = np.sqrt(size)
-    vectors = (axes * scale / root[:, None]).T / root[: recipe.n_latent].mean()
+    axes, root = pooled_axes(
+        corpus.sources,
+        corpus.share,
+        recipe.n_hidden,
+        cells=recipe.start_cells,
+        target_sum=recipe.target_sum,
+        seed=recipe.seed,
+    )
+    vectors = axes / root[: recipe.n_latent].mean()
 
     embedder, latent = module.embedder, module.latent
     embedder.gene_embedding.copy_(torch.from_numpy(vectors).float())

@@ -1,54 +1,42 @@
-"""Train the small ScBERT that ships with cellprior as `scbert-starter`.
+"""Train the ScBERT that ships with cellprior as `scbert-starter`.
 
     python scripts/train_starter_scbert.py --data <folder of .h5ad> --gene-tables <folder> --out <folder>
 
-Needs the six human training sets and the pancreas set named in `_starter_data.py`, and the two GENCODE tables: the
-sets, the held-out cells and the vocabulary are those of `cellplm-starter`. Everything is seeded; the number of threads
-(`--threads`) may change the last digits. With `--judge`, the weights that are in the folder are judged and the card
-is written anew.
+Cells, profiles and vocabulary are those of `cellplm-starter`, see `_starter_corpus.py`, and so are the studies that
+are kept aside to judge it: neither the judged nor the shipped weights, which are the same, have seen them. Everything
+is seeded (`--seed`); the number of threads (`--threads`) may change the last digits. `_starter_scbert_card.py` judges
+the weights and writes the card.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from _starter_card import judge
-from _starter_data import (
-    DEPTH_CONFOUNDED,
-    TRAINING_SETS,
-    UNSEEN_TISSUE,
-    CellSet,
-    at_equal_depth,
-    choose_vocabulary,
-    held_out,
-    read_gene_names,
-    read_pbmc68k_reduced,
-    read_set,
-    subset,
-    to_vocabulary,
-)
-from _starter_fit import as_anndata, cosine, train, trained_on
-from _starter_scbert_card import RANDOM_ZERO_GENES, VARIANTS, judge_masked, render_card
-from sklearn.utils.extmath import randomized_svd
+from _starter_corpus import Source, average_share, draw_cells, pooled_axes, read_sources
+from _starter_fit import cosine, train
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from cellprior.model import ScBERT
-from cellprior.model.learning._contrast import info_nce
+from cellprior.model.learning._contrast import chance_of_labels, info_nce, label_contrast
 from cellprior.model.learning._plan import Plan
-from cellprior.model.scbert._inputs import TARGET_SUM, counts_to_bins, sample_mask
-from cellprior.model.scbert._module import ScBERTModule
+from cellprior.model.learning._views import draw_view
+from cellprior.model.scbert._attention import FavorAttention
+from cellprior.model.scbert._inputs import sample_mask
+from cellprior.model.scbert._module import ScBERTModule, sample_genes
 from cellprior.weights import write_bundle
 
 log = logging.getLogger("starter")
@@ -59,270 +47,309 @@ class Recipe:
     """Every choice of the training."""
 
     seed: int = 0
-    n_genes: int = 6000
-    n_hidden: int = 64
-    n_layers: int = 3
-    n_heads: int = 4
-    head_dim: int = 16
-    held_out_share: float = 0.1
-    steps: int = 1500
-    positions: int = 12_000  # of a minibatch: expressed genes and a sample of the others, of 5 to 25 cells
-    n_zero_genes: int = 200  # unexpressed genes of a cell, at least, that stand for all of them
-    mask_rate: float = 0.3  # the original: 0.15
+    n_hidden: int = 112
+    n_layers: int = 1
+    n_heads: int = 8
+    head_dim: int = 14
+    n_bins: int = 7
+    n_features: int = 32
+    n_zero_genes: int = 256  # unexpressed genes of a cell of which genes are hidden, at most
+    pooling: str = "cls"
+    token_width: int = 16  # dimensions in which tokens, and not genes, differ at first
+    height: float = 3.0  # of a token's vector: root mean square over all dimensions, where a gene's is about 0.35
+    start_cells: int = 400  # of a set, from which the PCA that the network starts from is made
+    target_sum: float = 10_000.0  # of that PCA
+    steps: int = 400
+    cells: int = 128  # of a step
+    profiles: float = 0.35  # of the steps, whose cells are made of average profiles
+    one_batch: float = 0.5  # of the steps, whose cells are from one batch of a set
+    depths: tuple[float, float] = (200.0, 20_000.0)  # of a view
+    masked_cells: int = 8  # of a step, some of whose genes are hidden
+    mask_rate: float = 0.2  # the original: 0.15
     replace_rate: float = 0.9
-    contrast_every: int = 2  # steps
-    contrast_weight: float = 0.3
-    temperature: float = 0.2
-    depth: tuple[float, float] = (500.0, 10_000.0)  # each cell is thinned to a depth between, unless below it
-    learning_rate: float = 2e-3
-    warm_up: int = 100  # steps
+    most_masked: int = 64  # genes of a cell that are asked for
+    masked_weight: float = 0.3
+    learning_rate: float = 1e-3
+    table_rate: float = 0.2  # times the learning rate: of the gene vectors, which start from a PCA
+    warm_up: int = 50  # steps over which the learning rate rises
     weight_decay: float = 1e-3
-    clip: float = 1.0
-    average: float = 0.995  # of the weights, exponential, per step
+    clip: float = 5.0
+    average: float = 0.99  # of the weights, exponential, per step
+    temperature: float = 0.1  # at first: it is learned
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """What a minibatch is drawn from."""
+class Corpus:
+    """What a step is drawn from, and what share of an average cell's counts each gene has."""
 
-    counts: sp.csr_matrix
-    """Raw counts, cells by vocabulary genes."""
-
-    measured: np.ndarray
-    """Numbers of the genes that the study measured."""
+    vocabulary: pd.DataFrame
+    sources: list[Source]
+    share: np.ndarray
 
 
-class Minibatch(NamedTuple):
-    """Some positions of some cells, all of the expressed genes among them `(cells, positions)` each.
+def read(data: Path, gene_tables: Path) -> Corpus:
+    """Read the sets and the profiles, and choose the vocabulary."""
+    vocabulary, _, sources = read_sources(data, gene_tables)
+    return Corpus(vocabulary, sources, average_share(sources, len(vocabulary)))
 
-    `weight`: how many genes of the cell each stands for.
-    """
 
-    tokens: torch.Tensor
-    genes: torch.Tensor
-    weight: torch.Tensor
+class Seen(NamedTuple):
+    """The positions of some cells that a pass sees `(cells, positions)`: bins, genes, how many genes each stands for."""
 
-    def hidden(self, module: ScBERTModule, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states `(cells, positions, n_hidden)` as of whole cells, by sums over weighted positions."""
-        return module._encode(tokens, self.genes, F.pad(self.weight, (0, 1), value=1.0))[:, :-1]
+    tokens: Tensor
+    genes: Tensor
+    weight: Tensor
+
+    def states(self, module: ScBERTModule, read: slice) -> Tensor:
+        """Hidden states of some positions; the class token is the last."""
+        return module._encode(self.tokens, self.genes, F.pad(self.weight, (0, 1), value=1.0), read=read)
+
+
+class Hidden(NamedTuple):
+    """Cells some of whose genes are hidden; those that are asked for are the last positions before the class token."""
+
+    seen: Seen
+    bins: Tensor  # (cells, asked)
+    asked: Tensor  # which of these are to be predicted
 
 
 class Step(NamedTuple):
-    """Cells of one set, which positions are asked for and which hidden; at times two views of other cells."""
+    """Bins of two views of some cells, one below the other; labels; and hidden genes."""
 
-    batch: Minibatch
-    selected: torch.Tensor
-    replaced: torch.Tensor
-    views: tuple[Minibatch, ...]
+    tokens: Tensor
+    code: Tensor
+    hidden: Hidden
+
+
+def see(tokens: Tensor, n_zero_genes: int, rng: np.random.Generator) -> Seen:
+    """The expressed genes of each cell and a random sample of the others."""
+    genes, weight = sample_genes(tokens, n_zero_genes, torch.from_numpy(rng.permutation(tokens.shape[1])))
+    return Seen(tokens.gather(1, genes), genes, weight)
+
+
+def hide(tokens: Tensor, recipe: Recipe, rng: np.random.Generator) -> Hidden:
+    """Hide some expressed genes of each cell and ask for at most so many of them."""
+    mask = sample_mask(
+        tokens.numpy(), rng, rate=recipe.mask_rate, replace=recipe.replace_rate, n_bins=recipe.n_bins
+    )
+    selected, replaced = (torch.from_numpy(part) for part in mask)
+    seen = see(tokens, recipe.n_zero_genes, rng)
+    chosen = selected.gather(1, seen.genes) & (seen.weight > 0)
+    order = (chosen + 0.5 * torch.from_numpy(rng.random(chosen.shape))).argsort(1)
+    seen, chosen = Seen(*(part.gather(1, order) for part in seen)), chosen.gather(1, order)
+    n_asked = min(int(chosen.sum(1).max()), recipe.most_masked)
+    bins, asked = seen.tokens[:, -n_asked:], chosen[:, -n_asked:]
+    shown = seen.tokens.masked_fill(replaced.gather(1, seen.genes), recipe.n_bins + 1)
+    return Hidden(seen._replace(tokens=shown), bins, asked)
+
+
+def draw_step(module: ScBERTModule, corpus: Corpus, recipe: Recipe, rng: np.random.Generator) -> Step:
+    """Some cells of a set, or made of the profiles of a tissue; sets are drawn evenly, and tissues are."""
+    made = rng.random() < recipe.profiles
+    choice = [source for source in corpus.sources if source.is_profile == made]
+    source = choice[rng.integers(len(choice))]
+    counts, code = draw_cells(source, recipe.cells, recipe.one_batch, rng)
+    measured = torch.from_numpy(source.measured)
+    views = [draw_view(counts, measured, rng, depths=recipe.depths) for _ in range(2)]
+    tokens = torch.cat([module.tokens(view.counts, gene_index=view.genes) for view in views])
+    some = rng.permutation(len(counts))[: recipe.masked_cells]
+    whole = draw_view(counts[some], measured, rng, depths=recipe.depths, panel_rate=0.0)
+    hidden = hide(module.tokens(whole.counts, gene_index=whole.genes), recipe, rng)
+    return Step(tokens, torch.from_numpy(code), hidden)
 
 
 @torch.no_grad()
-def start_from_pca(module: ScBERTModule, sets: list[TrainingSet], recipe: Recipe) -> None:
-    """Let gene vectors start as what gene2vec is to the original: genes that vary together are near each other.
+def start_from_pca(module: ScBERTModule, corpus: Corpus, recipe: Recipe) -> None:
+    """Let the untrained network compute a PCA: what it has to learn first would else be to multiply genes and bins.
 
-    All but eight dimensions are a gene's loadings on the principal components of the pooled training cells (log1p,
-    per set centred and of equal weight, per gene scaled), at the same length for all genes; four are its mean.
+    A position's vector is that of its gene, in all but `token_width` dimensions, plus that of its bin, in these. The
+    class token pays each position an attention that grows as the bin's number and hardly sees bin 0; what it reads are
+    the gene vectors, principal axes of pooled cells. Its state is then a weighted mean of them, which is centred, and
+    whose length the last norm takes away.
     """
-    centred, rates = [], []
-    for data in sets:
-        depth = np.maximum(np.asarray(data.counts.sum(axis=1)).ravel(), 1.0)
-        x = sp.csr_matrix(sp.diags(TARGET_SUM / depth) @ data.counts).log1p().toarray().astype(np.float32)
-        centred.append((x - x.mean(axis=0)) / np.sqrt(len(x)))
-        rates.append(np.asarray(data.counts.sum(axis=0)).ravel() / data.counts.sum())
-    pooled = np.concatenate(centred)
-    pooled /= np.sqrt((pooled**2).sum(axis=0) + 1e-4)
-    n_components = recipe.n_hidden - 8
-    loadings = randomized_svd(pooled, n_components, random_state=recipe.seed)[2].T
-    length = np.linalg.norm(loadings, axis=1, keepdims=True)
-    n_measured = np.bincount(np.concatenate([data.measured for data in sets]), minlength=recipe.n_genes)
-    rate = np.log(np.sum(rates, axis=0) / np.maximum(n_measured, 1) + 1e-7)
-    vectors = module.embedder.gene_vectors
-    vectors[:, :n_components] = torch.from_numpy(loadings * np.sqrt(n_components) / np.maximum(length, 1e-6))
-    vectors[:, n_components : n_components + 4] = torch.from_numpy((rate - rate.mean()) / rate.std())[:, None]
+    n_axes = recipe.n_hidden - recipe.token_width
+    axes, _ = pooled_axes(
+        corpus.sources,
+        corpus.share,
+        n_axes,
+        cells=recipe.start_cells,
+        target_sum=recipe.target_sum,
+        seed=recipe.seed,
+    )
+    embedder, layer = module.embedder, module.encoder[0]
+    attention = layer.attention
+    embedder.gene_vectors.normal_(std=0.02)
+    embedder.gene_vectors[:, :n_axes] = torch.from_numpy(axes / axes.std()).float() * 0.35
+    width = recipe.token_width
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(width)] for i in range(width)])
+    height = recipe.height * math.sqrt(recipe.n_hidden / width)  # so that the first norm hardly sees the gene
+    embedder.token_embedding.weight.normal_(std=0.02)
+    embedder.token_embedding.weight[:, n_axes:] = height * signs[1 : module.n_bins + 3]
+    target = torch.tensor([1e-3, *range(1, module.n_bins + 1), 1e-3])
+    query, keys = weights_of_bins(attention, target)
+    patterns = embedder.token_embedding.weight[:, n_axes:] / recipe.n_hidden / recipe.height  # over their squared length
+    per_head = range(attention.n_heads)
+    for linear in (attention.query, attention.key, attention.value):
+        linear.weight.normal_(std=0.01)
+    for head in per_head:
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        attention.query.weight[rows, n_axes:] += query[:, None] * patterns[0]
+        attention.key.weight[rows, n_axes:] += keys.T @ patterns
+    n_read = n_axes // attention.n_heads
+    attention.out.weight.normal_(std=0.005)
+    attention.out.bias.zero_()
+    for axis in range(n_axes):
+        row = (axis % attention.n_heads) * attention.head_dim + axis // attention.n_heads
+        assert axis // attention.n_heads < min(n_read + 1, attention.head_dim)
+        attention.value.weight[row, axis] += recipe.height
+        attention.out.weight[axis, row] += 1.0
+    layer.ff2.weight.mul_(0.1)
+    layer.ff2.bias.zero_()
+    centre(module, corpus, recipe)
 
 
-def draw_cells(
-    sets: list[TrainingSet], recipe: Recipe, positions: int, rng: np.random.Generator
-) -> tuple[TrainingSet, np.ndarray]:
-    """A set and counts `(cells, genes)` of cells with about as many expressed genes each, thinned.
-
-    Sets are drawn by the square root of their size.
-    """
-    size = np.sqrt([data.counts.shape[0] for data in sets])
-    data = sets[rng.choice(len(sets), p=size / size.sum())]
-    counts = data.counts[rng.permutation(data.counts.shape[0])[:192]]
-    depth = np.asarray(counts.sum(axis=1)).ravel()
-    keep = np.minimum(1.0, np.exp(rng.uniform(*np.log(recipe.depth), len(depth))) / np.maximum(depth, 1.0))
-    counts.data = rng.binomial(counts.data.astype(np.int64), np.repeat(keep, np.diff(counts.indptr)))
-    counts.eliminate_zeros()
-    n_expressed = np.diff(counts.indptr)
-    order = np.argsort(n_expressed)
-    first = int(rng.integers(len(order)))
-    room = (n_expressed[order[first:]] + recipe.n_zero_genes) * np.arange(1, len(order) - first + 1)
-    n_cells = max(int(np.searchsorted(room, positions)), 1)
-    chosen = order[max(first - 4, 0) : first + n_cells]  # at least five, but at the shallow end
-    return data, counts[chosen].toarray().astype(np.float32)
-
-
-def minibatch(counts: np.ndarray, n_zero_genes: int, rng: np.random.Generator) -> Minibatch:
-    """All expressed genes of each cell and a random sample of the others, as many in all for every cell.
-
-    The sample follows one order for all cells, so that it does not set them apart.
-    """
-    tokens = counts_to_bins(torch.from_numpy(counts)).numpy()
-    n_genes, n_expressed = tokens.shape[1], (tokens > 0).sum(axis=1, keepdims=True)
-    n_positions = min(int(n_expressed.max()) + n_zero_genes, n_genes)
-    order = rng.permutation(n_genes) - n_genes * (tokens > 0)
-    genes = np.argpartition(order, n_positions - 1, axis=1)[:, :n_positions]
-    kept = np.take_along_axis(tokens, genes, axis=1)
-    stands_for = (n_genes - n_expressed) / np.maximum(n_positions - n_expressed, 1)
-    weight = np.where(kept > 0, 1.0, stands_for).astype(np.float32)
-    return Minibatch(torch.from_numpy(kept), torch.from_numpy(genes), torch.from_numpy(weight))
-
-
-def steps_of(sets: list[TrainingSet], recipe: Recipe) -> Iterator[Step]:
-    """What is seen in each step."""
+@torch.no_grad()
+def centre(module: ScBERTModule, corpus: Corpus, recipe: Recipe) -> None:
+    """Let the class token's state be around 0, with components of about 1."""
     rng = np.random.default_rng(recipe.seed)
-    for step in count(1):
-        _, counts = draw_cells(sets, recipe, recipe.positions, rng)
-        batch = minibatch(counts, recipe.n_zero_genes, rng)
-        mask = sample_mask(batch.tokens.numpy(), rng, rate=recipe.mask_rate, replace=recipe.replace_rate)
-        views: list[Minibatch] = []
-        if step % recipe.contrast_every == 0:
-            data, counts = draw_cells(sets, recipe, recipe.positions, rng)
-            for half in np.array_split(rng.permutation(data.measured), 2):
-                view = np.zeros_like(counts)
-                view[:, half] = counts[:, half]
-                views.append(minibatch(view, recipe.n_zero_genes // 2, rng))
-        yield Step(batch, *(torch.from_numpy(part) for part in mask), tuple(views))
+    layer, read = module.encoder[0], []
+    catch = layer.norm2.register_forward_hook(lambda _, given, __: read.append(given[0]))
+    for source in corpus.sources:
+        module.pool(module.tokens(draw_cells(source, 32, 0.0, rng)[0]))
+    catch.remove()
+    state = torch.cat(read)
+    n_axes = recipe.n_hidden - recipe.token_width
+    scale = 1.0 / state[:, :n_axes].std(0).square().mean().sqrt()
+    attention = layer.attention
+    attention.out.weight[:n_axes] *= scale
+    attention.out.bias[:n_axes] = -scale * state[:, :n_axes].mean(0)
+    attention.out.bias[n_axes:] = -state[:, n_axes:].mean(0)
+
+
+@torch.enable_grad()
+def weights_of_bins(attention: FavorAttention, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A query `(head_dim,)` and a key for each token `(tokens, head_dim)` that give weights in proportion to `target`."""
+    scale = attention.head_dim**-0.25
+    features = attention.projection * scale
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(attention.head_dim, generator=generator).requires_grad_()
+    keys = (0.5 * torch.randn(len(target), attention.head_dim, generator=generator)).requires_grad_()
+    optimizer = torch.optim.Adam([query, keys], lr=0.03)
+    for _ in range(600):
+        of_query = (features @ query - (scale * query).square().sum() / 2).exp()
+        of_keys = (keys @ features.T - (scale * keys).square().sum(1, keepdim=True) / 2).exp()
+        difference = (of_keys @ of_query).log() - target.log()
+        loss = (difference - difference[1]).square().mean() + 1e-4 * (query.square().sum() + keys.square().mean())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    log.info("weights of the bins at the start: %s", (difference - difference[1]).exp().detach().numpy().round(3))
+    return query.detach(), keys.detach()
 
 
 class StarterPlan(Plan):
-    """The original's objective, and at times the contrast of two random halves of the measured genes."""
+    """Contrast of views and of labels, and the bins of hidden genes; the temperature is learned."""
 
     def __init__(self, module: ScBERTModule, recipe: Recipe) -> None:
         super().__init__(
             module, n_steps=recipe.steps, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         self.recipe = recipe
+        self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(recipe.temperature)))
 
-    def training_step(self, batch: Step, batch_idx: int) -> torch.Tensor:
-        seen, selected, replaced, views = batch
-        hidden = seen.hidden(self.module, seen.tokens.masked_fill(replaced, self.module.n_bins + 1))
-        loss = F.cross_entropy(self.module.predict_bins(hidden[selected]), seen.tokens[selected].long())
-        parts = {"train_masked": loss.detach()}
-        if views:
-            contrast = self._contrast(views)
-            chance = float(np.log(len(views[0].tokens)))
-            parts |= {"train_contrast": contrast.detach(), "train_contrast_floor_chance": chance}
-            loss = loss + self.recipe.contrast_weight * contrast
-        self.log_epoch(parts, 1, shown="train_masked")  # each step counts the same
+    def training_step(self, batch: Step, batch_idx: int) -> Tensor:
+        first, second = self.module.pool(batch.tokens).chunk(2)
+        temperature = self.log_temperature.clamp(-4.0, 0.0).exp()
+        views = info_nce(first, second, temperature=temperature)
+        labels = label_contrast(first, second, batch.code, temperature=temperature)
+        states = batch.hidden.seen.states(self.module, slice(-1 - batch.hidden.bins.shape[1], -1))
+        asked = batch.hidden.asked
+        logits = self.module.predict_bins(states[asked])
+        masked = F.cross_entropy(logits, batch.hidden.bins[asked].long()) if len(logits) else views * 0.0
+        loss = views + labels + self.recipe.masked_weight * masked
+        self.log_epoch(
+            {
+                "loss": loss.detach(),
+                "view_contrast": views.detach(),
+                "view_contrast_floor_chance": math.log(len(first)),
+                "label_contrast": labels.detach(),
+                "label_contrast_floor_chance": chance_of_labels(batch.code),
+                "masked": masked.detach(),
+                "temperature": temperature.detach(),
+            },
+            1,  # each step counts the same
+            shown="loss",
+        )
         return loss
-
-    def _contrast(self, views: tuple[Minibatch, ...]) -> torch.Tensor:
-        """By the mean over all genes and by that over the expressed ones, as the library's."""
-        pooled: list[list[torch.Tensor]] = []
-        for view in views:
-            hidden = view.hidden(self.module, view.tokens)
-            pooled.append([])
-            for weight in (view.weight, (view.tokens > 0).float()):
-                share = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-                mean = torch.bmm(share[:, None], hidden).squeeze(1)
-                pooled[-1].append(mean - mean.mean(0))
-        temperature = self.recipe.temperature
-        losses = [info_nce(*pair, temperature=temperature) for pair in zip(*pooled, strict=True)]
-        return torch.stack(losses).mean()
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            betas=(0.9, 0.98),
-        )
+        groups: list[dict[str, Any]] = [{"params": [self.log_temperature], "weight_decay": 0.0}]
+        for name, parameter in self.module.named_parameters():
+            rate = recipe.table_rate if name == "embedder.gene_vectors" else 1.0
+            groups.append({"params": [parameter], "lr": rate * recipe.learning_rate})
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         schedule = LambdaLR(
             optimizer, lambda i: min(1.0, (i + 1) / recipe.warm_up) * cosine(i + 1, recipe.steps)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def train_on(
-    recipe: Recipe,
-    cells: list[CellSet],
-    mask: dict[str, np.ndarray],
-    vocabulary: pd.DataFrame,
-    names: pd.DataFrame,
-) -> ScBERT:
-    """Train on the cells that are not held out."""
+def build(corpus: Corpus, recipe: Recipe) -> ScBERT:
+    """The network before training."""
     torch.manual_seed(recipe.seed)
-    moved = [to_vocabulary(subset(c, ~mask[c.name]), vocabulary, names) for c in cells]
-    sets = [TrainingSet(c.counts, np.flatnonzero(measured)) for c, measured in moved]
-    adata = trained_on([c for c, _ in moved])
+    ids = corpus.vocabulary["ensembl_id"]
+    adata = ad.AnnData(sp.csr_matrix(np.ones((2, len(ids)), np.float32)), var=pd.DataFrame(index=ids))
     ScBERT.setup_anndata(adata)
-    network = {name: getattr(recipe, name) for name in ("n_hidden", "n_layers", "n_heads", "head_dim")}
-    model = ScBERT(adata, genes=vocabulary, **network)
-    start_from_pca(model.module, sets, recipe)
-    drawn = steps_of(sets, recipe)
-    plan = StarterPlan(model.module, recipe)
-    steps = {"n_train": adata.n_obs, "steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
-    train(model, plan, lambda: next(drawn), **steps)
+    names = ("n_hidden", "n_layers", "n_heads", "head_dim", "n_bins", "n_features", "pooling")
+    model = ScBERT(adata, genes=corpus.vocabulary, **{name: getattr(recipe, name) for name in names})
+    start_from_pca(model.module, corpus, recipe)
     return model
 
 
+def train_on(corpus: Corpus, recipe: Recipe, callbacks: Sequence[Any] = ()) -> ScBERT:
+    """Train on the cells of a corpus."""
+    model = build(corpus, recipe)
+    rng = np.random.default_rng(recipe.seed)
+    plan = StarterPlan(model.module, recipe)
+    n_train = sum(source.counts.shape[0] for source in corpus.sources if not source.is_profile)
+    steps = {"n_train": n_train, "steps": recipe.steps, "clip": recipe.clip, "average": recipe.average}
+    train(model, plan, lambda: draw_step(model.module, corpus, recipe, rng), callbacks=callbacks, **steps)
+    return model
+
+
+def write(folder: Path, model: ScBERT, recipe: Recipe, card: str) -> None:
+    """A bundle in half precision, the gene vectors in 8 bits."""
+    tensors = {name: tensor.half() for name, tensor in model.module.state_dict().items()}
+    table = "embedder.gene_vectors"
+    tensors[table] = tensors[table].to(torch.float8_e4m3fn)
+    config = {"model": "ScBERT", "network": model._network(), "recipe": asdict(recipe)}
+    write_bundle(
+        folder, state_dict=tensors, config=config, genes=model.genes, card=card, overwrite=True
+    )
+
+
 def main() -> None:
-    """Train, evaluate and write."""
+    """Train and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the .h5ad files")
     parser.add_argument("--gene-tables", type=Path, required=True, help="folder with the two GENCODE tables")
     parser.add_argument("--out", type=Path, required=True, help="folder for the bundle and training.log")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--judge", action="store_true", help="do not train, judge the weights in --out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    handlers.append(logging.FileHandler(args.out / "training.log", mode="a" if args.judge else "w"))
+    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(args.out / "training.log", mode="w")]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     torch.set_num_threads(args.threads)
-
-    recipe = Recipe()
-    cells = [read_set(args.data, name) for name in TRAINING_SETS]
-    names = read_gene_names(args.gene_tables, cells)
-    mask = held_out(cells, share=recipe.held_out_share, seed=recipe.seed)
-    unseen = [read_pbmc68k_reduced(), read_set(args.data, UNSEEN_TISSUE)]
-    if args.judge:
-        model = ScBERT.from_pretrained(args.out, as_anndata(cells[0]))
-    else:
-        log.info("%s", asdict(recipe))
-        kept = [subset(c, ~mask[c.name]) for c in cells]
-        vocabulary = choose_vocabulary(kept, names, n_genes=recipe.n_genes)
-        model = train_on(recipe, cells, mask, vocabulary, names)
-
-    def write(card: str) -> None:
-        config = {"model": "ScBERT", "network": model._network(), "recipe": asdict(recipe)}
-        write_bundle(
-            args.out,
-            state_dict=model.module.state_dict(),
-            config=config,
-            genes=model.genes,
-            card=card,
-            dtype=torch.float16,
-            overwrite=True,
-        )
-
-    if not args.judge:
-        write("Not judged yet.\n")
-    gut = next(c for c in cells if c.name == DEPTH_CONFOUNDED)
-    level, level_mask = at_equal_depth(gut, mask[gut.name], depth=1000, seed=recipe.seed)
-    masked = judge_masked(args.out, [*cells, *unseen], mask)
-    log.info("%s", masked.round(4).to_csv(index=False))
-    judged, masks = [*cells, level, *unseen], {**mask, level.name: level_mask}
-    of_random = {"n_zero_genes": RANDOM_ZERO_GENES}
-    results = judge(ScBERT, args.out, judged, masks, variants=VARIANTS, of_random=of_random)
-    log.info("%s", results.round(4).to_csv(index=False))
-    write(render_card(asdict(recipe), model, cells, mask, unseen, masked, results))
+    recipe = Recipe(seed=args.seed)
+    log.info("%s", asdict(recipe))
+    corpus = read(args.data, args.gene_tables)
+    sizes = {source.name: source.counts.shape[0] for source in corpus.sources}
+    log.info("%d genes; cells or profiles: %s", len(corpus.vocabulary), sizes)
+    write(args.out, train_on(corpus, recipe), recipe, "Not judged yet.\n")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ max_cells
     Of more cells, as many are drawn at random.
 embed_options
     Arguments of ``get_latent_representation`` by name of weights, the same for the network with random weights:
-    ``{"scbert-starter": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
+    ``{"scbert-panglao": {"n_zero_genes": 500}}`` is an approximation that saves most of the time.
 <progress>""",
     "COLUMNS": """\
 ``method``; ``kind``, an ``"embedding"`` that is evaluated or a ``"baseline"``; ``reader``, the classifier;

@@ -94,7 +94,8 @@ def write_bundle(
     peaks
         Names of peaks in order, such as `chr1:100-600`, of a model that reads ATAC.
     dtype
-        Floating point type on disk, such as `torch.float16`; by default each tensor keeps its own.
+        Floating point type on disk, such as `torch.float16`; by default each tensor keeps its own. All are read as
+        float32 where they have fewer bits, `torch.float8_e4m3fn` included.
     overwrite
         Whether to replace a bundle that is already there.
 
@@ -262,7 +263,8 @@ def _for_disk(name: str, tensor: Any, dtype: torch.dtype | None) -> torch.Tensor
     if dtype is None or not copy.is_floating_point():
         return copy
     small = copy.to(dtype)
-    if not torch.equal(small.isfinite(), copy.isfinite()):
+    # of 8 bits, the largest value stands for all that are larger
+    if not is_finite(small) or (small.element_size() == 1 and copy.abs().max() > torch.finfo(dtype).max):
         msg = f"state_dict[{name!r}] has values up to {copy.abs().max():.3g}, which {dtype} cannot hold."
         raise ValueError(msg)
     return small
@@ -272,6 +274,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     if not tensor.is_floating_point():
         return True
+    if tensor.element_size() == 1:  # of which there are no sums
+        tensor = tensor.half()
     # a finite sum has finite summands, and takes no memory; one that is not may have overflown
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 

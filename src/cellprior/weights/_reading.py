@@ -34,6 +34,7 @@ DTYPES = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
@@ -231,13 +232,14 @@ def _shape_of(part: Any, name: str, path: Path) -> torch.Tensor:
 
 
 def _in_memory(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
-    """Half precision as float32, and all of it finite."""
+    """Half precision and less as float32, and all of it finite."""
     import torch
 
     if not is_finite(tensor):
         msg = f"{path}: the tensor {name!r} has values that are not finite (NaN or infinite). These are no weights."
         raise WeightsError(msg)
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    small = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    return tensor.float() if tensor.dtype in small else tensor
 
 
 def _is_whole(value: Any) -> bool:

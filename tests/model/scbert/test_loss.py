@@ -173,17 +173,19 @@ def test_the_two_views_are_halves_of_the_measured_genes_and_have_none_in_common(
     assert not torch.equal(first, other)
 
 
-def test_a_view_is_embedded_as_cells_measured_with_its_genes_only(module, counts):
+@pytest.mark.parametrize("poolings", [("mean", "expressed"), ("cls",)])
+def test_a_view_is_embedded_as_cells_measured_with_its_genes_only(module, counts, poolings):
     module.eval()
+    module.pooling = poolings[0]
     half = (torch.arange(N_GENES) % 2).float()
     views = (counts * half, counts * (1 - half))
     losses = contrastive_losses(module, views, temperature=0.3)
     by_hand = []
-    for pooling in ("mean", "expressed"):
+    for pooling in poolings:
         z = [module.pool(module.tokens(view), pooling).detach().double().numpy() for view in views]
         a, b = ((v - v.mean(0)) / np.linalg.norm(v - v.mean(0), axis=1, keepdims=True) for v in z)
         scores = a @ b.T
-        if pooling == "mean":
+        if pooling == poolings[0]:
             found = [m.argmax(axis=1) == np.arange(12) for m in (scores, scores.T)]
         by_hand += [
             np.mean([np.log(np.exp(s / 0.3).sum()) - s[i] / 0.3 for i, s in enumerate(m)])

@@ -6,7 +6,7 @@ import torch
 from scipy.special import erf
 
 from cellprior.model.learning._annotation_plan import AnnotationHead, only_trainable
-from cellprior.model.scbert import _module
+from cellprior.model.scbert import _module, _pairs
 from cellprior.model.scbert._module import ScBERTModule, sample_genes
 
 N_GENES = 90
@@ -114,6 +114,35 @@ def test_pooling_takes_the_positions_it_says(module, tokens, pooling):
         torch.testing.assert_close(module.pool(tokens, pooling), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
+def test_with_one_layer_the_class_token_is_exact_and_so_are_its_gradients(tokens, monkeypatch, dropout_rate):
+    torch.manual_seed(0)
+    module = ScBERTModule(
+        N_GENES, n_hidden=24, n_layers=1, n_heads=3, head_dim=8, pooling="cls", dropout_rate=dropout_rate
+    ).eval()
+    with torch.no_grad():  # so that some keys fall to the kernel's floor
+        module.encoder[0].attention.query.weight *= 4
+        module.encoder[0].attention.key.weight *= 6
+    tokens[0, :7] = module.n_bins + 1  # hidden genes
+    expected = module.encode(tokens)[:, -1]
+    found = module.pool(tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    gradients = []
+    for z in (expected, found):
+        module.zero_grad()
+        (z * torch.arange(24)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert "embedder.gene_vectors" in gradients[0]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    with torch.inference_mode():
+        monkeypatch.setattr(_pairs, "CELLS", 2)
+        torch.testing.assert_close(module.pool(tokens), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module.pool(tokens[3:4]), expected[3:4], rtol=1e-5, atol=1e-5)  # without counts
+        sampled = module.pool(tokens, n_zero_genes=20)
+    assert not torch.equal(sampled, found) and torch.cosine_similarity(sampled, expected).min() > 0.9
+
+
 def test_gradients_are_the_same_when_layers_are_computed_again(module, tokens, monkeypatch):
     gradients = []
     for keep in (2**40, 0):
@@ -142,6 +171,13 @@ def test_a_sample_keeps_expressed_genes_and_lets_the_others_stand_for_all():
         assert (cell[kept] == 0).sum() == min(50, n_zero)
         if n_zero:
             assert (stands_for[cell[kept] == 0] == n_zero / 50).all()
+
+
+def test_a_sample_follows_the_order_that_it_is_given():
+    tokens = torch.zeros(1, 10, dtype=torch.uint8)
+    tokens[0, 4] = 1
+    positions, weight = sample_genes(tokens, 2, torch.arange(9, -1, -1))
+    assert positions.tolist() == [[9, 8, 4]] and weight.tolist() == [[4.5, 4.5, 1.0]]
 
 
 def test_over_all_orders_of_the_genes_a_sample_is_unbiased(monkeypatch):

@@ -238,7 +238,8 @@ def contrastive_losses(
 
     Each view is what a panel of its genes would have measured: its depth is the sum over these. Two embeddings are
     contrasted, and their losses averaged: the mean over all genes, and that over the expressed ones. In the first,
-    the gene vectors cancel out before training; alone it is learned very slowly. The embeddings of a view are centred
+    the gene vectors cancel out before training; alone it is learned very slowly. A network with ``pooling="cls"`` is
+    contrasted by its class token alone. The embeddings of a view are centred
     on their mean, as most of an untrained embedding is the same in all cells. Where several processes train together,
     the cells of all of them are contrasted.
 
@@ -253,11 +254,13 @@ def contrastive_losses(
 
     Returns
     -------
-    ``contrastive``; ``contrastive_accuracy``, the share of cells whose other view is the most similar by the mean over
-    all genes; and their floors: ``chance``, and for the accuracy ``depth``, if the view nearest in depth is taken.
+    ``contrastive``; ``contrastive_accuracy``, the share of cells whose other view is the most similar by the first of
+    the embeddings; and their floors: ``chance``, and for the accuracy ``depth``, if the view nearest in depth is taken.
     """
 
     def embed(tokens: Tensor) -> Tensor:
+        if module.pooling == "cls":
+            return module.pool(tokens)[:, None]
         hidden = module.encode(tokens)[:, :-1]
         expressed = (tokens > 0).float()
         share = expressed / expressed.sum(1, keepdim=True).clamp(min=1.0)
@@ -266,8 +269,9 @@ def contrastive_losses(
     first, second = (
         gather_cells(in_micro_batches(embed, module.tokens(view), size=micro_batch_size)) for view in views
     )
-    first, second = first - first.mean(0), second - second.mean(0)  # (cells, 2, n_hidden)
-    by_embedding = [info_nce(first[:, i], second[:, i], temperature=temperature) for i in (0, 1)]
+    first, second = first - first.mean(0), second - second.mean(0)  # (cells, embeddings, n_hidden)
+    pairs = zip(first.unbind(1), second.unbind(1), strict=True)
+    by_embedding = [info_nce(*pair, temperature=temperature) for pair in pairs]
     loss = torch.stack(by_embedding).mean()
     with torch.no_grad():
         depth, other_depth = (torch.log1p(gather_cells(view.sum(1))) for view in views)

@@ -28,6 +28,7 @@ from cellprior.model.learning._contrast import in_micro_batches
 from cellprior.model.scbert._attention import FavorAttention, KeyMax, KeySums
 from cellprior.model.scbert._inputs import counts_to_bins
 from cellprior.model.scbert._loss import cell_losses
+from cellprior.model.scbert._pairs import class_tokens
 
 # of features at a time: what a core's cache holds, and what keeps a GPU busy
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 6 * 2**20, 2**30
@@ -39,6 +40,7 @@ MAX_BINS = 253  # with two other tokens they fit a byte
 MAX_FEATURES = 2**14  # they are drawn one by one
 
 Pooling = Literal["mean", "cls", "expressed"]
+POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "expressed")
 GeneVectors = Literal["learned", "fixed"]
 
 
@@ -68,6 +70,8 @@ class ScBERTModule(BaseModuleClass):
         change each other's embedding.
     n_official_classes
         Classes of a checkpoint that the original fine-tuned: its classifier in place of the bins.
+    pooling
+        How a cell is embedded unless :meth:`pool` is told otherwise: as the weights were trained for.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ScBERTModule(BaseModuleClass):
         gene_vectors: GeneVectors = "learned",
         key_max: KeyMax = "cell",
         n_official_classes: int = 0,
+        pooling: Pooling = "mean",
     ) -> None:
         super().__init__()
         whole(n_hidden=n_hidden, n_layers=n_layers, n_heads=n_heads)
@@ -93,12 +98,14 @@ class ScBERTModule(BaseModuleClass):
         share(dropout_rate=dropout_rate)
         one_of(("learned", "fixed"), gene_vectors=gene_vectors)
         one_of(("cell", "batch"), key_max=key_max)
+        one_of(POOLINGS, pooling=pooling)
         if n_features is None:
             n_features = int(head_dim * math.log(head_dim))
         whole(most=MAX_FEATURES, n_features=n_features)
         self.n_genes, self.n_hidden, self.n_latent, self.n_bins = n_genes, n_hidden, n_hidden, n_bins
         self.key_max = key_max
         self.steps_since_redraw = 0  # rises in training; saved beside the tensors
+        self.pooling: Pooling = pooling
         self.n_zero_genes: int | None = None  # of :meth:`hidden`, see :meth:`pool`; saved beside the tensors
         self.n_kernel_values = n_heads * n_features  # of one position
         self.embedder = Embedder(n_genes, n_hidden, n_bins + 2, gene_vectors)
@@ -151,7 +158,9 @@ class ScBERTModule(BaseModuleClass):
             raise RuntimeError(msg)
         return torch.cat([self.official_head(self.encode(group)) for group in self._groups(tokens)])
 
-    def pool(self, tokens: Tensor, pooling: Pooling = "mean", *, n_zero_genes: int | None = None) -> Tensor:
+    def pool(
+        self, tokens: Tensor, pooling: Pooling | None = None, *, n_zero_genes: int | None = None
+    ) -> Tensor:
         """Embed cells; without gradients, the hidden states of a few cells are in memory at a time.
 
         Parameters
@@ -160,7 +169,7 @@ class ScBERTModule(BaseModuleClass):
             Bins ``(cells, n_genes)``.
         pooling
             ``"mean"`` over the genes, ``"expressed"`` over those above bin 0 (over all, in a cell without any), or
-            ``"cls"``, the class token, which pretraining does not train.
+            ``"cls"``, the class token; by default the network's own.
         n_zero_genes
             Approximate: besides the genes above bin 0, keep only so many of a cell's other genes, which stand for
             all of them in every sum. They come from a fixed order, so that a cell's result is always the same.
@@ -169,7 +178,8 @@ class ScBERTModule(BaseModuleClass):
         -------
         Embedding ``(cells, n_hidden)``, float32.
         """
-        if pooling not in ("mean", "cls", "expressed"):
+        pooling = self.pooling if pooling is None else pooling
+        if pooling not in POOLINGS:
             msg = f'pooling={pooling!r} is not known; choose "mean", "cls" or "expressed".'
             raise ValueError(msg)
         if n_zero_genes is not None and n_zero_genes < 1:
@@ -178,17 +188,24 @@ class ScBERTModule(BaseModuleClass):
             )
             raise ValueError(msg)
         self._check(tokens)
+        if self._by_pairs(pooling, n_zero_genes):
+            return class_tokens(self, tokens)
         pooled = partial(self._pool, pooling=pooling, n_zero_genes=n_zero_genes)
         return torch.cat(list(on_cores(pooled, self._groups(tokens), tokens.device)))
 
+    def _by_pairs(self, pooling: Pooling | None = None, n_zero_genes: int | None = None) -> bool:
+        """Whether cells are embedded by :func:`~cellprior.model.scbert._pairs.class_tokens`."""
+        of_class = (self.pooling if pooling is None else pooling) == "cls"
+        return of_class and len(self.encoder) == 1 and n_zero_genes is None and self.key_max == "cell"
+
     def hidden(self, counts: Tensor, *, gene_index: Tensor | None = None) -> Tensor:
-        """Mean over the genes ``(cells, n_hidden)`` from raw counts, what the annotation head reads.
+        """Cells as :meth:`pool` embeds them ``(cells, n_hidden)``, from raw counts: what the annotation head reads.
 
         Gradients are those of all cells, with the memory of a few.
         """
         tokens = self.tokens(counts, gene_index=gene_index)
         size = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._by_pairs(n_zero_genes=self.n_zero_genes):
             kept = self.n_genes
             if self.n_zero_genes is not None:
                 kept = min(kept, int((tokens > 0).sum(1).max()) + self.n_zero_genes)
@@ -318,23 +335,27 @@ class ScBERTModule(BaseModuleClass):
             return torch.bmm(share[:, None], hidden[:, :-1]).squeeze(1)
 
 
-def sample_genes(tokens: Tensor, n_zero_genes: int) -> tuple[Tensor, Tensor]:
+def sample_genes(tokens: Tensor, n_zero_genes: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The genes that an approximate pass keeps: the expressed ones, and some of the others.
 
     Of the genes in bin 0 in ``tokens`` ``(cells, n_genes)``, ``n_zero_genes`` are kept: the first ones in an order
-    that depends on ``n_genes`` alone. Gives positions ``(cells, kept)``, and how many genes each stands for, 0 for
-    the padding of cells that keep fewer.
+    that depends on ``n_genes`` alone, or in ``order`` ``(n_genes,)``, as training draws one for each step. Gives
+    positions ``(cells, kept)``, and how many genes each stands for, 0 for the padding of cells that keep fewer.
     """
-    n_genes = tokens.shape[1]
-    order = torch.randperm(n_genes, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+    if order is None:
+        order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))
+    order = order.to(tokens.device)
     zero = tokens[:, order] == 0
     n_zero = zero.sum(1, keepdim=True)
     kept = ~zero | (zero.cumsum(1) <= n_zero_genes)
-    n_kept = kept.sum(1, keepdim=True)
-    first = torch.sort(kept, dim=1, descending=True, stable=True).indices[:, : int(n_kept.max())]
+    n_kept = kept.sum(1)
+    row, column = kept.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=tokens.device) - (n_kept.cumsum(0) - n_kept)[row]
+    first = column.new_zeros(len(tokens), int(n_kept.max()))
+    first[row, place] = column
     stands_for = n_zero / n_zero.clamp(max=n_zero_genes)  # NaN, and not read, where no gene is in bin 0
     weight = torch.where(zero.gather(1, first), stands_for, 1.0)
-    padding = torch.arange(first.shape[1], device=tokens.device) >= n_kept
+    padding = torch.arange(first.shape[1], device=tokens.device) >= n_kept[:, None]
     return order[first], weight.masked_fill(padding, 0.0)
 
 
