@@ -98,8 +98,8 @@ def verdicts(knn: pd.DataFrame) -> str:
     difference = of_blood[STARTER] - of_blood[PCA_L2]
     level = "is level" if difference.min() >= -NEAR else "is not level"
     lines.append(
-        f"- On blood, mean of {len(BLOOD)} sets: {of_blood[STARTER].mean():.3f} beside {of_blood[PCA_L2].mean():.3f} of "
-        f"{PCA_L2}; the worst set is {difference.min():+.3f}, so that it {level} within {NEAR} on each."
+        f"- On blood, mean of {len(BLOOD)} sets: {of_blood[STARTER].mean():.3f} beside {of_blood[PCA_L2].mean():.3f} "
+        f"of {PCA_L2}; the worst set is {difference.min():+.3f}, so that it {level} within {NEAR} on each."
     )
     return "\n".join(lines)
 

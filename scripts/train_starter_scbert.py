@@ -56,7 +56,9 @@ class Recipe:
     n_zero_genes: int = 256  # unexpressed genes of a cell of which genes are hidden, at most
     pooling: str = "cls"
     token_width: int = 16  # dimensions in which tokens, and not genes, differ at first
-    height: float = 3.0  # of a token's vector: root mean square over all dimensions, where a gene's is about 0.35
+    height: float = (
+        3.0  # of a token's vector: root mean square over all dimensions, where a gene's is about 0.35
+    )
     start_cells: int = 400  # of a set, from which the PCA that the network starts from is made
     target_sum: float = 10_000.0  # of that PCA
     steps: int = 400
@@ -94,7 +96,7 @@ def read(data: Path, gene_tables: Path) -> Corpus:
 
 
 class Seen(NamedTuple):
-    """The positions of some cells that a pass sees `(cells, positions)`: bins, genes, how many genes each stands for."""
+    """The positions that a pass sees `(cells, positions)`: bins, genes, how many genes each stands for."""
 
     tokens: Tensor
     genes: Tensor
@@ -187,7 +189,9 @@ def start_from_pca(module: ScBERTModule, corpus: Corpus, recipe: Recipe) -> None
     embedder.token_embedding.weight[:, n_axes:] = height * signs[1 : module.n_bins + 3]
     target = torch.tensor([1e-3, *range(1, module.n_bins + 1), 1e-3])
     query, keys = weights_of_bins(attention, target)
-    patterns = embedder.token_embedding.weight[:, n_axes:] / recipe.n_hidden / recipe.height  # over their squared length
+    patterns = (
+        embedder.token_embedding.weight[:, n_axes:] / recipe.n_hidden / recipe.height
+    )  # over their squared length
     per_head = range(attention.n_heads)
     for linear in (attention.query, attention.key, attention.value):
         linear.weight.normal_(std=0.01)
@@ -228,7 +232,7 @@ def centre(module: ScBERTModule, corpus: Corpus, recipe: Recipe) -> None:
 
 @torch.enable_grad()
 def weights_of_bins(attention: FavorAttention, target: Tensor) -> tuple[Tensor, Tensor]:
-    """A query `(head_dim,)` and a key for each token `(tokens, head_dim)` that give weights in proportion to `target`."""
+    """A query `(head_dim,)` and keys of tokens `(tokens, head_dim)` that give weights in proportion to `target`."""
     scale = attention.head_dim**-0.25
     features = attention.projection * scale
     generator = torch.Generator().manual_seed(0)
@@ -239,11 +243,15 @@ def weights_of_bins(attention: FavorAttention, target: Tensor) -> tuple[Tensor, 
         of_query = (features @ query - (scale * query).square().sum() / 2).exp()
         of_keys = (keys @ features.T - (scale * keys).square().sum(1, keepdim=True) / 2).exp()
         difference = (of_keys @ of_query).log() - target.log()
-        loss = (difference - difference[1]).square().mean() + 1e-4 * (query.square().sum() + keys.square().mean())
+        loss = (difference - difference[1]).square().mean() + 1e-4 * (
+            query.square().sum() + keys.square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    log.info("weights of the bins at the start: %s", (difference - difference[1]).exp().detach().numpy().round(3))
+    log.info(
+        "weights of the bins at the start: %s", (difference - difference[1]).exp().detach().numpy().round(3)
+    )
     return query.detach(), keys.detach()
 
 
@@ -324,9 +332,7 @@ def write(folder: Path, model: ScBERT, recipe: Recipe, card: str) -> None:
     table = "embedder.gene_vectors"
     tensors[table] = tensors[table].to(torch.float8_e4m3fn)
     config = {"model": "ScBERT", "network": model._network(), "recipe": asdict(recipe)}
-    write_bundle(
-        folder, state_dict=tensors, config=config, genes=model.genes, card=card, overwrite=True
-    )
+    write_bundle(folder, state_dict=tensors, config=config, genes=model.genes, card=card, overwrite=True)
 
 
 def main() -> None:

@@ -39,7 +39,16 @@ ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 2**20, 2**31, 2**63, 10**400, 0.5, 1.5, -0.1, 1e308),
     *(float("nan"), float("inf"), "", "8", "vae", "\x1b[2J", [], [1], [8, 8], [[1]], {}, {"a": 1}),
 ]
-DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool, torch.complex64]
+DTYPES = [
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int8,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:

@@ -138,7 +138,9 @@ def test_with_one_layer_the_class_token_is_exact_and_so_are_its_gradients(tokens
     with torch.inference_mode():
         monkeypatch.setattr(_pairs, "CELLS", 2)
         torch.testing.assert_close(module.pool(tokens), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(module.pool(tokens[3:4]), expected[3:4], rtol=1e-5, atol=1e-5)  # without counts
+        torch.testing.assert_close(
+            module.pool(tokens[3:4]), expected[3:4], rtol=1e-5, atol=1e-5
+        )  # without counts
         sampled = module.pool(tokens, n_zero_genes=20)
     assert not torch.equal(sampled, found) and torch.cosine_similarity(sampled, expected).min() > 0.9
 

@@ -54,7 +54,7 @@ def _class_tokens(module: Any, tokens: Tensor) -> Tensor:
     of_class = embedder.token_embedding.weight[:1].float()
     scores, values, high = _read(layer, torch.cat([x, of_class]))
 
-    top = high.max()
+    top = high[:n_genes].max()  # the same for all cells; those above it are far from an overflow
     kernel = torch.exp2(scores - top)  # (pairs, heads, features)
     query = _query(layer, of_class)  # (heads, features)
     weight = torch.einsum("phm,hm->ph", kernel, query)
