@@ -57,10 +57,12 @@ def test_of_a_panel_that_it_has_not_seen_it_knows_more_than_which_bins_are_commo
     measured = torch.zeros(1, len(model.genes), dtype=torch.bool)
     measured[0, model.gene_match.index[known]] = True
     tokens = model.module.tokens(test)
-    selected = torch.from_numpy(sample_mask(tokens.numpy(), np.random.default_rng(0)).selected)
+    n_bins = model.module.n_bins
+    mask = sample_mask(tokens.numpy(), np.random.default_rng(0), n_bins=n_bins)
+    selected = torch.from_numpy(mask.selected)
     with torch.no_grad():
         losses = masked_losses(model.module, tokens, selected, selected)
-    predictions = BinFloors.fit([{"X": train}], measured, 5).predict(test, tokens, selected)
+    predictions = BinFloors.fit([{"X": train}], measured, n_bins).predict(test, tokens, selected)
     losses |= masked_floors(predictions, tokens[selected])
     for floor in ("uniform", "all_genes"):
         assert losses["masked"] < losses[f"masked_floor_{floor}"], floor

@@ -65,7 +65,7 @@ def _class_tokens(module: Any, tokens: Tensor) -> Tensor:
     changed = _sums(more - silent[genes[n_genes:]], pair, start)
     sums = (silent.sum(0) + last + changed).view(len(tokens), layer.attention.n_heads, 2, -1)
 
-    highest = _highest(tokens, *high.split([n_genes, len(pairs) - n_genes, 1]), pair, cell)
+    highest = _highest(tokens, high[:n_genes], high[n_genes:-1], high[-1], pair, cell)
     scale = torch.exp2(top - highest)[:, None, None]
     read = scale * sums[:, :, 0] + KERNEL_EPS * query.sum(1)[:, None] * sums[:, :, 1]
     out = layer.attention.out((read[..., :-1] / read[..., -1:]).flatten(1))
