@@ -146,6 +146,7 @@ def main() -> None:
         verdicts=verdicts(parts["knn"]),
         masked=plain(parts["masked"]),
         masked_share=MASK_SHARE,
+        masked_cells=MASKED_CELLS,
         runs=plain(parts["runs"]),
         speed=f"{speed:.1f}",
         expressed=f"{expressed:,.0f}",

@@ -173,11 +173,17 @@ def draw_source(corpus: Corpus, recipe: Recipe, rng: np.random.Generator) -> Sou
 
 
 def hide_some(
-    module: ScBERTModule, counts: Tensor, measured: Tensor, recipe: Recipe, rng: np.random.Generator
+    module: ScBERTModule,
+    counts: Tensor,
+    measured: Tensor,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    *,
+    panel_rate: float = 0.0,
 ) -> Hidden:
-    """Hide genes of cells that are thinned, and of which all measured genes are seen."""
-    whole = draw_view(counts, measured, rng, depths=recipe.depths, panel_rate=0.0)
-    return hide(module.tokens(whole.counts, gene_index=whole.genes), recipe, rng)
+    """Hide genes of cells that are thinned, and some of which are seen through a panel."""
+    view = draw_view(counts, measured, rng, depths=recipe.depths, panel_rate=panel_rate)
+    return hide(module.tokens(view.counts, gene_index=view.genes), recipe, rng)
 
 
 @torch.no_grad()
@@ -335,7 +341,8 @@ def train_bins(model: ScBERT, corpus: Corpus, recipe: Recipe) -> None:
         for _ in range(recipe.bins_draws):
             source = draw_source(corpus, recipe, rng)
             counts, _ = draw_cells(source, recipe.masked_cells, recipe.one_batch, rng)
-            drawn = hide_some(module, counts, torch.from_numpy(source.measured), hidden, rng)
+            measured = torch.from_numpy(source.measured)
+            drawn = hide_some(module, counts, measured, hidden, rng, panel_rate=0.5)
             states.append(drawn.seen.states(module, slice(-1 - drawn.bins.shape[1], -1))[drawn.asked])
             bins.append(drawn.bins[drawn.asked].long())
     x, bins = torch.cat(states), torch.cat(bins)
