@@ -172,6 +172,7 @@ def judge(args: argparse.Namespace, bundle: Path, cells: CollectionCells) -> dic
         table = (
             scores.groupby(["method", "reader", "metric"], sort=False)["value"].mean().unstack().reset_index()
         )
+        table["method"] = table["method"].str.replace(str(bundle), args.out.name, regex=False)
         found[f"Labels of {path.stem}, which was not trained on"] = table
     return found
 

@@ -53,12 +53,18 @@ def command(collection: Path, out: Path, *more: str) -> list[str]:
 def test_a_training_that_was_cut_short_ends_with_the_weights_of_one_that_was_not(
     script, collection, tmp_path, monkeypatch
 ):
-    assert script.main(command(collection, tmp_path / "whole")) == 0
+    kept = blood_cells()[:120]
+    del kept.layers["log"]
+    kept.obs["cell_type"] = np.where(np.asarray(kept[:, "CD3D"].X.todense()).ravel() > 0, "T cell", "other")
+    kept.write_h5ad(tmp_path / "kept.h5ad")
+    judged = ["--evaluate", str(tmp_path / "kept.h5ad"), "--labels-key", "cell_type"]
+    assert script.main(command(collection, tmp_path / "whole", *judged)) == 0
     bundle = tmp_path / "whole" / "bundle"
     log = pd.read_csv(tmp_path / "whole" / "training.csv")
     assert log["section"].tolist() == list(range(len(log))) and len(log) > 2
     assert log["validation_reconstruction_floor_gene_means"].notna().all()
     card = (bundle / "README.md").read_text()
+    assert "Labels of kept, which was not trained on" in card and "| whole | linear probe |" in card
     for word in ("floor_gene_means", "Hidden genes of held-out cells", "| gene_means |", '"section": 200'):
         assert word in card
 
