@@ -93,7 +93,7 @@ def judged(task: Task) -> list[Verdict]:
     rows = np.flatnonzero(task.codes >= 0)
     names = [method.name for method in task.methods if method.kind == "embedding"]
     latents = {
-        method.name: next(iter(method.fit(rows, 0))).values
+        method.name: next(iter(method.fit(rows, 0))).usual
         for method in task.methods
         if method.name in (*names, "PCA")
     }

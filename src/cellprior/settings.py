@@ -79,7 +79,7 @@ class Settings:
 
     @property
     def n_jobs(self) -> int | None:
-        """Cores that cells are embedded and splits of a report read on; `CELLPRIOR_N_JOBS`, or else `None`.
+        """Cores that cells are embedded and a report is made on; `CELLPRIOR_N_JOBS`, or else `None`.
 
         `None` is as many as PyTorch uses (``OMP_NUM_THREADS``, :func:`torch.set_num_threads`), of those that the
         process is bound to and that a container grants, 16 at most. Never changes a number.

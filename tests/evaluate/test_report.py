@@ -63,6 +63,12 @@ def test_a_report_is_the_same_on_any_number_of_cores(cells, monkeypatch):
         assert without[0].equals(without[1])
 
 
+def test_where_nothing_is_chosen_a_pca_has_fifty_components_and_an_embedding_all_it_has():
+    latent = np.zeros((3, 100))
+    assert _methods.Space("all genes", latent, (100, 50, 30, 20, 10)).usual.shape == (3, 50)
+    assert _methods.Space("", latent, (100,)).usual.shape == (3, 100)
+
+
 def test_shuffled_labels_are_no_signal_and_all_scores_at_chance(cells):
     adata = cells()
     adata.obs["shuffled"] = np.random.default_rng(0).permutation(adata.obs["type"])

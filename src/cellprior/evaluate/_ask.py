@@ -70,6 +70,17 @@ class Answers:
         self.said[asked].append(chosen.said)
         self.chosen[asked].append(chosen)
 
+    def take(self, others: Answers) -> None:
+        """Further answers, behind those that are there."""
+        for asked, said in others.said.items():
+            self.said[asked] += said
+        for asked, chosen in others.chosen.items():
+            self.chosen[asked] += chosen
+        for key, names in others.by_chance.items():
+            self.by_chance[key] += names
+        for name, seconds in others.seconds.items():
+            self.seconds[name] += seconds
+
     def scores(self, codes: np.ndarray) -> dict[Asked, dict[str, Draws]]:
         """Scores by draw, of which all are paired."""
         return {asked: self.resampling.classification(codes, said) for asked, said in self.said.items()}
@@ -135,68 +146,59 @@ def ask(
     labellings: np.ndarray | None = None,
     progress: bool | None = None,
 ) -> Answers:
-    """Let every method name the test cells of every split of a kind, several splits at a time.
+    """Let every method name the test cells of every split of a kind, several methods at a time.
 
     ``readers`` are `ZERO_SHOT` or `PROBES` or both, asked with all training cells if ``whole``, beside the
     classifiers that need no embedding; the `PROBES` also with ``n_per_class`` training cells of a label.
     ``labellings`` are the labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there
     is a signal.
     """
-    splits, drawn = task.splits[kind], threading.Lock()
     n_cores = 1 if any(method.alone for method in task.methods) else n_cores_used()
     for method in task.methods:
         if method.seen == "all cells" and not method.alone:
             list(method.fit(np.empty(0), 0))  # the same for all splits: not by several of them at once
     for name in task.genes.sets:
         task.genes.products(name)
+    folds, drawn = [Fold(task, split, labellings) for split in task.splits[kind]], threading.Lock()
+    asked = [*task.methods, None] if whole else task.methods
 
-    def of_split(split: Split) -> Answers:
-        answers = Answers([split], task.copies)
-        few = {n: _draw(split, task.codes, n) for n in n_per_class}
-        fold = Fold(task, split, labellings)
-        for method in task.methods:
+    def of_one(job: tuple[Fold, Method | None]) -> Answers:
+        fold, method = job
+        answers = Answers([fold.split], task.copies)
+        if method is None:
+            _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
+        else:
             with _timed(answers, method.name):
-                spaces = list(method.fit(split.train, split.seed))
+                spaces = list(method.fit(fold.split.train, fold.split.seed))
                 if whole:
                     _ask_whole(answers, fold, method, spaces, readers)
-                _ask_few(answers, task, fold, method, spaces[0].values, few)
-            with drawn:
-                steps.update()
-        if whole:
-            _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
-            _choose_baselines(task, answers, readers)
-            with drawn:
-                steps.update()
+                few = {n: _draw(fold.split, task.codes, n) for n in n_per_class}
+                _ask_few(answers, task, fold, method, spaces[0].usual, few)
+        with drawn:
+            steps.update()
         return answers
 
-    n_steps = len(splits) * (len(task.methods) + whole)
+    jobs = [(fold, method) for fold in folds for method in asked]
     with (
-        bar(n_steps, kind, unit=" methods", progress=progress) as steps,
+        bar(len(jobs), kind, unit=" methods", progress=progress) as steps,
         warnings.catch_warnings(),
         threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(n_cores) as pool,
     ):
         warnings.simplefilter("ignore")  # filters are of all threads, so what one of them ignores, all do
         try:
-            parts = list(pool.map(of_split, splits))
+            parts = list(pool.map(of_one, jobs))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return _joined(task, parts)
-
-
-def _joined(task: Task, of_splits: Sequence[Answers]) -> Answers:
-    """Answers on several splits, in their order."""
-    answers = Answers([split for one in of_splits for split in one.splits], task.copies)
-    for one in of_splits:
-        for asked, said in one.said.items():
-            answers.said[asked] += said
-        for asked, chosen in one.chosen.items():
-            answers.chosen[asked] += chosen
-        for key, names in one.by_chance.items():
-            answers.by_chance[key] += names
-        for name, seconds in one.seconds.items():
-            answers.seconds[name] += seconds
+    answers = Answers(task.splits[kind], task.copies)
+    for i, fold in enumerate(folds):
+        of_split = Answers([fold.split], task.copies)
+        for part in parts[i * len(asked) : (i + 1) * len(asked)]:
+            of_split.take(part)
+        if whole:
+            _choose_baselines(task, of_split, readers)
+        answers.take(of_split)
     return answers
 
 

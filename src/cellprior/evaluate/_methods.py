@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ Seen = Literal["no cell", "training cells", "all cells"]
 
 ALL = "all genes"
 SIZES = (100, 50, 30, 20, 10)  # components among which one is chosen
+USUAL = 50  # where none is
 N_HIGHLY_VARIABLE = 2000
 MOST_CELLS = 6000  # for which products of all cells with all cells, over all genes, are computed
 CHUNK = 2000  # genes of these products at a time
@@ -37,6 +39,11 @@ class Space(NamedTuple):
     """``(cells, dimensions)``"""
     sizes: tuple[int, ...]
     """Numbers of leading dimensions to choose from, all of them first."""
+
+    @property
+    def usual(self) -> np.ndarray:
+        """All dimensions, or the usual number of components, where nothing is chosen ``(cells, n)``."""
+        return self.values[:, : USUAL if USUAL in self.sizes else None]
 
 
 Fit: TypeAlias = Callable[[np.ndarray, int], Iterable[Space]]
@@ -78,13 +85,19 @@ class Genes:
         if log.shape[0] <= MOST_CELLS and log.shape[1] > N_HIGHLY_VARIABLE:
             self.sets[ALL] = np.arange(log.shape[1])
         self.products = cache(self._products)
-        self.variable = lru_cache(maxsize=max(2, n_cores_used()))(self._variable)  # of the splits in work
+        self._of_rows = lru_cache(maxsize=max(2, n_cores_used()))(self._variable)  # of the splits in work
+        self._one_at_a_time = threading.Lock()
 
     def add(self, name: str, genes: np.ndarray) -> None:
         """A further set, unless it is one of those that are there."""
         known = [np.arange(self.log.shape[1]), *self.sets.values()]
         if self.log.shape[0] <= MOST_CELLS and not any(np.array_equal(genes, others) for others in known):
             self.sets[name] = genes
+
+    def variable(self, rows: np.ndarray) -> np.ndarray:
+        """Expression of the genes that vary most among some cells, of all cells ``(cells, genes)``."""
+        with self._one_at_a_time:  # PCA and the genes themselves ask for the same
+            return self._of_rows(tuple(rows.tolist()))
 
     def _products(self, name: str) -> np.ndarray:
         """Products of the cells over a set of genes, float32 ``(cells, cells)``."""
@@ -103,7 +116,6 @@ class Genes:
         return found
 
     def _variable(self, rows: tuple[int, ...]) -> np.ndarray:
-        """Expression of the genes that vary most among some cells, of all cells ``(cells, genes)``."""
         return np.asarray(self.log[:, highly_variable(self.log[list(rows)])].toarray())
 
 
@@ -115,7 +127,7 @@ def pca(name: str, genes: Genes, *, seen: Seen = "training cells") -> Method:
 
     def fit(rows: np.ndarray, seed: int) -> Iterator[Space]:
         rows = np.arange(genes.log.shape[0]) if seen == "all cells" else rows
-        expression = genes.variable(tuple(rows.tolist()))
+        expression = genes.variable(rows)
         yield space(f"{expression.shape[1]:,} variable genes", _components(expression, rows))
         for words in genes.sets:
             yield space(words, _components_of_products(genes.products(words), rows))
@@ -163,7 +175,7 @@ def variable_genes(genes: Genes) -> Method:
     """The genes themselves that vary most among training cells, as an embedding."""
 
     def fit(rows: np.ndarray, seed: int) -> list[Space]:
-        values = genes.variable(tuple(rows.tolist()))
+        values = genes.variable(rows)
         return [Space("", values, values.shape[1:])]
 
     return Method("HVG", "baseline", fit)

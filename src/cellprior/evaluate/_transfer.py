@@ -226,7 +226,7 @@ def _centred(genes: methods.Genes, of_study: np.ndarray) -> Method:
     """Variable genes of the reference, the mean of each study at the origin."""
 
     def fit(rows: np.ndarray, seed: int) -> list[Space]:
-        values = genes.variable(tuple(rows.tolist())).copy()
+        values = genes.variable(rows).copy()
         for study in np.unique(of_study):
             values[of_study == study] -= values[of_study == study].mean(axis=0)
         return [Space("", values, values.shape[1:])]
@@ -244,7 +244,7 @@ def _harmony(joint: Method, of_study: np.ndarray) -> Method:
         obs = pd.DataFrame({"study": of_study.astype(str)})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = harmonypy.run_harmony(space.values, obs, "study", random_state=seed, verbose=False)
+            found = harmonypy.run_harmony(space.usual, obs, "study", random_state=seed, verbose=False)
         moved = np.asarray(found.Z_corr)
         values = moved.T if moved.shape[0] != len(of_study) else moved
         return [Space("", values.astype(np.float32), values.shape[1:])]
