@@ -4,7 +4,7 @@
 
 FOLDER holds pbmc3k_seurat.h5ad. Cells of it are embedded beside no, one and two processes that keep a core busy, in two
 ways in turn: as this package does, several cells or chunks at a time with one core each; and with each product divided
-between all cores, as PyTorch does by itself. Networks are of the released sizes with random weights, and the starter.
+between all cores, as PyTorch does by itself. Networks are of the released sizes with random weights, and the starters.
 Printed are seconds a cell (the median of the rounds), and each as a multiple of the same way without neighbours. The
 machine should be quiet otherwise.
 """
@@ -28,13 +28,21 @@ import torch
 import cellprior as cp
 from cellprior.model.engine import _cores
 
-CELLS = {"CellPLM starter": 2048, "CellPLM": 1024, "ScBERT": 4, "Geneformer": 64, "ScGPT": 16}
+CELLS = {
+    "CellPLM starter": 2048,
+    "ScBERT starter": 512,
+    "CellPLM": 1024,
+    "ScBERT": 4,
+    "Geneformer": 64,
+    "ScGPT": 16,
+}
 NEIGHBOURS = (0, 1, 2)
 
 
 def models(adata: ad.AnnData) -> Iterator[tuple[str, Any]]:
     """Each network with a name."""
     yield "CellPLM starter", lambda: cp.model.CellPLM.from_pretrained("cellplm-starter")
+    yield "ScBERT starter", lambda: cp.model.ScBERT.from_pretrained("scbert-starter")
     for name in ("CellPLM", "ScBERT", "Geneformer", "ScGPT"):
         yield name, lambda name=name: _random(getattr(cp.model, name), adata)
 
