@@ -246,7 +246,7 @@ def test_held_out_cells_that_have_been_seen_are_told(adata, tmp_path):
     with pytest.warns(UserWarning, match="other cells are held out") as said:
         model.train(max_epochs=1, train_size=0.5, **QUIET)
     n_seen = len(np.intersect1d(model.validation_indices, seen))
-    assert f"{n_seen} of 45 have been seen in training" in str(said[0].message)
+    assert f"{n_seen} of these 45 have been seen in training" in str(said[0].message)
     model.save_pretrained(tmp_path / "bundle")
     other = CellPLM.from_pretrained(tmp_path / "bundle", adata[:60].copy())
     with pytest.warns(

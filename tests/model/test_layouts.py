@@ -156,7 +156,7 @@ def test_a_saved_model_finds_the_counts_in_raw_again(bundle, expected, tmp_path)
     np.testing.assert_allclose(loaded.get_latent_representation(), expected, **CLOSE)
     np.testing.assert_allclose(loaded.get_latent_representation(cellxgene()), expected, **CLOSE)
     assert loaded.gene_match.var_names.tolist() == names("ENSG")
-    with pytest.raises(ValueError, match="no layer 'raw' in the AnnData.*said, here or in the setup"):
+    with pytest.raises(ValueError, match="no layer 'raw' in the AnnData.*given here or in the setup"):
         loaded.get_latent_representation(plain())
 
 
