@@ -11,8 +11,7 @@ donor's counts are thinned for each method by as much as chance says, so that ga
 What both say of each cell is written to the folder KEPT, a file for each repetition; what is there already is not drawn
 again. Printed, from all files with numbers of the range that is asked for, are the rates of the outcomes, how often the
 interval holds the true difference (the mean over all repetitions where there is a gain, 0 where there is none), and its
-mean half-width. With fewer than four donors, "helps" and "worse" are said of these donors only. Constants of the
-intervals are chosen with one range of numbers and looked at with another.
+mean half-width. With fewer than four donors, "helps" and "worse" are said of these donors only.
 """
 
 from __future__ import annotations

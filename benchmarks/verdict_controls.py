@@ -41,9 +41,9 @@ import pandas as pd
 from cellprior.evaluate._ask import KNN, LINEAR, ask
 from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._methods import highly_variable
-from cellprior.evaluate._null import p_value, permuted
+from cellprior.evaluate._null import groups, p_value, permuted
 from cellprior.evaluate._preserved import preserved
-from cellprior.evaluate._splits import HELD_OUT, random_folds
+from cellprior.evaluate._splits import random_folds
 from cellprior.evaluate._task import Task, make_task
 from cellprior.evaluate._verdict import WITHIN_TYPES, Verdict, judge
 
@@ -86,7 +86,8 @@ def verdicts(
 def judged(task: Task) -> list[Verdict]:
     """Verdicts from the headline splits, with the test for a signal and neighbours within types, as in a report."""
     headline = next(iter(task.splits))
-    labellings = permuted(task.codes, task.copies, task.batches if headline == HELD_OUT else None)
+    among = groups(task.n_obs, task.splits[headline], task.batches)
+    labellings = permuted(task.codes, task.copies, among)
     answers = ask(task, headline, (KNN, LINEAR), labellings=labellings, progress=False)
     scores = answers.scores(task.codes)
     signal = p_value(list(answers.by_chance.values()), labellings, task.splits[headline])

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import ttest_1samp
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from cellprior.evaluate._intervals import OF_BATCHES, Resampling, compared, interval
+from cellprior.evaluate._intervals import Resampling, compared, interval
 from cellprior.evaluate._splits import (
     HELD_OUT,
     RANDOM,
@@ -103,8 +103,10 @@ def test_the_interval_of_held_out_batches_is_that_of_a_t_test_on_their_differenc
     value, low, high = draws.interval(difference)
     assert value == pytest.approx(np.mean(each))
     # wider than Student's, as the batches' training cells are in part the same
-    np.testing.assert_allclose((low - value, high - value), OF_BATCHES * (expected - value), rtol=1e-6)
-    assert draws.error(difference) == pytest.approx(OF_BATCHES * np.std(each, ddof=1) / 2)
+    np.testing.assert_allclose(
+        (low - value, high - value), np.sqrt(1 + 4 / 3) * (expected - value), rtol=1e-6
+    )
+    assert draws.error(difference) == pytest.approx(np.std(each, ddof=1) * np.sqrt(1 / 4 + 1 / 3))
     np.testing.assert_allclose(difference[1:], each)
 
 

@@ -14,8 +14,8 @@ from sklearn.neighbors import NearestCentroid
 import cellprior as cp
 from cellprior.evaluate import _ask, _methods, _neighbors, _probes, _task
 from cellprior.evaluate._expression import log_normalised
-from cellprior.evaluate._null import p_value, permuted
-from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split
+from cellprior.evaluate._null import groups, p_value, permuted
+from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, random_folds
 from cellprior.evaluate._task import CHOSEN_OF_ALL, ON_GENES, PCA_OF_ALL
 from cellprior.model import NotCountsError
 
@@ -236,14 +236,24 @@ def test_there_is_a_signal_if_the_best_of_all_readings_is_better_than_the_best_o
 
 def test_permuted_labels_stay_within_their_batch_and_copies_have_one():
     codes, batches = np.repeat([0, 1], 50), pd.Series(np.tile(["a", "b"], 50))
+    held_out = [Split(HELD_OUT, 0, "a", np.arange(50), np.arange(50))]
+    within = groups(100, held_out, batches)
     codes[:4] = -1
     alike = np.r_[np.arange(98), 10, 12]
-    for again in permuted(codes, alike, batches)[1:]:
+    for again in permuted(codes, alike, within)[1:]:
         assert (again[:4] == -1).all() and again[98] == again[10] and again[99] == again[12]
-    one = permuted(codes, np.arange(100), batches)[1]
+    one = permuted(codes, np.arange(100), within)[1]
     for name in ("a", "b"):
         own = (batches == name).to_numpy()
         np.testing.assert_array_equal(np.bincount(one[own] + 1), np.bincount(codes[own] + 1))
+
+
+def test_permuted_labels_are_stratified_like_the_labels_that_the_parts_were_made_from():
+    codes = np.random.default_rng(0).choice(3, 100, p=[0.6, 0.3, 0.1])
+    splits = random_folds(codes, seeds=5, test_size=0.2)
+    for again in permuted(codes, np.arange(100), groups(100, splits, None))[1:]:
+        for split in splits:
+            np.testing.assert_array_equal(np.bincount(again[split.test]), np.bincount(codes[split.test]))
 
 
 def test_ridge_is_that_of_scikit_learn_by_features_and_by_products():

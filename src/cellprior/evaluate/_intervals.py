@@ -15,9 +15,6 @@ from cellprior.evaluate._splits import Split
 
 N_DRAWS = 1000
 LEVEL = 0.95
-# By how much Student's interval of batches is wider, as the same training cells speak for several of them. Found by
-# benchmarks/verdict.py: what is said of random splits, below, would be 1.5, as if no batch were a world of its own.
-OF_BATCHES = 1.2
 CLASS_SCORES = ("macro_f1", "balanced_accuracy", "accuracy")
 
 Draws: TypeAlias = np.ndarray
@@ -37,8 +34,9 @@ class Resampling:
     Inference for the generalization error, Machine Learning 52:239, 2003].
 
     Held-out batches: each batch is a unit (its splits are taken together: two fits are not two batches), and the
-    interval is Student's, of the mean of the units, `OF_BATCHES` as wide. A bootstrap of two or three units is far too
-    sure.
+    interval is Student's, of the mean of the :math:`n` units, with :math:`1 / n + 1 / (n - 1)` instead of
+    :math:`1 / n` in its variance, as the units share what they learn from [ibid.]. A bootstrap of two or three units is
+    far too sure.
 
     Parameters
     ----------
@@ -130,7 +128,8 @@ class Resampling:
     def error(self, draws: Draws) -> float:
         """Standard error of a score, or of a difference of two."""
         spread = float(np.nanstd(draws[1:], ddof=1))
-        return OF_BATCHES * spread / np.sqrt(self.n_units) if self.n_units else spread
+        n = self.n_units
+        return float(spread * np.sqrt(1 / n + 1 / (n - 1))) if n else spread
 
     def sure(self) -> float:
         """Standard errors between a gain that is found four times of five and none."""

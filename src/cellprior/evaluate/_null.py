@@ -8,26 +8,40 @@ import numpy as np
 import pandas as pd
 
 from cellprior.evaluate._neighbors import macro_f1
-from cellprior.evaluate._splits import Split
+from cellprior.evaluate._splits import HELD_OUT, Split
 
 N_PERMUTATIONS = 100
 
 
-def permuted(codes: np.ndarray, copies: np.ndarray, batches: pd.Series | None) -> np.ndarray:
+def groups(n_cells: int, splits: Sequence[Split], batches: pd.Series | None) -> np.ndarray:
+    """Within which labels are drawn again ``(cells,)``: batches if they are held out, otherwise the parts that are.
+
+    Parts are stratified by the labels. Labels drawn over all cells would not be, so each method would read them worse
+    than labels without a signal that the parts were made from.
+    """
+    if splits[0].kind == HELD_OUT and batches is not None:
+        return np.asarray(pd.factorize(batches)[0])
+    part = np.full(n_cells, -1)
+    for i, split in reversed(list(enumerate(splits))):  # of several divisions, the first
+        part[split.test] = i
+    return part
+
+
+def permuted(codes: np.ndarray, copies: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     """The labels, and then permutations of them ``(1 + permutations, cells)``.
 
-    Within each batch, if there are batches; copies of a cell keep one label among them. A cell without a label, -1,
-    stays so; ``copies`` is the same number for cells with the same counts ``(cells,)``.
+    Within each of the :func:`groups`, if there are any; copies of a cell keep one label among them. A cell without a
+    label, -1, stays so; ``copies`` is the same number for cells with the same counts ``(cells,)``.
     """
     rng = np.random.default_rng(0)
     rows = np.flatnonzero(codes >= 0)
     first, of_cell = np.unique(copies[rows], return_index=True, return_inverse=True)[1:]
     labels = codes[rows][first]
-    batch = np.zeros(len(first), dtype=int) if batches is None else pd.factorize(batches.iloc[rows[first]])[0]
-    order = np.argsort(batch, kind="stable")
+    group = np.zeros(len(first), dtype=int) if groups is None else groups[rows[first]]
+    order = np.argsort(group, kind="stable")
     found = np.repeat(codes[None], 1 + N_PERMUTATIONS, axis=0)
     for again in found[1:]:
-        within = order[np.lexsort((rng.random(len(order)), batch[order]))]
+        within = order[np.lexsort((rng.random(len(order)), group[order]))]
         drawn = np.empty_like(labels)
         drawn[order] = labels[within]
         again[rows] = drawn[of_cell]

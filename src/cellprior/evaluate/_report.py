@@ -15,9 +15,8 @@ from anndata import AnnData
 
 from cellprior.evaluate._ask import KNN, LINEAR, PROBES, ZERO_SHOT, Answers, ask, tabulate
 from cellprior.evaluate._metrics import f1, tally
-from cellprior.evaluate._null import p_value, permuted
+from cellprior.evaluate._null import groups, p_value, permuted
 from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol
-from cellprior.evaluate._splits import HELD_OUT
 from cellprior.evaluate._structure import ALL_CELLS, structure
 from cellprior.evaluate._task import CHOSEN, CHOSEN_OF_ALL, MAJORITY, Embeddings, Task, make_task
 from cellprior.evaluate._verdict import METRIC, WITHIN_TYPES, Verdict, judge
@@ -122,7 +121,8 @@ def report(
     start = time.perf_counter()
     task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     headline = next(iter(task.splits))
-    labellings = permuted(task.codes, task.copies, task.batches if headline == HELD_OUT else None)
+    among = groups(task.n_obs, task.splits[headline], task.batches)
+    labellings = permuted(task.codes, task.copies, among)
     answers = {
         kind: ask(
             task,
