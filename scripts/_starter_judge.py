@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,36 +270,58 @@ def sources(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Judge, and write the card into the bundle."""
+def arguments(description: str | None) -> argparse.Namespace:
+    """Of a script that judges; what it finds is logged."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the .h5ad files")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="bundles of other seeds")
-    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    return parser.parse_args()
+
+
+def of_starter(model: PretrainedModel, sets: Iterable[CellSet]) -> pd.DataFrame:
+    """Scores of the starter's embedding alone, as :func:`judge` has them."""
+    rows = []
+    for cells in sets:
+        assert cells.labels is not None
+        latent = model.get_latent_representation(as_anndata(cells))
+        for seed in SEEDS:
+            score = scored(latent, cells.labels, seed, clusters=True)
+            rows.append({"set": cells.name, "method": STARTER, "seed": seed, **score})
+    return pd.DataFrame(rows)
+
+
+def judge_all(
+    model: PretrainedModel, sets: Sequence[CellSet], hard: Sequence[CellSet], seeds: Sequence[Path]
+) -> dict[str, pd.DataFrame]:
+    """Whole sets; few cells, few genes and shallow cells of the ``hard`` ones; and bundles of other training seeds."""
+    knn = judge(model, sets, clusters=True)
+    few = [replace(c, name=f"{c.name}, {FEW_CELLS} cells") for c in hard]
+    others = [panel(c, FEW_GENES, seed=0) for c in hard]
+    others += [thinned(c, depth, seed=1) for c in hard for depth in SHALLOW]
+    parts = [judge(model, few, clusters=False, resample=FEW_CELLS), judge(model, others, clusters=False)]
+    runs = []
+    for number, found in enumerate((knn, *(of_starter(model.from_pretrained(f), sets) for f in seeds))):
+        mean = found[found["method"] == STARTER].groupby("set", sort=False)[["knn", "ari"]].mean()
+        runs.append(mean.add_prefix(f"training seed {number}: "))
+    return {"knn": knn, "hard": pd.concat(parts), "runs": pd.concat(runs, axis=1).reset_index()}
+
+
+def main() -> None:
+    """Judge, and write the card into the bundle."""
+    args = arguments(__doc__)
     sets = read_judged(args.data)
     by_name = {cells.name: cells for cells in sets}
     blood, pancreas = by_name["pbmc3k_seurat"], by_name["pancreas_5tech_panc8small"]
     model = CellPLM.from_pretrained(args.bundle)
-    parts = {"knn": judge(model, sets, clusters=True)}
-    few = [replace(c, name=f"{c.name}, {FEW_CELLS} cells") for c in (blood, pancreas)]
-    hard = [judge(model, few, clusters=False, resample=FEW_CELLS)]
-    others = [panel(c, FEW_GENES, seed=0) for c in (blood, pancreas)]
-    others += [thinned(c, depth, seed=1) for c in (blood, pancreas) for depth in SHALLOW]
-    parts["hard"] = pd.concat([*hard, judge(model, others, clusters=False)])
+    parts = judge_all(model, sets, (blood, pancreas), args.seeds)
     parts["transfer"] = (
         transfer(model, pancreas).groupby("method", sort=False)["accuracy"].agg(["mean", "min"]).reset_index()
     )
     parts["names"], parts["unknown"] = judge_names(args.bundle, args.data)
-    runs = []
-    for number, folder in enumerate((args.bundle, *args.seeds)):
-        found = parts["knn"] if number == 0 else judge(CellPLM.from_pretrained(folder), sets, clusters=True)
-        mean = found[found["method"] == STARTER].groupby("set", sort=False)[["knn", "ari"]].mean()
-        runs.append(mean.add_prefix(f"training seed {number}: "))
-    parts["runs"] = pd.concat(runs, axis=1).reset_index()
     for name, frame in parts.items():
         log.info("%s\n%s", name, frame.round(4).to_csv(index=False))
     card = CARD.read_text(encoding="utf-8").format(

@@ -8,11 +8,8 @@ On the studies, with the measures and beside the baselines of `_starter_judge.py
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +18,16 @@ from _starter_corpus import UNSEEN_STUDIES
 from _starter_data import UNSEEN_BLOOD, UNSEEN_TISSUE, CellSet
 from _starter_fit import as_anndata
 from _starter_judge import (
-    FEW_CELLS,
-    FEW_GENES,
     METHODS,
     PCA_L2,
-    SEEDS,
-    SHALLOW,
     STARTER,
-    judge,
-    panel,
+    arguments,
+    judge_all,
     plain,
     read_judged,
-    scored,
     some_cells,
     sources,
     table,
-    thinned,
 )
 
 from cellprior.evaluate import masked_prediction
@@ -59,18 +50,6 @@ def judge_masked(model: ScBERT, cells: CellSet) -> pd.DataFrame:
     found.release()
     wide = rows.pivot(index="metric", columns="method", values="value")
     return wide.reset_index().assign(set=cells.name)
-
-
-def of_starter(bundle: Path, sets: list[CellSet]) -> pd.DataFrame:
-    """Scores of a bundle's embedding alone, as :func:`_starter_judge.judge` has them."""
-    model, rows = ScBERT.from_pretrained(bundle), []
-    for cells in sets:
-        assert cells.labels is not None
-        latent = model.get_latent_representation(as_anndata(cells))
-        for seed in SEEDS:
-            score = scored(latent, cells.labels, seed, clusters=True)
-            rows.append({"set": cells.name, "method": STARTER, "seed": seed, **score})
-    return pd.DataFrame(rows)
 
 
 def milliseconds(model: ScBERT, cells: CellSet) -> tuple[float, float]:
@@ -106,33 +85,15 @@ def verdicts(knn: pd.DataFrame) -> str:
 
 def main() -> None:
     """Judge, and write the card into the bundle."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with the .h5ad files")
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="bundles of other seeds")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    args = arguments(__doc__)
     sets = read_judged(args.data)
     by_name = {cells.name: cells for cells in sets}
     blood, pancreas = by_name["pbmc3k_seurat"], by_name[UNSEEN_TISSUE]
     model = ScBERT.from_pretrained(args.bundle)
-    parts = {"knn": judge(model, sets, clusters=True)}
-    few = [replace(c, name=f"{c.name}, {FEW_CELLS} cells") for c in (blood, pancreas)]
-    others = [panel(c, FEW_GENES, seed=0) for c in (blood, pancreas)]
-    others += [thinned(c, depth, seed=1) for c in (blood, pancreas) for depth in SHALLOW]
-    hard = [judge(model, few, clusters=False, resample=FEW_CELLS), judge(model, others, clusters=False)]
-    parts["hard"] = pd.concat(hard)
+    parts = judge_all(model, sets, (blood, pancreas), args.seeds)
     masked = pd.concat([judge_masked(model, by_name[name]) for name in (*UNSEEN_STUDIES[:1], *BLOOD)])
     columns = ["set", "metric", "model", *sorted(set(masked) - {"set", "metric", "model"})]
     parts["masked"] = masked[columns]
-    runs = []
-    for number, folder in enumerate((args.bundle, *args.seeds)):
-        found = parts["knn"] if number == 0 else of_starter(folder, sets)
-        mean = found[found["method"] == STARTER].groupby("set", sort=False)[["knn", "ari"]].mean()
-        runs.append(mean.add_prefix(f"training seed {number}: "))
-    parts["runs"] = pd.concat(runs, axis=1).reset_index()
     speed, expressed = milliseconds(model, blood)
     for name, frame in parts.items():
         log.info("%s\n%s", name, frame.round(4).to_csv(index=False))

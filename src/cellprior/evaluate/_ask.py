@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
+import torch
 from threadpoolctl import threadpool_limits
 
 from cellprior._talk import bar
@@ -24,7 +23,7 @@ from cellprior.evaluate._methods import Kind, Method, Space, centred
 from cellprior.evaluate._neighbors import Chosen, asked_within, choose, pools
 from cellprior.evaluate._splits import HELD_OUT, Split, inner_folds
 from cellprior.evaluate._task import CHOSEN, CHOSEN_OF_ALL, MAJORITY, ON_GENES, RIDGE, Task
-from cellprior.model.engine._cores import n_cores_used
+from cellprior.model.engine._cores import on_cores
 
 Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """From an embedding, labels, and another embedding to labels of the other."""
@@ -153,13 +152,12 @@ def ask(
     ``labellings`` are the labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there
     is a signal.
     """
-    n_cores = 1 if any(method.alone for method in task.methods) else n_cores_used()
     for method in task.methods:
         if method.seen == "all cells" and not method.alone:
             list(method.fit(np.empty(0), 0))  # the same for all splits: not by several of them at once
     for name in task.genes.sets:
         task.genes.products(name)
-    folds, drawn = [Fold(task, split, labellings) for split in task.splits[kind]], threading.Lock()
+    folds = [Fold(task, split, labellings) for split in task.splits[kind]]
     asked = [*task.methods, None] if whole else task.methods
 
     def of_one(job: tuple[Fold, Method | None]) -> Answers:
@@ -174,23 +172,21 @@ def ask(
                     _ask_whole(answers, fold, method, spaces, readers)
                 few = {n: _draw(fold.split, task.codes, n) for n in n_per_class}
                 _ask_few(answers, task, fold, method, spaces[0].usual, few)
-        with drawn:
-            steps.update()
         return answers
 
     jobs = [(fold, method) for fold in folds for method in asked]
+    alone = any(method.alone for method in task.methods)  # with gradients, it is one after the other
     with (
         bar(len(jobs), kind, unit=" methods", progress=progress) as steps,
         warnings.catch_warnings(),
         threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(n_cores) as pool,
+        torch.set_grad_enabled(alone),
     ):
         warnings.simplefilter("ignore")  # filters are of all threads, so what one of them ignores, all do
-        try:
-            parts = list(pool.map(of_one, jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        parts = []
+        for part in on_cores(of_one, jobs, torch.device("cpu")):
+            parts.append(part)
+            steps.update()
     answers = Answers(task.splits[kind], task.copies)
     for i, fold in enumerate(folds):
         of_split = Answers([fold.split], task.copies)

@@ -27,17 +27,18 @@ def groups(n_cells: int, splits: Sequence[Split], batches: pd.Series | None) -> 
     return part
 
 
-def permuted(codes: np.ndarray, copies: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+def permuted(codes: np.ndarray, copies: np.ndarray, among: np.ndarray | None) -> np.ndarray:
     """The labels, and then permutations of them ``(1 + permutations, cells)``.
 
-    Within each of the :func:`groups`, if there are any; copies of a cell keep one label among them. A cell without a
-    label, -1, stays so; ``copies`` is the same number for cells with the same counts ``(cells,)``.
+    They stay ``among`` the cells of a group, see :func:`groups`, if there are any; copies of a cell keep one label
+    among them. A cell without a label, -1, stays so; ``copies`` is the same number for cells with the same counts
+    ``(cells,)``.
     """
     rng = np.random.default_rng(0)
     rows = np.flatnonzero(codes >= 0)
     first, of_cell = np.unique(copies[rows], return_index=True, return_inverse=True)[1:]
     labels = codes[rows][first]
-    group = np.zeros(len(first), dtype=int) if groups is None else groups[rows[first]]
+    group = np.zeros(len(first), dtype=int) if among is None else among[rows[first]]
     order = np.argsort(group, kind="stable")
     found = np.repeat(codes[None], 1 + N_PERMUTATIONS, axis=0)
     for again in found[1:]:
