@@ -62,7 +62,7 @@ def thinned(counts: sp.csr_matrix, share: float | np.ndarray, rng: np.random.Gen
 def components(name: str, kind: methods.Kind, counts: sp.csr_matrix) -> methods.Method:
     """The PCA of a report on given counts."""
     genes = methods.Genes(log_normalised(counts))
-    return methods.Method(name, kind, methods.pca(name, genes).fit)
+    return methods.Method(name, kind, methods.pca(name, genes).fit, "all cells")
 
 
 def one(
@@ -84,7 +84,7 @@ def one(
         first, second = (thinned(half, rng.uniform(0.4, 1.0, donors)[of], rng) for half in (first, second))
         splits = batch_splits(drawn, batches, least=MIN_LEARNED)
     else:
-        splits = random_folds(drawn, seeds=5, test_size=0.2)
+        splits = random_folds(drawn)
     made = [components("candidate", "embedding", first)]
     made += [
         components(str(share), "baseline", second if share == EQUAL else thinned(second, share, rng))
@@ -100,7 +100,7 @@ def one(
         for method in made:
             spaces = list(method.fit(split.train, 0))
             for reader in (KNN, LINEAR):
-                if reader == KNN or method.name in ("candidate", str(EQUAL)):  # gains are of neighbours only
+                if reader == KNN or not kept:  # gains are of neighbours only, and draws without them of both
                     said.setdefault((method.name, reader), []).append(fold.read(reader, spaces)[0].said)
     return {"n": n, "donors": donors, "seed": seed, "codes": drawn, "splits": splits, "said": said}
 
@@ -108,13 +108,11 @@ def one(
 def judged(drawn: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The verdicts on one draw."""
     codes, splits = drawn["codes"], drawn["splits"]
-    candidate = methods.fixed("candidate", np.zeros((len(codes), 1)), seen="training cells")
-    task = Task(codes, [], None, None, np.arange(len(codes)), [candidate], {})  # type: ignore[arg-type]
     resampling = Resampling(len(codes), splits)
     for name, reader in drawn["said"]:
         if name == "candidate":
             continue
-        answers = Answers(splits, task.copies)
+        answers = Answers(splits, np.arange(len(codes)))
         answers.resampling = resampling  # drawn once
         for role, of in (("candidate", "candidate"), (CHOSEN, name)):
             for names in drawn["said"][of, reader]:
@@ -127,7 +125,7 @@ def judged(drawn: dict[str, Any]) -> Iterator[dict[str, Any]]:
             **{key: drawn[key] for key in ("n", "donors", "seed")},
             "reader": reader,
             "kept": float(name),
-            "outcome": compare(task, answers, scores, "candidate", reader).outcome,
+            "outcome": compare(answers, scores, "candidate", reader).outcome,
             "difference": difference,
             "low": low,
             "high": high,
@@ -167,7 +165,9 @@ def main() -> None:
     parser.add_argument("kept", type=Path)
     parser.add_argument("--first", type=int, default=0, help="number of the first repetition")
     parser.add_argument("--repetitions", type=int, default=200)
-    parser.add_argument("--gains-every", type=int, default=2, help="simulate gains in every so many")
+    parser.add_argument(
+        "--gains-every", type=int, default=2, help="simulate gains in every so many, by neighbours"
+    )
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--donors", type=int, nargs="*", default=DONORS)
     args = parser.parse_args()

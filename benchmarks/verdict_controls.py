@@ -170,7 +170,7 @@ def of_shuffled(folder: Path, sets: list[str], n: int) -> pd.DataFrame:
         for seed in range(n):
             task.codes = np.where(labels < 0, labels, 0)
             task.codes[labels >= 0] = np.random.default_rng(seed).permutation(labels[labels >= 0])
-            splits = random_folds(task.codes, seeds=5, test_size=0.2, copies=task.copies)
+            splits = random_folds(task.codes, copies=task.copies)
             task.splits = {next(iter(task.splits)): splits}
             found[judged(task)[0].neighbours] += 1
             sys.stderr.write(f"{name}: {dict(found)}\n")

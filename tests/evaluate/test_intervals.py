@@ -111,7 +111,7 @@ def test_the_interval_of_held_out_batches_is_that_of_a_t_test_on_their_differenc
 
 
 def test_an_interval_of_labels_is_wider_than_the_bootstrap_says_by_what_the_training_cells_add():
-    """Of five folds 1.5 times, of one split by its shares, and not where nothing was learned."""
+    """By the root of 1 + answers / cells learned from, where answers are drawn for themselves; not without learning."""
     codes = np.random.default_rng(0).integers(0, 3, 400)
     given, cells = guesses(codes, 0.6, 1) % 3, np.arange(400)
     folds = random_folds(codes, seeds=5, test_size=0.2)
@@ -122,24 +122,49 @@ def test_an_interval_of_labels_is_wider_than_the_bootstrap_says_by_what_the_trai
         folds * 2,
         [Split(RANDOM, 0, "", cells[:50], cells)],
     ):
-        found = Resampling(400, splits).classification(codes, [given[split.test] for split in splits])
+        again = Resampling(400, splits, n_draws=5000)
+        found = again.classification(codes, [given[split.test] for split in splits])
         assert found["accuracy"][0] == pytest.approx(np.mean(codes == given))
         spread.append(found["accuracy"][1:].std())
-    np.testing.assert_allclose(np.divide(spread[1:], spread[0]), [1.5, 1.5, 3.0], rtol=0.01)
+    np.testing.assert_allclose(np.divide(spread[1:], spread[0]), np.sqrt([2, 3 / 2, 1 + 400 / 50]), rtol=0.03)
+
+
+def test_three_divisions_of_the_cells_have_an_interval_that_covers_the_truth_and_is_narrower():
+    """Of names that other training cells would in part have given otherwise, the same for all cells of a split."""
+    held, halves = np.zeros((2, 300), dtype=bool), np.zeros((2, 300))
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        codes = rng.integers(0, 2, 200)
+        hard, learned = rng.random(200), rng.normal(0, 0.02)
+        for i, n in enumerate((5, 15)):
+            splits = random_folds(codes, seeds=n)
+            said = []
+            for split in splits:
+                right = hard[split.test] + rng.normal(0, 0.1, len(split.test)) < 0.7 + learned
+                said.append(np.where(right, codes[split.test], 1 - codes[split.test]))
+            again = Resampling(200, splits, n_draws=200, seed=seed)
+            _, low, high = again.interval(again.classification(codes, said)["accuracy"])
+            held[i, seed], halves[i, seed] = low <= 0.7 <= high, (high - low) / 2
+    assert ((held.mean(axis=1) > 0.91) & (held.mean(axis=1) < 0.995)).all()
+    assert halves[1].mean() / halves[0].mean() == pytest.approx(np.sqrt(2 / 3), rel=0.05)
 
 
 def test_copies_of_all_cells_make_no_interval_narrower(codes):
     twice = np.tile(codes, 2)
     alike = np.tile(np.arange(len(codes)), 2)
     given = np.tile(guesses(codes, 0.6, 1), 2)
-    once, both = (
-        Resampling(len(truth), [Split(RANDOM, 0, "", np.arange(0), np.arange(len(truth)))], copies=of)
-        for truth, of in ((codes, None), (twice, alike))
-    )
-    narrow = interval(both.classification(twice, [given])["accuracy"])
-    assert narrow == pytest.approx(
-        interval(once.classification(codes, [given[: len(codes)]])["accuracy"]), abs=0.01
-    )
+    for divided in (
+        lambda truth, of: [Split(RANDOM, 0, "", np.arange(0), np.arange(len(truth)))],
+        lambda truth, of: random_folds(truth, copies=of),
+    ):
+        narrow = []
+        for truth, of in ((codes, np.arange(len(codes))), (twice, alike)):
+            splits = divided(truth, of)
+            found = Resampling(len(truth), splits, copies=of).classification(
+                truth, [given[split.test] for split in splits]
+            )
+            narrow.append(interval(found["accuracy"]))
+        assert narrow[0] == pytest.approx(narrow[1], abs=0.01)
 
 
 def test_labels_that_are_missing_or_too_small_are_left_out():
@@ -173,6 +198,14 @@ def test_folds_ask_about_every_cell_once_and_keep_copies_on_one_side(codes):
         assert not np.intersect1d(alike[split.train], alike[split.test]).size
     for split in random_folds(codes, seeds=5, test_size=0.2):
         assert abs(np.mean(codes[split.test] == 0) - np.mean(codes == 0)) < 0.01
+
+
+def test_few_cells_are_divided_three_times_and_many_once():
+    few, many = np.tile([0, 1], 1000), np.tile([0, 1], 1001)
+    assert [len(random_folds(codes)) for codes in (few, many)] == [15, 5]
+    assert len(random_folds(np.append(few, [-1] * 100))) == 15  # cells without a label do not count
+    assert len(random_folds(few, divisions=1)) == 5 and len(random_folds(few, test_size=0.5)) == 6
+    assert len(random_folds(few, seeds=7)) == 7
 
 
 def test_a_copy_of_a_held_out_cell_is_not_learned_from_and_rare_labels_are_not_asked_about():

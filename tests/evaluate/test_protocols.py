@@ -15,8 +15,9 @@ import cellprior as cp
 from cellprior.evaluate import _ask, _methods, _neighbors, _probes, _task
 from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._null import groups, p_value, permuted
-from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, random_folds
-from cellprior.evaluate._task import CHOSEN_OF_ALL, ON_GENES, PCA_OF_ALL
+from cellprior.evaluate._splits import HELD_OUT, RANDOM, Split, inner_folds, random_folds
+from cellprior.evaluate._structure import structure
+from cellprior.evaluate._task import CHOSEN, ON_GENES
 from cellprior.model import NotCountsError
 
 QUIET = {"labels_key": "type", "seeds": 2, "progress": False}
@@ -49,13 +50,13 @@ def test_every_table_has_its_baselines(cells, capsys):
             "X_told": "embedding",
             "PCA": "baseline",
             "HVG": "baseline",
-            PCA_OF_ALL: "baseline",
-            CHOSEN_OF_ALL: "baseline",
+            CHOSEN: "baseline",
             ON_GENES: "baseline",
             "largest label": "baseline",
         }
         seen = table.drop_duplicates("method").set_index("method")["seen"]
-        assert seen[["X_told", PCA_OF_ALL, "PCA"]].tolist() == ["all cells", "all cells", "training cells"]
+        assert seen[["X_told", "PCA", "HVG", CHOSEN]].tolist() == ["all cells"] * 4
+        assert seen[[ON_GENES, "largest label"]].tolist() == ["training cells"] * 2
         scored = table[table["split"] == RANDOM]
         assert scored[["value", "low", "high"]].notna().all().all()
         assert (scored["low"] <= scored["high"]).all()
@@ -64,7 +65,7 @@ def test_every_table_has_its_baselines(cells, capsys):
 
 def test_all_protocols_show_their_arguments_with_their_defaults():
     shared = {
-        "batch_key": None, "layer": None, "seeds": 5, "test_size": 0.2, "scvi_epochs": None, "max_cells": 20_000,
+        "batch_key": None, "layer": None, "seeds": None, "test_size": 0.2, "scvi_epochs": None, "max_cells": 20_000,
         "embed_options": None, "progress": None,
     }  # fmt: skip
     for function in (
@@ -110,18 +111,21 @@ def test_held_out_donors_are_the_headline_and_their_cells_are_not_learned_from(c
             assert split.held_out not in donor[split.train]
 
 
-def test_what_is_fitted_sees_training_cells_only(cells):
-    """Counts of the test cells may be anything: components and variable genes stay the same."""
+def test_components_of_a_reference_see_its_cells_only_and_those_of_all_cells_are_one_for_all_splits(cells):
+    """Counts of the other cells may be anything: components and variable genes of the reference stay the same."""
     adata = cells(n_genes=2500)
     log = log_normalised(adata.X)
     train = np.arange(200)
     other = sp.csr_matrix(np.random.default_rng(5).poisson(3, (40, 2500)))
     changed = log_normalised(sp.vstack([adata.X[:200], other], format="csr"))
-    for make in (lambda x: _methods.pca("PCA", x), _methods.variable_genes):
-        both = (make(_methods.Genes(x)).fit(train, 0) for x in (log, changed))
-        for first, second in zip(*both, strict=True):
-            np.testing.assert_allclose(first.values[:200], second.values[:200], atol=1e-4)
-            assert np.abs(first.values[200:] - second.values[200:]).max() > 0.1
+    both = (
+        _methods.pca("PCA", _methods.Genes(x), seen="training cells").fit(train, 0) for x in (log, changed)
+    )
+    for first, second in zip(*both, strict=True):
+        np.testing.assert_allclose(first.values[:200], second.values[:200], atol=1e-4)
+        assert np.abs(first.values[200:] - second.values[200:]).max() > 0.1
+    for method in (_methods.pca("PCA", _methods.Genes(log)), _methods.variable_genes(_methods.Genes(log))):
+        assert method.fit(train, 0)[0].values is method.fit(train[:100], 1)[0].values
 
 
 def test_components_are_those_of_scikit_learn_whichever_way_they_are_computed(cells):
@@ -215,8 +219,8 @@ def test_the_baseline_is_chosen_for_each_split_by_what_it_names_within_it(cells)
         for name, score in zip(("one", "other"), inner, strict=True):
             of = _neighbors.Chosen(np.array([name]), score, "")
             answers.add(_ask.Asked(name, "baseline", "nearest neighbours"), of)
-        _ask._choose_baselines(task, answers, ("nearest neighbours",))
-    said = answers.said[_ask.Asked(CHOSEN_OF_ALL, "baseline", "nearest neighbours")]
+        _ask._choose_baseline(answers, ("nearest neighbours",))
+    said = answers.said[_ask.Asked(CHOSEN, "baseline", "nearest neighbours")]
     assert np.concatenate(said).tolist() == ["one", "other"]
 
 
@@ -256,6 +260,38 @@ def test_permuted_labels_are_stratified_like_the_labels_that_the_parts_were_made
             np.testing.assert_array_equal(np.bincount(again[split.test]), np.bincount(codes[split.test]))
 
 
+def test_cells_that_are_divided_again_are_asked_about_by_all_methods_and_their_permutations_once(cells):
+    adata = cells()
+    task = make(adata, told(adata), seeds=10)
+    labellings = permuted(task.codes, task.copies, groups(task.n_obs, task.splits[RANDOM], None))
+    answers = _ask.ask(task, RANDOM, _ask.ZERO_SHOT, n_per_class=(5,), labellings=labellings, progress=False)
+    asked = {(a.reader, a.n_per_class): len(said) for a, said in answers.said.items()}
+    assert asked == {
+        ("nearest neighbours", None): 10, ("", None): 10, ("linear probe", 5): 5, ("nearest centroid", 5): 5
+    }  # fmt: skip
+    assert {len(names) for names in answers.by_chance.values()} == {5}
+    assert p_value(list(answers.by_chance.values()), labellings, task.splits[RANDOM]) < 0.05
+    scores = answers.scores(task.codes)
+    assert all(np.isfinite(of["macro_f1"]).all() for of in scores.values())
+
+
+def test_random_cells_that_come_second_are_divided_once(cells):
+    adata = cells()
+    assert len(make(adata, told(adata), seeds=None).splits[RANDOM]) == 15
+    both = make(adata, told(adata), seeds=None, batch_key="donor").splits
+    assert list(both) == [HELD_OUT, RANDOM] and len(both[RANDOM]) == 5
+
+
+def test_scores_of_structure_are_the_same_on_any_number_of_cores(cells, monkeypatch):
+    adata = cells()
+    task = make(adata, told(adata))
+    found = []
+    for n_jobs in (1, 2):
+        monkeypatch.setattr(cp.settings, "_n_jobs", n_jobs)
+        found.append(structure(task, progress=False).drop(columns="seconds"))
+    assert found[0].equals(found[1])
+
+
 def test_ridge_is_that_of_scikit_learn_by_features_and_by_products():
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 3, 80)
@@ -290,6 +326,21 @@ def test_logistic_regression_is_chosen_by_folds_it_has_not_learned():
     noise, codes = rng.standard_normal((90, 80)), np.tile([0, 1, 2], 30)
     chosen = _probes._best_logistic(noise, codes, noise, rng.integers(0, 5, 90), 3)
     assert (chosen.said == codes).mean() > 0.8 > 0.6 > chosen.inner
+
+
+def test_a_linear_probe_chooses_the_number_of_components():
+    rng = np.random.default_rng(0)
+    codes = np.tile([0, 1, 2], 40)
+    values = rng.standard_normal((120, 60)).astype(np.float32)
+    values[:, :3] += 1.5 * np.eye(3)[codes]
+    split = Split(RANDOM, 0, "", np.arange(60), np.arange(60, 120))
+    folds = inner_folds(codes[:60], copies=np.arange(60), batches=None, seed=0)
+    chosen = _probes.best_linear(
+        [_methods.Space("all genes", values, (60, 30, 3))], split, codes[:60], folds, 3
+    )
+    assert chosen.words.endswith(" on 3 components of all genes")
+    only = _methods.Space("", values[:, :3], (3,))
+    np.testing.assert_array_equal(chosen.said, _probes.best_linear([only], split, codes[:60], folds, 3).said)
 
 
 def test_a_probe_reads_the_scale_of_the_training_cells_only():

@@ -12,7 +12,12 @@ from anndata import AnnData
 import cellprior as cp
 from cellprior.cli import main
 from cellprior.evaluate import _methods
+from cellprior.evaluate._ask import KNN, Answers, Asked
 from cellprior.evaluate._expression import log_normalised
+from cellprior.evaluate._neighbors import Chosen
+from cellprior.evaluate._splits import random_folds
+from cellprior.evaluate._task import CHOSEN
+from cellprior.evaluate._verdict import _where, compare
 
 from .test_protocols import told
 
@@ -22,10 +27,10 @@ QUICK = {"seeds": 3, "n_per_class": (5,), "progress": False}
 @pytest.fixture(autouse=True, scope="module")
 def little_structure() -> Iterator[None]:
     """Less of what takes longest and no verdict depends on; tests of the protocols do all of it."""
-    names = ("ari", "nmi", "silhouette")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cellprior.evaluate._structure.N_SUBSAMPLES", 2)
-        patch.setattr("cellprior.evaluate._structure._scores", lambda *_: dict.fromkeys(names, 0.5))
+        patch.setattr("cellprior.evaluate._structure._scores", lambda *_: ({"silhouette": 0.5}, None))
+        patch.setattr("cellprior.evaluate._structure._clusters", lambda *_: {"ari": 0.5, "nmi": 0.5})
         yield
 
 
@@ -38,7 +43,9 @@ def test_labels_plus_noise_win(cells):
     report = cp.evaluate.report(adata, {"told": told(adata)}, "type", **QUICK)
     verdict = report.verdicts[0]
     assert (verdict.neighbours, verdict.naming) == ("helps", "helps")
-    assert report.verdict.startswith("told: helps.\n- As an embedding: better than the baseline: macro-F1")
+    assert report.verdict.startswith(
+        "told: helps, unless it was made with these labels.\n- As an embedding: better than the baseline: macro-F1"
+    )
     assert "It is an array: if it was made with these labels, this proves nothing." in report.verdict
     assert max(map(len, report.verdict.split("\n"))) <= 100
 
@@ -47,6 +54,7 @@ def test_an_embedding_of_nothing_loses(cells):
     adata = cells()
     report = cp.evaluate.report(adata, {"nothing": spread(adata)}, "type", **QUICK)
     assert report.verdicts[0].neighbours == report.verdicts[0].naming == "worse"
+    assert "made with these labels" not in report.verdict
     assert re.search("Next: use (PCA|HVG)", report.verdict)
 
 
@@ -78,6 +86,32 @@ def test_shuffled_labels_are_no_signal_and_all_scores_at_chance(cells):
     for table in (report.zero_shot, report.linear_probe):
         scores = table.loc[table["metric"] == "balanced_accuracy", "value"]
         assert ((scores - 1 / 3).abs() < 0.12).all()
+
+
+def test_what_is_behind_one_of_the_baselines_does_not_help():
+    """The one that is chosen within the training cells may be worse than another, which the table shows."""
+    codes = np.tile([0, 1], 200)
+    splits = random_folds(codes, seeds=5)
+    answers = Answers(splits, np.arange(400))
+    rng = np.random.default_rng(0)
+    for name, right in (("mine", 0.8), (CHOSEN, 0.6), ("HVG", 0.9)):
+        said = np.where(rng.random(400) < right, codes, 1 - codes)
+        kind = "embedding" if name == "mine" else "baseline"
+        for split in splits:
+            answers.add(Asked(name, kind, KNN), Chosen(said[split.test], 0.5, ""))
+    scores = {asked: of["macro_f1"] for asked, of in answers.scores(codes).items()}
+    found = compare(answers, scores, "mine", KNN)
+    assert found.outcome == "cannot tell" and "and not than HVG" in found.words
+    assert found.advice == "label more cells, or use HVG"
+    ahead = {asked: draws for asked, draws in scores.items() if asked.method != "HVG"}
+    assert compare(answers, ahead, "mine", KNN).outcome == "helps"
+
+
+def test_a_verdict_says_how_often_the_cells_were_divided():
+    codes = np.tile([0, 1], 100)
+    words = [_where(Answers(random_folds(codes, seeds=n), np.arange(200))) for n in (5, 15)]
+    assert words[0] == "5 parts held out in turn, 200 test cells"
+    assert words[1] == "5 parts held out in turn, the cells divided 3 times, 200 test cells"
 
 
 def test_every_cell_twice_is_no_gain(cells):

@@ -21,8 +21,9 @@ from cellprior.evaluate import _probes as probes
 from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
 from cellprior.evaluate._methods import Kind, Method, Space, centred
 from cellprior.evaluate._neighbors import Chosen, asked_within, choose, pools
+from cellprior.evaluate._null import once
 from cellprior.evaluate._splits import HELD_OUT, Split, inner_folds
-from cellprior.evaluate._task import CHOSEN, CHOSEN_OF_ALL, MAJORITY, ON_GENES, RIDGE, Task
+from cellprior.evaluate._task import CHOSEN, MAJORITY, ON_GENES, RIDGE, Task
 from cellprior.model.engine._cores import on_cores
 
 Reader: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -44,6 +45,10 @@ class Asked:
     kind: Kind
     reader: str
     n_per_class: int | None = None
+
+    def is_rival(self, reader: str) -> bool:
+        """Whether an embedding that is read so is compared with it; what reads genes is a rival of the linear probe."""
+        return self.kind == "baseline" and (self.reader or LINEAR) == reader
 
 
 @dataclass
@@ -81,8 +86,11 @@ class Answers:
             self.seconds[name] += seconds
 
     def scores(self, codes: np.ndarray) -> dict[Asked, dict[str, Draws]]:
-        """Scores by draw, of which all are paired."""
-        return {asked: self.resampling.classification(codes, said) for asked, said in self.said.items()}
+        """Scores by draw, of which all with as many labels are paired."""
+        again = {len(self.splits): self.resampling}
+        for n in {len(said) for said in self.said.values()} - again.keys():
+            again[n] = Resampling(len(self.copies), self.splits[:n], copies=self.copies)
+        return {asked: again[len(said)].classification(codes, said) for asked, said in self.said.items()}
 
     def words(self, method: str, reader: str) -> str:
         """What was chosen most often, and in how many splits."""
@@ -150,14 +158,13 @@ def ask(
     ``readers`` are `ZERO_SHOT` or `PROBES` or both, asked with all training cells if ``whole``, beside the
     classifiers that need no embedding; the `PROBES` also with ``n_per_class`` training cells of a label.
     ``labellings`` are the labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there
-    is a signal.
+    is a signal. Where more is asked, few labels and permutations are of the first division of the cells alone.
     """
-    for method in task.methods:
-        if method.seen == "all cells" and not method.alone:
-            list(method.fit(np.empty(0), 0))  # the same for all splits: not by several of them at once
-    for name in task.genes.sets:
-        task.genes.products(name)
-    folds = [Fold(task, split, labellings) for split in task.splits[kind]]
+    n_once = len(once(task.splits[kind]))
+    folds = [
+        Fold(task, split, labellings if i < n_once else None) for i, split in enumerate(task.splits[kind])
+    ]
+    with_few = folds[:n_once] if whole else folds
     asked = [*task.methods, None] if whole else task.methods
 
     def of_one(job: tuple[Fold, Method | None]) -> Answers:
@@ -170,32 +177,37 @@ def ask(
                 spaces = list(method.fit(fold.split.train, fold.split.seed))
                 if whole:
                     _ask_whole(answers, fold, method, spaces, readers)
-                few = {n: _draw(fold.split, task.codes, n) for n in n_per_class}
-                _ask_few(answers, task, fold, method, spaces[0].usual, few)
+                if fold in with_few:
+                    few = {n: _draw(fold.split, task.codes, n) for n in n_per_class}
+                    _ask_few(answers, task, fold, method, spaces[0].usual, few)
         return answers
 
     jobs = [(fold, method) for fold in folds for method in asked]
-    alone = any(method.alone for method in task.methods)  # with gradients, it is one after the other
-    with (
-        bar(len(jobs), kind, unit=" methods", progress=progress) as steps,
-        warnings.catch_warnings(),
-        threadpool_limits(1, user_api="blas"),
-        torch.set_grad_enabled(alone),
-    ):
-        warnings.simplefilter("ignore")  # filters are of all threads, so what one of them ignores, all do
-        parts = []
-        for part in on_cores(of_one, jobs, torch.device("cpu")):
-            parts.append(part)
-            steps.update()
-    answers = Answers(task.splits[kind], task.copies)
+    parts, answers = [], Answers(task.splits[kind], task.copies)
+    with bar(len(jobs), kind, unit=" methods", progress=progress) as steps:
+        _prepare(task, answers)
+        with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"), torch.no_grad():
+            warnings.simplefilter("ignore")  # filters are of all threads, so what one of them ignores, all do
+            for part in on_cores(of_one, jobs, torch.device("cpu")):
+                parts.append(part)
+                steps.update()
     for i, fold in enumerate(folds):
         of_split = Answers([fold.split], task.copies)
         for part in parts[i * len(asked) : (i + 1) * len(asked)]:
             of_split.take(part)
         if whole:
-            _choose_baselines(task, of_split, readers)
+            _choose_baseline(of_split, readers)
         answers.take(of_split)
     return answers
+
+
+def _prepare(task: Task, answers: Answers) -> None:
+    """What is the same for all splits: not by several of them at once."""
+    for method in task.methods:
+        with _timed(answers, method.name):
+            list(method.fit(np.empty(0), 0))
+    for name in task.genes.sets:
+        task.genes.products(name)
 
 
 @contextmanager
@@ -245,24 +257,17 @@ def _ask_classifiers(task: Task, fold: Fold, answers: Answers, *, linear: bool) 
     answers.said[Asked(MAJORITY, "baseline", "")].append(probes.largest(fold.codes, len(test)))
 
 
-def _choose_baselines(task: Task, answers: Answers, readers: Sequence[str]) -> None:
+def _choose_baseline(answers: Answers, readers: Sequence[str]) -> None:
     """Of the baselines on the latest split, the one that names the training cells best: no test cell has a say."""
-    of_all = {method.name for method in task.methods if method.seen == "all cells"}
-    rivals = {task.rival(method.name) for method in task.methods if method.kind == "embedding"}
     for reader in readers:
-        found = {
+        pool = {
             asked.method: chosen[-1]
             for asked, chosen in answers.chosen.items()
-            if asked.kind == "baseline"
-            and asked.method not in (CHOSEN, CHOSEN_OF_ALL)
-            and (asked.reader or (LINEAR if reader == LINEAR else None)) == reader
-            and not np.isnan(chosen[-1].inner)
+            if asked.method != CHOSEN and asked.is_rival(reader) and not np.isnan(chosen[-1].inner)
         }
-        for name in sorted(rivals):
-            pool = {m: chosen for m, chosen in found.items() if name == CHOSEN_OF_ALL or m not in of_all}
-            best = max(pool, key=lambda m: pool[m].inner)
-            words = f"{best}: {pool[best].words}" if pool[best].words else best
-            answers.add(Asked(name, "baseline", reader), pool[best]._replace(words=words))
+        best = max(pool, key=lambda m: pool[m].inner)
+        words = f"{best}: {pool[best].words}" if pool[best].words else best
+        answers.add(Asked(CHOSEN, "baseline", reader), pool[best]._replace(words=words))
 
 
 def _draw(split: Split, codes: np.ndarray, n: int) -> np.ndarray:
@@ -285,9 +290,9 @@ def tabulate(
         for reader in readers:
             shown = [a for a in scores if a.n_per_class == n and a.reader in (reader, "")]
             for metric in CLASS_SCORES:
-                table = _beside_rivals(
-                    task, answers, {a.method: scores[a][metric] for a in shown}, few=n is not None
-                )
+                draws = {a.method: scores[a][metric] for a in shown}
+                versus = CHOSEN if n is None else "PCA"
+                table = compared(draws, versus=versus, of=answers.resampling.interval, within=(0.0, 1.0))
                 said = {"kind": [a.kind for a in shown], "reader": [a.reader for a in shown]}
                 tables.append(table.assign(**said, n_per_class=n, metric=metric))
     found = pd.concat(tables, ignore_index=True).drop_duplicates(
@@ -295,21 +300,11 @@ def tabulate(
     )
     found["split"], found["n_splits"] = answers.splits[0].kind, len(answers.splits)
     found["seen"] = (
-        found["method"].map({method.name: method.seen for method in task.methods}).fillna("training cells")
+        found["method"]
+        .map({CHOSEN: "all cells", **{method.name: method.seen for method in task.methods}})
+        .fillna("training cells")
     )
     found["seconds"] = found["method"].map(answers.seconds).round(1)
     first = ["method", "kind", "reader", "n_per_class", "metric", "split"]
     found = found[[*first, *found.columns.difference(first, sort=False)]]
     return found if found["n_per_class"].notna().any() else found.drop(columns="n_per_class")
-
-
-def _beside_rivals(task: Task, answers: Answers, draws: Mapping[str, Draws], *, few: bool) -> pd.DataFrame:
-    rows = []
-    for method in draws:
-        versus = "PCA" if few else task.rival(method)
-        if versus not in draws:  # no embedding may have seen all cells, or all have
-            versus = next(name for name in (CHOSEN_OF_ALL, CHOSEN) if name in draws)
-        pair = {name: draws[name] for name in dict.fromkeys((method, versus))}
-        table = compared(pair, versus=versus, of=answers.resampling.interval, within=(0.0, 1.0))
-        rows.append(table[table["method"] == method])
-    return pd.concat(rows, ignore_index=True)

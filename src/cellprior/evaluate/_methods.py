@@ -1,8 +1,7 @@
-"""What is compared: embeddings that exist, and baselines that are fitted on training cells."""
+"""What is compared: embeddings that exist, and baselines that are fitted without labels."""
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from scipy.sparse.linalg import eigsh
+from scipy.linalg import eigh
 
 from cellprior._talk import without_trainer_talk
 from cellprior.evaluate._expression import log_normalised
-from cellprior.model.engine._cores import n_cores_used
 
 Kind = Literal["embedding", "baseline", "control"]
 Seen = Literal["no cell", "training cells", "all cells"]
@@ -60,8 +58,6 @@ class Method:
     seen: Seen = "training cells"
     """What its embedding has learned from, labels aside: weights have not learned from these cells, as far as is
     known, and an array may have learned from all."""
-    alone: bool = False
-    """Whether fitting it draws from random numbers of the whole process, so that nothing may run beside it."""
 
 
 def fixed(name: str, values: np.ndarray, *, kind: Kind = "embedding", seen: Seen = "all cells") -> Method:
@@ -85,8 +81,7 @@ class Genes:
         if log.shape[0] <= MOST_CELLS and log.shape[1] > N_HIGHLY_VARIABLE:
             self.sets[ALL] = np.arange(log.shape[1])
         self.products = cache(self._products)
-        self._of_rows = lru_cache(maxsize=max(2, n_cores_used()))(self._variable)  # of the splits in work
-        self._one_at_a_time = threading.Lock()
+        self._of_rows = lru_cache(maxsize=2)(self._variable)  # PCA and the genes themselves ask for the same
 
     def add(self, name: str, genes: np.ndarray) -> None:
         """A further set, unless it is one of those that are there."""
@@ -96,8 +91,7 @@ class Genes:
 
     def variable(self, rows: np.ndarray) -> np.ndarray:
         """Expression of the genes that vary most among some cells, of all cells ``(cells, genes)``."""
-        with self._one_at_a_time:  # PCA and the genes themselves ask for the same
-            return self._of_rows(tuple(rows.tolist()))
+        return self._of_rows(tuple(rows.tolist()))
 
     def _products(self, name: str) -> np.ndarray:
         """Products of the cells over a set of genes, float32 ``(cells, cells)``."""
@@ -119,14 +113,14 @@ class Genes:
         return np.asarray(self.log[:, highly_variable(self.log[list(rows)])].toarray())
 
 
-def pca(name: str, genes: Genes, *, seen: Seen = "training cells") -> Method:
-    """Principal components of the training cells, or of all cells; of variable genes, and of each other set."""
+def pca(name: str, genes: Genes, *, seen: Seen = "all cells") -> Method:
+    """Principal components of all cells, or of the training cells; of variable genes, and of each other set."""
 
     def space(words: str, latent: np.ndarray) -> Space:
         return Space(words, latent, tuple(sorted({min(n, latent.shape[1]) for n in SIZES}, reverse=True)))
 
     def fit(rows: np.ndarray, seed: int) -> Iterator[Space]:
-        rows = np.arange(genes.log.shape[0]) if seen == "all cells" else rows
+        rows = _all(genes) if seen == "all cells" else rows
         expression = genes.variable(rows)
         yield space(f"{expression.shape[1]:,} variable genes", _components(expression, rows))
         for words in genes.sets:
@@ -165,20 +159,23 @@ def centred(products: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _leading(symmetric: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Largest eigenvalues and their vectors, the largest first."""
-    start = np.random.default_rng(0).standard_normal(len(symmetric)).astype(symmetric.dtype)
-    values, vectors = eigsh(symmetric, k=max(n, 1), v0=start)
-    order = values.argsort()[::-1]
-    return values[order], vectors[:, order]
+    last = len(symmetric) - 1
+    values, vectors = eigh(symmetric, subset_by_index=[last - max(n, 1) + 1, last], check_finite=False)
+    return values[::-1], vectors[:, ::-1]
 
 
 def variable_genes(genes: Genes) -> Method:
-    """The genes themselves that vary most among training cells, as an embedding."""
+    """The genes themselves that vary most among the cells, as an embedding."""
 
     def fit(rows: np.ndarray, seed: int) -> list[Space]:
-        values = genes.variable(rows)
+        values = genes.variable(_all(genes))
         return [Space("", values, values.shape[1:])]
 
-    return Method("HVG", "baseline", fit)
+    return Method("HVG", "baseline", fit, "all cells")
+
+
+def _all(genes: Genes) -> np.ndarray:
+    return np.arange(genes.log.shape[0])
 
 
 def highly_variable(log: sp.csr_matrix) -> np.ndarray:
@@ -199,33 +196,26 @@ def highly_variable(log: sp.csr_matrix) -> np.ndarray:
     return np.flatnonzero(found["highly_variable"])
 
 
-def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int, *, learn_all: bool = False) -> Method:
-    """scVI, trained on the highly variable genes of training cells with their batches, as Lopez et al., 2018.
+def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int) -> Method:
+    """scVI, trained once on the highly variable genes of all cells with their batches, as Lopez et al., 2018."""
 
-    Its encoder does not read the batch, so that cells of a batch that it has not seen are embedded, too. With
-    ``learn_all`` it is trained on all cells.
-    """
-    log = log_normalised(counts)
-
-    def fit(rows: np.ndarray, seed: int) -> list[Space]:
+    @cache
+    def once() -> list[Space]:
         import scvi as scvi_tools
         import torch
 
-        genes = highly_variable(log[rows])
+        genes = highly_variable(log_normalised(counts))
         batch = np.zeros(counts.shape[0], dtype=int) if batches is None else pd.factorize(batches)[0]
-        learned = np.arange(counts.shape[0]) if learn_all else rows
-        seen = batch[learned].astype(str)
-        train = ad.AnnData(counts[learned][:, genes], obs={"batch": seen})
-        query = ad.AnnData(counts[:, genes], obs={"batch": np.full(counts.shape[0], seen[0])})
+        cells = ad.AnnData(counts[:, genes], obs={"batch": batch.astype(str)})
         with warnings.catch_warnings(), without_trainer_talk(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of Lightning, on workers and loggers
-            torch.manual_seed(seed)
-            scvi_tools.model.SCVI.setup_anndata(train, batch_key="batch")
-            model = scvi_tools.model.SCVI(train, n_latent=30, n_layers=2, gene_likelihood="nb")
+            torch.manual_seed(0)
+            scvi_tools.model.SCVI.setup_anndata(cells, batch_key="batch")
+            model = scvi_tools.model.SCVI(cells, n_latent=30, n_layers=2, gene_likelihood="nb")
             model.train(
                 max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False
             )
-            latent = np.asarray(model.get_latent_representation(query))
+            latent = np.asarray(model.get_latent_representation())
         return [Space("", latent, latent.shape[1:])]
 
-    return Method("scVI", "baseline", fit, "all cells" if learn_all else "training cells", alone=True)
+    return Method("scVI", "baseline", lambda rows, seed: once(), "all cells")

@@ -13,6 +13,18 @@ from cellprior.evaluate._splits import HELD_OUT, Split
 N_PERMUTATIONS = 100
 
 
+def once(splits: Sequence[Split]) -> list[Split]:
+    """The splits by which a signal is looked for: the first ones, up to one that asks about a cell again."""
+    asked: set[int] = set()
+    found = []
+    for split in splits:
+        if asked & (own := set(split.test.tolist())):
+            break
+        asked |= own
+        found.append(split)
+    return found
+
+
 def groups(n_cells: int, splits: Sequence[Split], batches: pd.Series | None) -> np.ndarray:
     """Within which labels are drawn again ``(cells,)``: batches if they are held out, otherwise the parts that are.
 
@@ -22,7 +34,7 @@ def groups(n_cells: int, splits: Sequence[Split], batches: pd.Series | None) -> 
     if splits[0].kind == HELD_OUT and batches is not None:
         return np.asarray(pd.factorize(batches)[0])
     part = np.full(n_cells, -1)
-    for i, split in reversed(list(enumerate(splits))):  # of several divisions, the first
+    for i, split in enumerate(once(splits)):
         part[split.test] = i
     return part
 
@@ -54,10 +66,10 @@ def p_value(said: Sequence[Sequence[np.ndarray]], labellings: np.ndarray, splits
 
     Each reading is measured in its own standard deviations from its own mean over the permutations, and of these the
     largest counts: one test, however many readings there are [Westfall and Young, Resampling-Based Multiple Testing,
-    1993]. ``said`` holds for each reading and split the names of its test cells under each labelling
-    ``(labellings, cells)``.
+    1993]. ``said`` holds for each reading, and each split of :func:`once`, the names of its test cells under each
+    labelling ``(labellings, cells)``.
     """
-    test = np.concatenate([split.test for split in splits])
+    test = np.concatenate([split.test for split in once(splits)])
     n_labels = int(labellings.max()) + 1
     scores = np.array(
         [

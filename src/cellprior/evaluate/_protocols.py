@@ -50,11 +50,12 @@ layer
     Layer with raw counts; ``None`` for ``X``.
 seeds
     Random splits: parts of the cells that are held out in turn. If more are wanted than there are parts, the cells
-    are divided again.
+    are divided again. By default up to 2,000 cells are divided three times, which narrows the intervals. More cells,
+    or those of batches that are held out, are divided once.
 test_size
     Share of the cells in a part: 0.2 makes five.
 scvi_epochs
-    Train scVI on the training cells of each split, for as many epochs, as one more baseline; ``None`` does not,
+    Train scVI once on all cells, for as many epochs, as one more baseline; ``None`` does not,
     as it takes far longer than all the others.
 max_cells
     Of more cells, as many are drawn at random.
@@ -119,7 +120,7 @@ def zero_shot(
     *,
     labels_key: str,
     batch_key: str | None = None,
-    seeds: int = 5,
+    seeds: int | None = None,
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -159,7 +160,7 @@ def linear_probe(
     *,
     labels_key: str,
     batch_key: str | None = None,
-    seeds: int = 5,
+    seeds: int | None = None,
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:

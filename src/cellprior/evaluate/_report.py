@@ -18,7 +18,7 @@ from cellprior.evaluate._metrics import f1, tally
 from cellprior.evaluate._null import groups, p_value, permuted
 from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol
 from cellprior.evaluate._structure import ALL_CELLS, structure
-from cellprior.evaluate._task import CHOSEN, CHOSEN_OF_ALL, MAJORITY, Embeddings, Task, make_task
+from cellprior.evaluate._task import CHOSEN, MAJORITY, Embeddings, Task, make_task
 from cellprior.evaluate._verdict import METRIC, WITHIN_TYPES, Verdict, judge
 
 VERSIONS = ("cellprior", "numpy", "scanpy", "scikit-learn", "scvi-tools", "torch")
@@ -90,17 +90,18 @@ def report(
     labels_key: str,
     batch_key: str | None = None,
     *,
-    seeds: int = 5,
+    seeds: int | None = None,
     n_per_class: Sequence[int] = N_PER_CLASS,
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> Report:
     """Whether embeddings help on some data: all of zero shot, linear probe and few shot, with a verdict in words.
 
-    What is fitted (components, variable genes, scVI, probes) is fitted on training cells, and what can be chosen (the
-    baseline, its size, genes and distance, the number of neighbours, penalties) is chosen within them. Every difference
-    is paired and has an interval, and there is no verdict if permuted labels are read as well as the labels. See
-    :class:`Verdict` for what it says when.
+    Baselines that need no labels (components, variable genes, scVI) are fitted once on all cells, as in an analysis of
+    your own. What learns labels learns from training cells, and what can be chosen (the baseline, its size, genes and
+    distance, the number of neighbours, penalties) is chosen within them. Every difference is paired and has an
+    interval, and there is no verdict if permuted labels are read as well as the labels. See :class:`Verdict` for what
+    it says when.
 
     <PARAMETERS>
     n_per_class
@@ -168,7 +169,6 @@ def report(
             "cells": task.n_obs,
             "labels": len(task.labels),
             "headline": f"{headline}, {len(task.splits[headline])}",
-            "seeds": seeds,
             "signal": f"p = {signal:.2f}, {len(labellings) - 1} permutations of the labels",
             "seconds": round(time.perf_counter() - start),
             "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONS),
@@ -181,7 +181,7 @@ def _per_label(task: Task, answers: Answers) -> pd.DataFrame:
     table = pd.DataFrame({"label": task.labels, "cells": np.bincount(task.codes[task.codes >= 0])})
     for asked, said in answers.said.items():
         shown = asked.kind != "control" and asked.n_per_class is None and asked.reader in (KNN, LINEAR, "")
-        if shown and asked.method not in (MAJORITY, CHOSEN, CHOSEN_OF_ALL):
+        if shown and asked.method not in (MAJORITY, CHOSEN):
             by_split = [
                 np.where(there > 0, f1(hit, there, given), np.nan)
                 for split, codes in zip(answers.splits, said, strict=True)

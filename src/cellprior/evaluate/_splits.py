@@ -15,6 +15,7 @@ RANDOM, HELD_OUT = "random cells", "held-out batches"
 MAX_FOLDS = 10  # more batches than these are held out several at a time
 MIN_PER_LABEL = 5  # of a label in the whole data, for it to be asked about
 MIN_LEARNED = 8  # of a label in the training cells: as many make a majority of 15 neighbours
+N_DIVISIONS, FEW_CELLS = 3, 2000  # as often are as many cells divided into folds, and more cells once
 N_INNER = 5  # folds of the training cells, in which what can be chosen is chosen
 
 
@@ -78,19 +79,27 @@ def random_splits(codes: np.ndarray, *, seeds: int, test_size: float) -> list[Sp
 
 
 def random_folds(
-    codes: np.ndarray, *, seeds: int, test_size: float, copies: np.ndarray | None = None
+    codes: np.ndarray,
+    *,
+    seeds: int | None = None,
+    test_size: float = 0.2,
+    divisions: int | None = None,
+    copies: np.ndarray | None = None,
 ) -> list[Split]:
     """Stratified folds, each held out in turn; if more splits are wanted than there are folds, of further divisions.
 
-    Cells with the code -1 are left out. The share of a fold is taken as one of a whole number; ``copies`` is the same
-    number for cells with the same counts, which stay on one side ``(cells,)``. Raises ValueError if there is no seed,
-    or the share is not between 0 and 1.
+    Cells with the code -1 are left out. The share of a fold is taken as one of a whole number; without ``seeds`` there
+    are whole ``divisions``, by default `N_DIVISIONS` of up to `FEW_CELLS` cells, and one of more. ``copies`` is the
+    same number for cells with the same counts, which stay on one side ``(cells,)``. Raises ValueError if there is no
+    seed, or the share is not between 0 and 1.
     """
-    if seeds < 1 or not 0 < test_size < 1:
+    if (seeds is not None and seeds < 1) or not 0 < test_size < 1:
         msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
         raise ValueError(msg)
     n_folds = max(2, round(1 / test_size))
     rows = np.flatnonzero(codes >= 0)
+    if seeds is None:
+        seeds = n_folds * (divisions or (N_DIVISIONS if len(rows) <= FEW_CELLS else 1))
     alike = rows if copies is None else copies[rows]
     found = []
     for seed in range(seeds):

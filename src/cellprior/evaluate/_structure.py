@@ -6,7 +6,9 @@ import time
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import t as student
+from threadpoolctl import threadpool_limits
 
 from cellprior._talk import bar
 from cellprior.evaluate import _metrics as metrics
@@ -17,6 +19,7 @@ from cellprior.evaluate._lisi import mixing, purity
 from cellprior.evaluate._preserved import preserved
 from cellprior.evaluate._scgraph import scgraph
 from cellprior.evaluate._task import Task
+from cellprior.model.engine._cores import on_cores
 
 ALL_CELLS = "all cells"
 N_NEIGHBORS = 15
@@ -38,21 +41,34 @@ def structure(task: Task, *, progress: bool | None = None) -> pd.DataFrame:
         seconds[method.name] = time.perf_counter() - start
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in latents}
     reasons: dict[str, str] = {}
-    with bar(len(latents) * (1 + len(parts)), ALL_CELLS, unit=" scores", progress=progress) as steps:
-        for part in (rows, *parts):
-            graph = None
-            if task.batches is not None:
-                of_part = {name: latent[part] for name, latent in latents.items()}
-                graph = scgraph(of_part, task.log[part], task.codes[part], task.batches.iloc[part].to_numpy())
-                reasons = reasons or graph["reason"].to_dict()
-            for name, latent in latents.items():
-                start = time.perf_counter()
-                found = _scores(latent[part], task, part)
-                if graph is not None:
-                    found["scgraph"] = float(graph.loc[name, "score"])
-                samples[name].append(found)
-                seconds[name] += time.perf_counter() - start
-                steps.update()
+    jobs = [(part, name) for part in (rows, *parts) for name in latents]
+
+    def of_one(job: tuple[np.ndarray, str]) -> tuple[dict[str, float], Neighbors, float]:
+        part, name = job
+        start = time.perf_counter()
+        scores, near = _scores(latents[name][part], task, part)
+        return scores, near, time.perf_counter() - start
+
+    with (
+        bar(len(jobs), ALL_CELLS, unit=" scores", progress=progress) as steps,
+        threadpool_limits(1, user_api="blas"),
+        torch.no_grad(),
+    ):
+        for (part, name), (scores, near, took) in zip(
+            jobs, on_cores(of_one, jobs, torch.device("cpu")), strict=True
+        ):
+            start = time.perf_counter()
+            # one after the other, as igraph draws from random numbers of the whole process
+            samples[name].append(_clusters(near, pd.factorize(task.codes[part])[0]) | scores)
+            seconds[name] += took + time.perf_counter() - start
+            steps.update()
+    if task.batches is not None:
+        for i, part in enumerate((rows, *parts)):
+            of_part = {name: latent[part] for name, latent in latents.items()}
+            graph = scgraph(of_part, task.log[part], task.codes[part], task.batches.iloc[part].to_numpy())
+            reasons = reasons or graph["reason"].to_dict()
+            for name in latents:
+                samples[name][i]["scgraph"] = float(graph.loc[name, "score"])
     batches = None if task.batches is None else task.batches.to_numpy()
     kept = preserved(latents, task.counts, task.codes, batches) if task.counts is not None else {}
     table = []
@@ -88,13 +104,13 @@ def _reason(metric: str, of_scgraph: str) -> str:
     return of_scgraph if metric == "scgraph" else ""
 
 
-def _scores(latent: np.ndarray, task: Task, rows: np.ndarray) -> dict[str, float]:
+def _scores(latent: np.ndarray, task: Task, rows: np.ndarray) -> tuple[dict[str, float], Neighbors]:
+    """Those without clusters, and the nearest cells."""
     labels = pd.factorize(task.codes[rows])[0]
     embedding = as_embedding(latent)
     n_neighbors = min(N_LISI, len(rows) - 1)
     near = exact_neighbors(embedding, n_neighbors - 1)  # once for all
     found = {
-        **_clusters(near, labels),
         "silhouette": metrics.silhouette(embedding, labels),
         "clisi": purity(near, labels, n_neighbors / 3),
     }
@@ -103,7 +119,7 @@ def _scores(latent: np.ndarray, task: Task, rows: np.ndarray) -> dict[str, float
         several = len(names) > 1  # a small batch may not be among cells that were drawn
         found["ilisi"] = mixing(near, batches, n_neighbors / 3) if several else np.nan
         found["batch_leak"] = batch_leak(latent, labels, batches) if several else np.nan
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in found.items()}, near
 
 
 def _clusters(near: Neighbors, codes: np.ndarray) -> dict[str, float]:

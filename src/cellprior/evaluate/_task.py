@@ -32,10 +32,8 @@ from cellprior.evaluate._splits import (
 Embeddings: TypeAlias = str | Sequence[str] | Mapping[str, str | np.ndarray]
 
 MIN_ASKED = 10  # cells of a label: of five folds, four have the 8 that make a majority of 15 neighbours
-PCA_OF_ALL = "PCA of all cells"
 ON_GENES, RIDGE, MAJORITY = "logistic regression on genes", "ridge on all genes", "largest label"
 CHOSEN = "chosen baseline"
-CHOSEN_OF_ALL = "chosen baseline, PCA of all cells among them"
 SEEN = (
     "Whether {} was pretrained on these very cells is not known here; then a gain says little. See its card."
 )
@@ -70,11 +68,6 @@ class Task:
         """Log-normalised expression ``(cells, genes)``."""
         return self.genes.log
 
-    def rival(self, method: str) -> str:
-        """The baseline that an embedding is compared with: if it may have seen all cells, PCA may, too."""
-        seen = {m.name: m.seen for m in self.methods if m.kind == "embedding"}
-        return CHOSEN_OF_ALL if seen.get(method) == "all cells" else CHOSEN
-
 
 def make_task(
     adata: ad.AnnData,
@@ -83,7 +76,7 @@ def make_task(
     labels_key: str,
     batch_key: str | None = None,
     layer: str | None = None,
-    seeds: int = 5,
+    seeds: int | None = None,
     test_size: float = 0.2,
     scvi_epochs: int | None = None,
     max_cells: int = 20_000,
@@ -122,7 +115,10 @@ def make_task(
             f"{n_copies} cells have the same counts as another; copies are on one side of every split, and count once."
         )
     batches = None
-    splits = {RANDOM: random_folds(codes, seeds=seeds, test_size=test_size, copies=copies)}
+    divisions = None if batch_key is None else 1  # they come second
+    splits = {
+        RANDOM: random_folds(codes, seeds=seeds, test_size=test_size, divisions=divisions, copies=copies)
+    }
     if batch_key is not None:
         held_out = batch_splits(codes, cells.obs[batch_key], copies=copies, least=MIN_LEARNED)
         notes += _not_learned(held_out, codes, labels)
@@ -147,8 +143,6 @@ def make_task(
     if expression.shape[0] > methods.MOST_CELLS:
         task.notes.append(f"More than {methods.MOST_CELLS:,} cells: no baseline reads all genes at once.")
     baselines = [methods.pca("PCA", genes), methods.variable_genes(genes), *twins]
-    if any(method.seen == "all cells" for method in task.methods):
-        baselines.append(methods.pca(PCA_OF_ALL, genes, seen="all cells"))
     if scvi_epochs is not None:
         baselines.append(methods.scvi(expression, batches, scvi_epochs))
     task.methods += baselines
@@ -211,17 +205,7 @@ def _named(embeddings: Embeddings, adata: ad.AnnData) -> dict[str, str | np.ndar
     if not named:
         msg = f"No embedding to evaluate: name keys of obsm ({list(adata.obsm)}), weights, or give arrays by name."
         raise ValueError(msg)
-    taken = {
-        "PCA",
-        PCA_OF_ALL,
-        "HVG",
-        "scVI",
-        ON_GENES,
-        RIDGE,
-        MAJORITY,
-        CHOSEN,
-        CHOSEN_OF_ALL,
-    } & named.keys()
+    taken = {"PCA", "HVG", "scVI", ON_GENES, RIDGE, MAJORITY, CHOSEN} & named.keys()
     if taken:
         msg = f"{sorted(taken)} are names of baselines; call the embeddings otherwise."
         raise ValueError(msg)

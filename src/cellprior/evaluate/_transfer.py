@@ -194,7 +194,7 @@ def _pair(
         )
     genes = methods.Genes(log_normalised(counts))
     of_study = np.repeat([0, 1], [n, query.n_obs])
-    pca, joint = methods.pca("PCA", genes), methods.pca(JOINT, genes, seen="all cells")
+    pca, joint = methods.pca("PCA", genes, seen="training cells"), methods.pca(JOINT, genes)
     task = Task(codes, labels, batches, genes, copies, [], {})
     task.splits = {study: [Split(HELD_OUT if batch_key else RANDOM, 0, study, train, test)]}
     task.methods = [_centred(genes, of_study), pca, joint]
@@ -202,7 +202,7 @@ def _pair(
         task.methods.append(_harmony(joint, of_study))
     if scvi_epochs is not None:
         both = pd.Series(of_study.astype(str))
-        task.methods.append(methods.scvi(counts, both, scvi_epochs, learn_all=True))
+        task.methods.append(methods.scvi(counts, both, scvi_epochs))
     return task
 
 

@@ -14,7 +14,7 @@ from cellprior.evaluate._ask import KNN, LINEAR, Answers, Asked
 from cellprior.evaluate._intervals import Draws
 from cellprior.evaluate._null import N_PERMUTATIONS
 from cellprior.evaluate._splits import HELD_OUT
-from cellprior.evaluate._task import Task
+from cellprior.evaluate._task import CHOSEN, Task
 
 Outcome = Literal[
     "helps",
@@ -44,9 +44,10 @@ class Verdict:
     """Whether an embedding helps on some data.
 
     The outcome of a question is ``"helps"`` if the paired 95 % interval of the difference in macro-F1 to the baseline
-    is above 0, ``"worse"`` if below; if it holds 0, ``"no better"`` when a gain of 0.02 or more is ruled out, and
-    otherwise ``"cannot tell"``. With fewer than four batches held out the first two are said of ``"these donors"``
-    alone. ``"no signal"``: no method reads the labels better than permuted ones. ``"no verdict"``: one split only.
+    is above 0, and no other baseline is ahead of the embedding; ``"worse"`` if it is below. If it holds 0,
+    ``"no better"`` when a gain of 0.02 or more is ruled out, and otherwise ``"cannot tell"``. With fewer than four
+    batches held out, the first two are said of ``"these donors"`` alone. ``"no signal"``: no method reads the labels
+    better than permuted ones. ``"no verdict"``: one split only.
     """
 
     embedding: str
@@ -85,7 +86,9 @@ def judge(
     :func:`~cellprior.evaluate._preserved.neighbors_kept`.
     """
     if len(answers.splits) == 1 and answers.splits[0].kind != HELD_OUT:
-        text = f"{embedding}: no verdict, as one split says too little.\nNext: ask for at least two, seeds=5."
+        text = (
+            f"{embedding}: no verdict, as one split says too little.\nNext: leave out seeds, or ask for more."
+        )
         return Verdict(embedding, "no verdict", "no verdict", text)
     if p_value is not None and p_value > SIGNAL:
         text = (
@@ -95,21 +98,23 @@ def judge(
         )
         return Verdict(embedding, "no signal", "no signal", text)
     whole = {asked: of[METRIC] for asked, of in scores.items() if asked.n_per_class is None}
-    neighbours = compare(task, answers, whole, embedding, KNN)
-    naming = compare(task, answers, whole, embedding, LINEAR)
+    neighbours = compare(answers, whole, embedding, KNN)
+    naming = compare(answers, whole, embedding, LINEAR)
     same = neighbours.outcome == naming.outcome
     short = (
         neighbours.outcome
         if same
         else f"{neighbours.outcome} as an embedding, {naming.outcome} to name cells"
     )
+    is_array = any(method.name == embedding and method.seen == "all cells" for method in task.methods)
+    made = is_array and "helps" in short
     lines = [
-        f"{embedding}: {short}.",
+        f"{embedding}: {short}{', unless it was made with these labels' if made else ''}.",
         f"- As an embedding: {neighbours.words}.",
         f"- To name cells: {naming.words}.",
         f"- {_where(answers)}; intervals of 95 %.",
     ]
-    if any(f"{embedding} is an array" in note for note in task.notes):
+    if made:
         lines.append("- It is an array: if it was made with these labels, this proves nothing.")
     own, of_pca = ((within_types or {}).get(name, np.nan) for name in (embedding, "PCA"))
     if own < BY_CHANCE and of_pca > 2 * BY_CHANCE:
@@ -123,18 +128,17 @@ def judge(
     )
 
 
-def compare(
-    task: Task, answers: Answers, scores: Mapping[Asked, Draws], embedding: str, reader: str
-) -> Answer:
+def compare(answers: Answers, scores: Mapping[Asked, Draws], embedding: str, reader: str) -> Answer:
     """Outcome of one question, and its sentence."""
-    rival = task.rival(embedding)
     own, best = (
         next(of for asked, of in scores.items() if asked.method == name and asked.reader == reader)
-        for name in (embedding, rival)
+        for name in (embedding, CHOSEN)
     )
+    baselines = {asked.method: float(of[0]) for asked, of in scores.items() if asked.is_rival(reader)}
+    ahead = max(baselines, key=lambda name: baselines[name])  # of each by itself; which, the test cells say
     again = answers.resampling
     difference, low, high = again.interval(own - best)
-    baseline = answers.words(rival, reader)
+    baseline = answers.words(CHOSEN, reader)
     numbers = (
         f"macro-F1 {_plus_minus(answers, own)} by {reader} "
         f"({answers.words(embedding, reader)}) against {_plus_minus(answers, best)} ({baseline}), "
@@ -147,7 +151,10 @@ def compare(
     shown = again.sure() * again.error(own - best)
     more = "label cells of more donors" if again.n_units or few else "label more cells"
     outcome: Outcome
-    if low > 0:
+    if low > 0 and own[0] < baselines[ahead]:
+        outcome, said = "cannot tell", f"better than the baseline that was chosen, and not than {ahead}"
+        advice = f"{more}, or use {ahead}"
+    elif low > 0:
         outcome = "helps on these donors" if few else "helps"
         said, advice = "better than the baseline", f"{more}, at least four" if few else "use it"
     elif high < 0:
@@ -178,8 +185,10 @@ def _plus_minus(answers: Answers, draws: Draws) -> str:
 def _where(answers: Answers) -> str:
     n_test = len(np.unique(np.concatenate([split.test for split in answers.splits])))
     held_out = answers.splits[0].held_out
-    splits = f"{len(answers.splits)} {'batches held out in turn' if held_out else 'parts held out in turn'}"
-    return f"{splits}, {n_test:,} test cells"
+    n_times = round(sum(len(split.test) for split in answers.splits) / n_test)
+    splits = f"{len(answers.splits) // n_times} {'batches' if held_out else 'parts'} held out in turn"
+    again = f", the cells divided {n_times} times" if n_times > 1 else ""
+    return f"{splits}{again}, {n_test:,} test cells"
 
 
 def _wrapped(text: str) -> str:
