@@ -273,6 +273,19 @@ def test_a_model_without_pretraining_has_none_to_take_away(knowing):
         pretraining_ablation(model)
 
 
+def test_weights_of_the_registry_that_can_name_cells_are_compared_until_they_have_learned_more():
+    adata = blood_cells()
+    adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B"])].copy()
+    CellPLM.setup_anndata(adata, labels_key="bulk_labels")
+    model = CellPLM.from_pretrained("cellplm-starter", adata)
+    assert model.annotation_
+    table = pretraining_ablation(model, seeds=1, arms=[GENES, LARGEST], progress=False)
+    assert set(table["arm"]) == {GENES, LARGEST}
+    model.fine_tune(max_epochs=1, calibration_size=0.0, trainable="head", **QUIET)
+    with pytest.raises(ValueError, match="has learned labels already"):
+        pretraining_ablation(model, seeds=1, arms=[GENES, LARGEST], progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

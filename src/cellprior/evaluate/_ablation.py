@@ -19,6 +19,7 @@ from cellprior.evaluate._intervals import CLASS_SCORES, Resampling, compared
 from cellprior.evaluate._splits import Split, batch_splits, label_codes, random_splits
 from cellprior.evaluate._twin import has_random_weights
 from cellprior.model._base import PretrainedModel
+from cellprior.weights._registry import entries
 
 LRS = (3e-4, 1e-3, 3e-3)
 MIN_LRS = 3  # that the control may choose among
@@ -164,10 +165,11 @@ def _refuse(model: PretrainedModel, fine_tune: Mapping[str, Any], lrs: Sequence[
     if has_random_weights(model):
         msg = "The model has random weights: there is no pretraining to take away. Load weights, or train it first."
         raise ValueError(msg)
-    if model.annotation_:
+    of_registry = (model.pretrained_ or {}).get("weights") in entries() and not model.history
+    if model.annotation_ and not of_registry:  # whose names are of cells that their card tells
         msg = (
             "The model has learned labels already, maybe of cells that it would be asked about. Give one that has "
-            "only been pretrained, as from_pretrained loads it."
+            "only been pretrained, or weights of the registry as from_pretrained loads them."
         )
         raise ValueError(msg)
     if set_here := sorted({"trainable", "lr", "calibration_size"} & set(fine_tune)):
