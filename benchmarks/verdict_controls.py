@@ -41,7 +41,6 @@ import pandas as pd
 from cellprior.evaluate._ask import KNN, LINEAR, ask
 from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._methods import highly_variable
-from cellprior.evaluate._null import groups, p_value, permuted
 from cellprior.evaluate._preserved import preserved
 from cellprior.evaluate._splits import random_folds
 from cellprior.evaluate._task import Task, make_task
@@ -86,11 +85,8 @@ def verdicts(
 def judged(task: Task) -> list[Verdict]:
     """Verdicts from the headline splits, with the test for a signal and neighbours within types, as in a report."""
     headline = next(iter(task.splits))
-    among = groups(task.n_obs, task.splits[headline], task.batches)
-    labellings = permuted(task.codes, task.copies, among)
-    answers = ask(task, headline, (KNN, LINEAR), labellings=labellings, progress=False)
+    answers = ask(task, headline, (KNN, LINEAR), signal=True, progress=False)
     scores = answers.scores(task.codes)
-    signal = p_value(list(answers.by_chance.values()), labellings, task.splits[headline])
     rows = np.flatnonzero(task.codes >= 0)
     names = [method.name for method in task.methods if method.kind == "embedding"]
     latents = {
@@ -103,7 +99,7 @@ def judged(task: Task) -> list[Verdict]:
         batches = None if task.batches is None else task.batches.to_numpy()
         kept = preserved(latents, task.counts, task.codes, batches)
         within = {name: of[WITHIN_TYPES] for name, of in kept.items()}
-    return [judge(task, answers, scores, name, signal, within) for name in names]
+    return [judge(task, answers, scores, name, within) for name in names]
 
 
 def of_weights(folder: Path, sets: list[str], weights: str) -> str:

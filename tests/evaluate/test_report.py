@@ -12,12 +12,12 @@ from anndata import AnnData
 import cellprior as cp
 from cellprior.cli import main
 from cellprior.evaluate import _methods
-from cellprior.evaluate._ask import KNN, Answers, Asked
+from cellprior.evaluate._ask import KNN, LINEAR, Answers, Asked
 from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._neighbors import Chosen
 from cellprior.evaluate._splits import random_folds
-from cellprior.evaluate._task import CHOSEN
-from cellprior.evaluate._verdict import _where, compare
+from cellprior.evaluate._task import CHOSEN, make_task
+from cellprior.evaluate._verdict import _where, compare, judge
 
 from .test_protocols import told
 
@@ -88,23 +88,44 @@ def test_shuffled_labels_are_no_signal_and_all_scores_at_chance(cells):
         assert ((scores - 1 / 3).abs() < 0.12).all()
 
 
+def answered(reader: str, **right: float) -> Answers:
+    """Of 400 cells each method names such a share right; "chosen" is the chosen baseline."""
+    codes, rng = np.tile([0, 1], 200), np.random.default_rng(0)
+    answers = Answers(random_folds(codes, seeds=5), np.arange(400))
+    for name, share in right.items():
+        said = np.where(rng.random(400) < share, codes, 1 - codes)
+        kind = "embedding" if name == "mine" else "baseline"
+        asked = Asked(CHOSEN if name == "chosen" else name, kind, reader)
+        for split in answers.splits:
+            answers.add(asked, Chosen(said[split.test], 0.5, "PCA" if name == "chosen" else ""))
+    return answers
+
+
+def scores(answers: Answers) -> dict[Asked, np.ndarray]:
+    return {asked: of["macro_f1"] for asked, of in answers.scores(np.tile([0, 1], 200)).items()}
+
+
 def test_what_is_behind_one_of_the_baselines_does_not_help():
     """The one that is chosen within the training cells may be worse than another, which the table shows."""
-    codes = np.tile([0, 1], 200)
-    splits = random_folds(codes, seeds=5)
-    answers = Answers(splits, np.arange(400))
-    rng = np.random.default_rng(0)
-    for name, right in (("mine", 0.8), (CHOSEN, 0.6), ("HVG", 0.9)):
-        said = np.where(rng.random(400) < right, codes, 1 - codes)
-        kind = "embedding" if name == "mine" else "baseline"
-        for split in splits:
-            answers.add(Asked(name, kind, KNN), Chosen(said[split.test], 0.5, ""))
-    scores = {asked: of["macro_f1"] for asked, of in answers.scores(codes).items()}
-    found = compare(answers, scores, "mine", KNN)
+    answers = answered(KNN, mine=0.8, chosen=0.6, HVG=0.9)
+    found = compare(answers, scores(answers), "mine", KNN)
     assert found.outcome == "cannot tell" and "and not than HVG" in found.words
     assert found.advice == "label more cells, or use HVG"
-    ahead = {asked: draws for asked, draws in scores.items() if asked.method != "HVG"}
-    assert compare(answers, ahead, "mine", KNN).outcome == "helps"
+    answers = answered(KNN, mine=0.8, chosen=0.6)
+    assert compare(answers, scores(answers), "mine", KNN).outcome == "helps"
+
+
+def test_what_to_do_next_says_for_which_of_two_uses(cells):
+    adata = cells()
+    task = make_task(adata, {"mine": told(adata)}, labels_key="type")
+    for naming, after in (
+        (0.4, "Next: as an embedding, use it; to name cells, use PCA."),
+        (0.8, "Next: use it."),
+    ):
+        answers = answered(KNN, mine=0.8, chosen=0.6)
+        answers.take(answered(LINEAR, mine=naming, chosen=0.6))
+        verdict = judge(task, answers, answers.scores(np.tile([0, 1], 200)), "mine")
+        assert verdict.text.split("\n")[-1] == after
 
 
 def test_a_verdict_says_how_often_the_cells_were_divided():

@@ -106,7 +106,8 @@ def pretraining_ablation(
     Raises
     ------
     ValueError
-        If the model has no data, random weights, or labels already; if an arm is not one of those above, or a network
+        If the model has no data or random weights; if it has learned labels, unless its weights are those of the
+        registry, whose card tells of which cells; if an arm is not one of those above, or a network
         frozen at random would stand for "no pretraining"; if there are fewer than three learning rates, or labels or
         batches cannot be split.
     KeyError

@@ -21,7 +21,7 @@ from cellprior.evaluate import _probes as probes
 from cellprior.evaluate._intervals import CLASS_SCORES, Draws, Resampling, compared
 from cellprior.evaluate._methods import Kind, Method, Space, centred
 from cellprior.evaluate._neighbors import Chosen, asked_within, choose, pools
-from cellprior.evaluate._null import once
+from cellprior.evaluate._null import groups, once, p_value, permuted
 from cellprior.evaluate._splits import HELD_OUT, Split, inner_folds
 from cellprior.evaluate._task import CHOSEN, MAJORITY, ON_GENES, RIDGE, Task
 from cellprior.model.engine._cores import on_cores
@@ -63,6 +63,8 @@ class Answers:
     by_chance: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     """By method and reader, names under permuted labels ``(1 + permutations, cells)``."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    p_value: float | None = None
+    """Of the test that there is a signal, ``None`` if it was not asked for."""
 
     @cached_property
     def resampling(self) -> Resampling:
@@ -150,20 +152,22 @@ def ask(
     *,
     n_per_class: Sequence[int] = (),
     whole: bool = True,
-    labellings: np.ndarray | None = None,
+    signal: bool = False,
     progress: bool | None = None,
 ) -> Answers:
     """Let every method name the test cells of every split of a kind, several methods at a time.
 
     ``readers`` are `ZERO_SHOT` or `PROBES` or both, asked with all training cells if ``whole``, beside the
     classifiers that need no embedding; the `PROBES` also with ``n_per_class`` training cells of a label.
-    ``labellings`` are the labels and permutations of them ``(1 + permutations, cells)``, for a test of whether there
-    is a signal. Where more is asked, few labels and permutations are of the first division of the cells alone.
+    With ``signal``, permutations of the labels are read, too, and tell whether there is one. Where more is asked, few
+    labels and permutations are of the first division of the cells alone.
     """
-    n_once = len(once(task.splits[kind]))
-    folds = [
-        Fold(task, split, labellings if i < n_once else None) for i, split in enumerate(task.splits[kind])
-    ]
+    splits = task.splits[kind]
+    n_once = len(once(splits))
+    labellings = None
+    if signal:
+        labellings = permuted(task.codes, task.copies, groups(task.n_obs, splits, task.batches))
+    folds = [Fold(task, split, labellings if i < n_once else None) for i, split in enumerate(splits)]
     with_few = folds[:n_once] if whole else folds
     asked = [*task.methods, None] if whole else task.methods
 
@@ -183,7 +187,7 @@ def ask(
         return answers
 
     jobs = [(fold, method) for fold in folds for method in asked]
-    parts, answers = [], Answers(task.splits[kind], task.copies)
+    parts, answers = [], Answers(splits, task.copies)
     with bar(len(jobs), kind, unit=" methods", progress=progress) as steps:
         _prepare(task, answers)
         with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"), torch.no_grad():
@@ -198,6 +202,8 @@ def ask(
         if whole:
             _choose_baseline(of_split, readers)
         answers.take(of_split)
+    if labellings is not None:
+        answers.p_value = p_value(list(answers.by_chance.values()), labellings, splits)
     return answers
 
 

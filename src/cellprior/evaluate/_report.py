@@ -15,7 +15,7 @@ from anndata import AnnData
 
 from cellprior.evaluate._ask import KNN, LINEAR, PROBES, ZERO_SHOT, Answers, ask, tabulate
 from cellprior.evaluate._metrics import f1, tally
-from cellprior.evaluate._null import groups, p_value, permuted
+from cellprior.evaluate._null import N_PERMUTATIONS
 from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol
 from cellprior.evaluate._structure import ALL_CELLS, structure
 from cellprior.evaluate._task import CHOSEN, MAJORITY, Embeddings, Task, make_task
@@ -122,15 +122,13 @@ def report(
     start = time.perf_counter()
     task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     headline = next(iter(task.splits))
-    among = groups(task.n_obs, task.splits[headline], task.batches)
-    labellings = permuted(task.codes, task.copies, among)
     answers = {
         kind: ask(
             task,
             kind,
             (*ZERO_SHOT, *PROBES),
             n_per_class=n_per_class,
-            labellings=labellings if kind == headline else None,
+            signal=kind == headline,
             progress=progress,
         )
         for kind in task.splits
@@ -152,11 +150,10 @@ def report(
         )
 
     evaluated = [method.name for method in task.methods if method.kind == "embedding"]
-    signal = p_value(list(answers[headline].by_chance.values()), labellings, task.splits[headline])
     all_cells = structure(task, progress=progress)
     zero_shot = pd.concat([table(ZERO_SHOT), all_cells], ignore_index=True)
     within = all_cells[all_cells["metric"] == WITHIN_TYPES].set_index("method")["value"].to_dict()
-    verdicts = [judge(task, answers[headline], scores[headline], name, signal, within) for name in evaluated]
+    verdicts = [judge(task, answers[headline], scores[headline], name, within) for name in evaluated]
     return Report(
         verdicts,
         zero_shot,
@@ -169,7 +166,7 @@ def report(
             "cells": task.n_obs,
             "labels": len(task.labels),
             "headline": f"{headline}, {len(task.splits[headline])}",
-            "signal": f"p = {signal:.2f}, {len(labellings) - 1} permutations of the labels",
+            "signal": f"p = {answers[headline].p_value:.2f}, {N_PERMUTATIONS} permutations of the labels",
             "seconds": round(time.perf_counter() - start),
             "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONS),
         },

@@ -76,13 +76,11 @@ def judge(
     answers: Answers,
     scores: Mapping[Asked, Mapping[str, Draws]],
     embedding: str,
-    p_value: float | None = None,
     within_types: Mapping[str, float] | None = None,
 ) -> Verdict:
     """The verdict on one embedding, from the headline splits.
 
-    ``p_value`` is of the test that there is a signal, see :func:`~cellprior.evaluate._null.p_value`, ``None`` if not
-    tested; ``within_types``, of each method, neighbours kept within types, see
+    ``within_types`` are neighbours kept within types, of each method, see
     :func:`~cellprior.evaluate._preserved.neighbors_kept`.
     """
     if len(answers.splits) == 1 and answers.splits[0].kind != HELD_OUT:
@@ -90,10 +88,10 @@ def judge(
             f"{embedding}: no verdict, as one split says too little.\nNext: leave out seeds, or ask for more."
         )
         return Verdict(embedding, "no verdict", "no verdict", text)
-    if p_value is not None and p_value > SIGNAL:
+    if answers.p_value is not None and answers.p_value > SIGNAL:
         text = (
             f"{embedding}: no signal. No method reads these labels clearly better than labels drawn again at random "
-            f"(p = {p_value:.2f}, {N_PERMUTATIONS} permutations), so nothing can be said of pretraining.\n"
+            f"(p = {answers.p_value:.2f}, {N_PERMUTATIONS} permutations), so nothing can be said of pretraining.\n"
             "Next: look whether these are the labels of these cells."
         )
         return Verdict(embedding, "no signal", "no signal", text)
@@ -122,10 +120,10 @@ def judge(
             f"- Within types its neighbours are those of chance ({own:.2f}; of PCA {of_pca:.2f}): it knows the types "
             "and nothing else of these cells, as labels and noise would."
         )
-    advice = dict.fromkeys([neighbours.advice, naming.advice])
-    return Verdict(
-        embedding, neighbours.outcome, naming.outcome, "\n".join([*lines, f"Next: {'; '.join(advice)}."])
-    )
+    to_do = neighbours.advice
+    if naming.advice != to_do:
+        to_do = f"as an embedding, {to_do}; to name cells, {naming.advice}"
+    return Verdict(embedding, neighbours.outcome, naming.outcome, "\n".join([*lines, f"Next: {to_do}."]))
 
 
 def compare(answers: Answers, scores: Mapping[Asked, Draws], embedding: str, reader: str) -> Answer:
