@@ -21,6 +21,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def thinned(counts: sp.csr_matrix, share: float | np.ndarray, rng: np.random.Gen
 def components(name: str, kind: methods.Kind, counts: sp.csr_matrix) -> methods.Method:
     """The PCA of a report on given counts."""
     genes = methods.Genes(log_normalised(counts))
-    return methods.Method(name, kind, methods.pca(name, genes).fit, "all cells")
+    return replace(methods.pca(name, genes), kind=kind)
 
 
 def one(
@@ -98,10 +99,9 @@ def one(
     for split in splits:
         fold = Fold(task, split, None)
         for method in made:
-            spaces = list(method.fit(split.train, 0))
             for reader in (KNN, LINEAR):
                 if reader == KNN or not kept:  # gains are of neighbours only, and draws without them of both
-                    said.setdefault((method.name, reader), []).append(fold.read(reader, spaces)[0].said)
+                    said.setdefault((method.name, reader), []).append(fold.read(reader, method.fit())[0].said)
     return {"n": n, "donors": donors, "seed": seed, "codes": drawn, "splits": splits, "said": said}
 
 

@@ -87,12 +87,9 @@ def judged(task: Task) -> list[Verdict]:
     headline = next(iter(task.splits))
     answers = ask(task, headline, (KNN, LINEAR), signal=True, progress=False)
     scores = answers.scores(task.codes)
-    rows = np.flatnonzero(task.codes >= 0)
     names = [method.name for method in task.methods if method.kind == "embedding"]
     latents = {
-        method.name: next(iter(method.fit(rows, 0))).usual
-        for method in task.methods
-        if method.name in (*names, "PCA")
+        method.name: method.fit()[0].usual for method in task.methods if method.name in (*names, "PCA")
     }
     within: dict[str, float] = {}
     if task.counts is not None:

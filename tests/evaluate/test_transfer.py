@@ -42,7 +42,7 @@ def test_the_mean_of_each_study_is_at_the_origin_and_distances_within_it_stay(st
     reference, _, query = studies
     task = _pair(reference, query, "type", "query", layer=None, batch_key=None, scvi_epochs=None)
     n = reference.n_obs
-    [space] = task.methods[0].fit(np.arange(n), 0)
+    [space] = task.methods[0].fit()
     log = task.log.toarray()
     for rows in (slice(None, n), slice(n, None)):
         np.testing.assert_allclose(space.values[rows].mean(axis=0), 0, atol=1e-5)

@@ -178,7 +178,7 @@ def ask(
             _ask_classifiers(task, fold, answers, linear=LINEAR in readers)
         else:
             with _timed(answers, method.name):
-                spaces = list(method.fit(fold.split.train, fold.split.seed))
+                spaces = method.fit()
                 if whole:
                     _ask_whole(answers, fold, method, spaces, readers)
                 if fold in with_few:
@@ -211,7 +211,7 @@ def _prepare(task: Task, answers: Answers) -> None:
     """What is the same for all splits: not by several of them at once."""
     for method in task.methods:
         with _timed(answers, method.name):
-            list(method.fit(np.empty(0), 0))
+            method.fit()
     for name in task.genes.sets:
         task.genes.products(name)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -44,25 +44,29 @@ class Space(NamedTuple):
         return self.values[:, : USUAL if USUAL in self.sizes else None]
 
 
-Fit: TypeAlias = Callable[[np.ndarray, int], Iterable[Space]]
-"""From the rows that may be learned from and a seed to embeddings of all cells, the next when it is asked for."""
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
     """Embeddings by name."""
 
     name: str
     kind: Kind
-    fit: Fit
-    seen: Seen = "training cells"
-    """What its embedding has learned from, labels aside: weights have not learned from these cells, as far as is
-    known, and an array may have learned from all."""
+    fit: Callable[[], list[Space]]
+    """Embeddings of all cells, made when they are first asked for."""
+    seen: Seen
+    """What they have learned from, labels aside: weights have not learned from these cells, as far as is known, and
+    an array may have learned from all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fit", cache(self.fit))
 
 
 def fixed(name: str, values: np.ndarray, *, kind: Kind = "embedding", seen: Seen = "all cells") -> Method:
     """An embedding that is there already ``(cells, dimensions)``."""
-    return Method(name, kind, lambda rows, seed: [Space("", values, values.shape[1:])], seen)
+    return Method(name, kind, lambda: [_only(values)], seen)
+
+
+def _only(values: np.ndarray) -> Space:
+    return Space("", values, values.shape[1:])
 
 
 class Genes:
@@ -76,6 +80,7 @@ class Genes:
 
     def __init__(self, log: sp.csr_matrix) -> None:
         self.log = log
+        self.rows = np.arange(log.shape[0])
         self.sets: dict[str, np.ndarray] = {}
         """Beside the variable genes, by name; none in large data."""
         if log.shape[0] <= MOST_CELLS and log.shape[1] > N_HIGHLY_VARIABLE:
@@ -113,21 +118,22 @@ class Genes:
         return np.asarray(self.log[:, highly_variable(self.log[list(rows)])].toarray())
 
 
-def pca(name: str, genes: Genes, *, seen: Seen = "all cells") -> Method:
-    """Principal components of all cells, or of the training cells; of variable genes, and of each other set."""
+def pca(name: str, genes: Genes, rows: np.ndarray | None = None) -> Method:
+    """Principal components of all cells, or of some rows to learn from; of variable genes, and of each other set."""
 
     def space(words: str, latent: np.ndarray) -> Space:
         return Space(words, latent, tuple(sorted({min(n, latent.shape[1]) for n in SIZES}, reverse=True)))
 
-    def fit(rows: np.ndarray, seed: int) -> Iterator[Space]:
-        rows = _all(genes) if seen == "all cells" else rows
-        expression = genes.variable(rows)
-        yield space(f"{expression.shape[1]:,} variable genes", _components(expression, rows))
-        for words in genes.sets:
-            yield space(words, _components_of_products(genes.products(words), rows))
+    def fit() -> list[Space]:
+        learned = genes.rows if rows is None else rows
+        expression = genes.variable(learned)
+        of_sets = {
+            f"{expression.shape[1]:,} variable genes": _components(expression, learned),
+            **{words: _components_of_products(genes.products(words), learned) for words in genes.sets},
+        }
+        return [space(words, latent) for words, latent in of_sets.items()]
 
-    once = cache(lambda: list(fit(np.empty(0), 0)))
-    return Method(name, "baseline", (lambda rows, seed: once()) if seen == "all cells" else fit, seen)
+    return Method(name, "baseline", fit, "all cells" if rows is None else "training cells")
 
 
 def _components(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -166,16 +172,7 @@ def _leading(symmetric: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def variable_genes(genes: Genes) -> Method:
     """The genes themselves that vary most among the cells, as an embedding."""
-
-    def fit(rows: np.ndarray, seed: int) -> list[Space]:
-        values = genes.variable(_all(genes))
-        return [Space("", values, values.shape[1:])]
-
-    return Method("HVG", "baseline", fit, "all cells")
-
-
-def _all(genes: Genes) -> np.ndarray:
-    return np.arange(genes.log.shape[0])
+    return Method("HVG", "baseline", lambda: [_only(genes.variable(genes.rows))], "all cells")
 
 
 def highly_variable(log: sp.csr_matrix) -> np.ndarray:
@@ -199,8 +196,7 @@ def highly_variable(log: sp.csr_matrix) -> np.ndarray:
 def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int) -> Method:
     """scVI, trained once on the highly variable genes of all cells with their batches, as Lopez et al., 2018."""
 
-    @cache
-    def once() -> list[Space]:
+    def fit() -> list[Space]:
         import scvi as scvi_tools
         import torch
 
@@ -216,6 +212,6 @@ def scvi(counts: sp.csr_matrix, batches: pd.Series | None, epochs: int) -> Metho
                 max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False
             )
             latent = np.asarray(model.get_latent_representation())
-        return [Space("", latent, latent.shape[1:])]
+        return [_only(latent)]
 
-    return Method("scVI", "baseline", lambda rows, seed: once(), "all cells")
+    return Method("scVI", "baseline", fit, "all cells")

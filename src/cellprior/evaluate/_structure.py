@@ -37,7 +37,7 @@ def structure(task: Task, *, progress: bool | None = None) -> pd.DataFrame:
     latents, seconds = {}, {}
     for method in task.methods:
         start = time.perf_counter()
-        latents[method.name] = next(iter(method.fit(rows, 0))).usual
+        latents[method.name] = method.fit()[0].usual
         seconds[method.name] = time.perf_counter() - start
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in latents}
     reasons: dict[str, str] = {}

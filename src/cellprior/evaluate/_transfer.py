@@ -194,10 +194,10 @@ def _pair(
         )
     genes = methods.Genes(log_normalised(counts))
     of_study = np.repeat([0, 1], [n, query.n_obs])
-    pca, joint = methods.pca("PCA", genes, seen="training cells"), methods.pca(JOINT, genes)
+    pca, joint = methods.pca("PCA", genes, train), methods.pca(JOINT, genes)
     task = Task(codes, labels, batches, genes, copies, [], {})
     task.splits = {study: [Split(HELD_OUT if batch_key else RANDOM, 0, study, train, test)]}
-    task.methods = [_centred(genes, of_study), pca, joint]
+    task.methods = [_centred(genes, train, of_study), pca, joint]
     if importlib.util.find_spec("harmonypy") is not None:
         task.methods.append(_harmony(joint, of_study))
     if scvi_epochs is not None:
@@ -222,10 +222,10 @@ def _shared(reference: ad.AnnData, query: ad.AnnData, study: str) -> pd.Index:
     return shared
 
 
-def _centred(genes: methods.Genes, of_study: np.ndarray) -> Method:
+def _centred(genes: methods.Genes, rows: np.ndarray, of_study: np.ndarray) -> Method:
     """Variable genes of the reference, the mean of each study at the origin."""
 
-    def fit(rows: np.ndarray, seed: int) -> list[Space]:
+    def fit() -> list[Space]:
         values = genes.variable(rows).copy()
         for study in np.unique(of_study):
             values[of_study == study] -= values[of_study == study].mean(axis=0)
@@ -237,14 +237,13 @@ def _centred(genes: methods.Genes, of_study: np.ndarray) -> Method:
 def _harmony(joint: Method, of_study: np.ndarray) -> Method:
     """Harmony on the components of both studies [Korsunsky et al., 2019]."""
 
-    def fit(rows: np.ndarray, seed: int) -> list[Space]:
+    def fit() -> list[Space]:
         import harmonypy  # type: ignore[import-not-found,unused-ignore]  # not a dependency
 
-        space = next(iter(joint.fit(rows, seed)))
         obs = pd.DataFrame({"study": of_study.astype(str)})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = harmonypy.run_harmony(space.usual, obs, "study", random_state=seed, verbose=False)
+            found = harmonypy.run_harmony(joint.fit()[0].usual, obs, "study", random_state=0, verbose=False)
         moved = np.asarray(found.Z_corr)
         values = moved.T if moved.shape[0] != len(of_study) else moved
         return [Space("", values.astype(np.float32), values.shape[1:])]
@@ -257,9 +256,8 @@ def _answers(task: Task) -> Answers:
     answers = Answers(splits, task.copies)
     fold = Fold(task, splits[0], None)
     for method in task.methods:
-        spaces = list(method.fit(splits[0].train, 0))
         for reader in READERS:
-            answers.add(Asked(method.name, method.kind, reader), fold.read(reader, spaces)[0])
+            answers.add(Asked(method.name, method.kind, reader), fold.read(reader, method.fit())[0])
     return answers
 
 
