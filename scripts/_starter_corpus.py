@@ -18,6 +18,9 @@ import torch
 from _starter_data import CellSet, ensembl_ids, labels_of, read_gene_names, read_set
 from sklearn.utils.extmath import randomized_svd
 
+from cellprior.genes import match
+from cellprior.weights import fingerprints
+
 TRAINING_SETS = (
     "pbmc_facs_zheng2017",
     "blood_tregs_tconv_deconvseq",
@@ -173,6 +176,17 @@ def source_of(
         pd.factorize(cells.batch)[0],
         is_profile=measured is not None,
     )
+
+
+def cells_of(sets: Sequence[CellSet], sources: Sequence[Source], vocabulary: pd.DataFrame) -> np.ndarray:
+    """Numbers by which the cells are known again, by symbols as by Ensembl ids; average profiles are no cells."""
+    found = []
+    for cells, source in zip(sets, sources, strict=True):
+        if not source.is_profile:
+            by_symbol = match(pd.DataFrame(index=cells.genes), vocabulary).index
+            found += [fingerprints(cells.counts, by_symbol)]
+            found += [fingerprints(source.counts, np.arange(len(vocabulary)))]
+    return np.concatenate(found)
 
 
 def average_share(sources: Sequence[Source], n_genes: int) -> np.ndarray:

@@ -26,6 +26,7 @@ import torch
 from _starter_corpus import (
     Source,
     average_share,
+    cells_of,
     draw_cells,
     log_input,
     pooled_axes,
@@ -43,7 +44,7 @@ from cellprior.model.cellplm._module import CellPLMModule
 from cellprior.model.cellplm._views import N_RECONSTRUCTED, view_losses
 from cellprior.model.learning._plan import Plan
 from cellprior.model.learning._views import View, draw_view
-from cellprior.weights import write_bundle
+from cellprior.weights import write_bundle, write_trained_on
 
 log = logging.getLogger("starter")
 
@@ -372,6 +373,7 @@ def main() -> None:
         "the head, on studies that it has not seen: %s", {name: round(x, 4) for name, x in found.items()}
     )
     write(args.out, model, recipe, "Not judged yet.\n")
+    write_trained_on(args.out, cells_of(corpus.sets, corpus.sources, corpus.vocabulary))
 
 
 if __name__ == "__main__":

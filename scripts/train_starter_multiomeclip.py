@@ -32,10 +32,11 @@ import multiome
 
 from cellprior._compat import without_pulled_columns
 from cellprior.evaluate import accuracy, balanced_accuracy, knn_predict
+from cellprior.genes import match
 from cellprior.model import MultiomeCLIP
 from cellprior.model.multiomeclip._metrics import depth_scores, matching_metrics
 from cellprior.model.multiomeclip._training import align
-from cellprior.weights import write_bundle
+from cellprior.weights import fingerprints, write_bundle, write_trained_on
 
 FILES = ("snareseq_mouse_cortex_2k.h5mu", "snareseq_mouse_cortex_6k.h5mu")
 STARTER = "multiomeclip-starter"
@@ -170,6 +171,12 @@ def write(folder: Path, model: MultiomeCLIP, recipe: Recipe, card: str) -> None:
     )
 
 
+def cells_of(model: MultiomeCLIP, train: MuData) -> np.ndarray:
+    """Numbers by which the cells are known again, of their genes."""
+    rna = train["rna"]
+    return fingerprints(rna.X, match(rna.var, model.genes).index)
+
+
 def matching(model: MultiomeCLIP, whole: MultiomeCLIP, train: MuData, test: MuData) -> pd.DataFrame:
     """How well cells that were left out are matched, and named from RNA to ATAC, beside what knows less.
 
@@ -284,6 +291,7 @@ def main() -> None:
     (args.out / "left_out.txt").write_text("\n".join(test.obs_names) + "\n", encoding="utf-8")
     results = {name: table(values) for name, values in tables.items()}
     write(args.out, model, recipe, render(model, train, recipe, results))
+    write_trained_on(args.out, cells_of(model, train))
 
 
 if __name__ == "__main__":

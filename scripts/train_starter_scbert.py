@@ -25,7 +25,8 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from _starter_corpus import Source, average_share, draw_cells, pooled_axes, read_sources
+from _starter_corpus import Source, average_share, cells_of, draw_cells, pooled_axes, read_sources
+from _starter_data import CellSet
 from _starter_fit import cosine, train
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,7 +38,7 @@ from cellprior.model.learning._views import draw_view
 from cellprior.model.scbert._attention import FavorAttention
 from cellprior.model.scbert._inputs import sample_mask
 from cellprior.model.scbert._module import ScBERTModule, sample_genes
-from cellprior.weights import write_bundle
+from cellprior.weights import write_bundle, write_trained_on
 
 log = logging.getLogger("starter")
 
@@ -88,6 +89,7 @@ class Corpus:
     """What a step is drawn from, and what share of an average cell's counts each gene has."""
 
     vocabulary: pd.DataFrame
+    sets: list[CellSet]
     sources: list[Source]
     share: np.ndarray
 
@@ -99,8 +101,8 @@ class Corpus:
 
 def read(data: Path, gene_tables: Path) -> Corpus:
     """Read the sets and the profiles, and choose the vocabulary."""
-    vocabulary, _, sources = read_sources(data, gene_tables)
-    return Corpus(vocabulary, sources, average_share(sources, len(vocabulary)))
+    vocabulary, sets, sources = read_sources(data, gene_tables)
+    return Corpus(vocabulary, sets, sources, average_share(sources, len(vocabulary)))
 
 
 class Seen(NamedTuple):
@@ -423,6 +425,7 @@ def main() -> None:
     model = ScBERT.from_pretrained(args.out)  # in few bits, as it is shipped
     train_bins(model, corpus, recipe)
     write(args.out, model, recipe, "Not judged yet.\n")
+    write_trained_on(args.out, cells_of(corpus.sets, corpus.sources, corpus.vocabulary))
 
 
 if __name__ == "__main__":

@@ -128,6 +128,29 @@ def test_what_to_do_next_says_for_which_of_two_uses(cells):
         assert verdict.text.split("\n")[-1] == after
 
 
+def test_a_gain_on_cells_that_the_weights_were_trained_on_proves_nothing(cells):
+    adata = cells()
+    task = make_task(adata, {"mine": told(adata)}, labels_key="type")
+    task.n_trained_on["mine"] = 200
+    task.methods[0] = _methods.fixed("mine", told(adata), seen=task.seen_by("mine"))
+    for mine, headline, after in (
+        (
+            0.8,
+            "mine: helps, on cells that it was trained on.",
+            "Next: ask about cells that it was not trained on.",
+        ),
+        (0.4, "mine: worse.", "Next: use PCA."),
+    ):
+        answers = answered(KNN, mine=mine, chosen=0.6)
+        answers.take(answered(LINEAR, mine=mine, chosen=0.6))
+        lines = judge(task, answers, answers.scores(np.tile([0, 1], 200)), "mine").text.split("\n")
+        assert lines[0] == headline and lines[-1] == after
+        proves = ", so this proves nothing" if mine == 0.8 else ""
+        assert f"- It was trained on at least 200 of these 240 cells{proves}." in lines
+    task.n_trained_on["mine"] = 2
+    assert task.seen_by("mine") == "no cell"  # by chance, or a control
+
+
 def test_a_verdict_says_how_often_the_cells_were_divided():
     codes = np.tile([0, 1], 100)
     words = [_where(Answers(random_folds(codes, seeds=n), np.arange(200))) for n in (5, 15)]

@@ -18,7 +18,7 @@ from cellprior._talk import without_trainer_talk
 from cellprior.evaluate._expression import log_normalised
 
 Kind = Literal["embedding", "baseline", "control"]
-Seen = Literal["no cell", "training cells", "all cells"]
+Seen = Literal["no cell", "these cells", "training cells", "all cells"]
 
 ALL = "all genes"
 SIZES = (100, 50, 30, 20, 10)  # components among which one is chosen
@@ -53,8 +53,8 @@ class Method:
     fit: Callable[[], list[Space]]
     """Embeddings of all cells, made when they are first asked for."""
     seen: Seen
-    """What they have learned from, labels aside: weights have not learned from these cells, as far as is known, and
-    an array may have learned from all."""
+    """What they have learned from, labels aside: weights have not learned from these cells, unless they say so, and an
+    array may have learned from all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fit", cache(self.fit))

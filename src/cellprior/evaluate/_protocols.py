@@ -68,8 +68,9 @@ embed_options
 ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
 interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
 ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; ``seen``, what the embedding has
-learned from, labels aside: ``"no cell"`` of yours or ``"training cells"`` (inductive), or ``"all cells"``
-(transductive); and ``seconds`` that all splits took.""",
+learned from, labels aside: ``"no cell"`` of yours, as far as is known, or ``"training cells"`` (inductive),
+``"all cells"`` (transductive), or ``"these cells"`` in its pretraining, if the weights say so; and ``seconds`` that
+all splits took.""",
     "RAISES": """\
 Raises
 ------

@@ -18,7 +18,7 @@ from cellprior._matrix import matrix_of
 from cellprior._obs import read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._expression import log_normalised, of_genes
-from cellprior.evaluate._methods import Genes, Method
+from cellprior.evaluate._methods import Genes, Method, Seen
 from cellprior.evaluate._splits import (
     HELD_OUT,
     MIN_LEARNED,
@@ -34,6 +34,7 @@ Embeddings: TypeAlias = str | Sequence[str] | Mapping[str, str | np.ndarray]
 MIN_ASKED = 10  # cells of a label: of five folds, four have the 8 that make a majority of 15 neighbours
 ON_GENES, RIDGE, MAJORITY = "logistic regression on genes", "ridge on all genes", "largest label"
 CHOSEN = "chosen baseline"
+FEW_KNOWN = 0.01  # of the cells: two files may have a cell by chance, or a control
 SEEN = (
     "Whether {} was pretrained on these very cells is not known here; then a gain says little. See its card."
 )
@@ -57,11 +58,17 @@ class Task:
     provenance: dict[str, Any] = field(default_factory=dict)
     counts: sp.csr_matrix | None = None
     """Raw, of genes ``(cells, genes)``."""
+    n_trained_on: dict[str, int] = field(default_factory=dict)
+    """Of the labelled cells, those that an embedding's weights were trained on, by name, if the weights say."""
 
     @property
     def n_obs(self) -> int:
         """Cells, those without a label among them."""
         return len(self.codes)
+
+    def seen_by(self, name: str) -> Seen:
+        """What an embedding by some weights has learned from."""
+        return seen_by_weights(self.n_trained_on.get(name, 0), int((self.codes >= 0).sum()))
 
     @property
     def log(self) -> sp.csr_matrix:
@@ -132,14 +139,15 @@ def make_task(
     twins: list[Method] = []
     for name, given in wanted.items():
         if isinstance(given, str) and given not in adata.obsm:
-            task.notes.append(SEEN.format(name))
             twins += _from_weights(task, cells, name, given, options.get(name, {}), batch_key=batch_key)
         else:
             values = _checked(name, adata.obsm[given] if isinstance(given, str) else given, adata.n_obs)
             record = adata.uns.get("cellprior", {}).get(given) if isinstance(given, str) else None
-            known = record is not None and "weights" in record
-            task.methods.append(methods.fixed(name, values[rows], seen="no cell" if known else "all cells"))
             twins += _twin_of_record(task, cells, name, record)
+            known = record is not None and "weights" in record
+            task.methods.append(
+                methods.fixed(name, values[rows], seen=task.seen_by(name) if known else "all cells")
+            )
     if expression.shape[0] > methods.MOST_CELLS:
         task.notes.append(f"More than {methods.MOST_CELLS:,} cells: no baseline reads all genes at once.")
     baselines = [methods.pca("PCA", genes), methods.variable_genes(genes), *twins]
@@ -250,9 +258,10 @@ def _from_weights(
                 "cells with genes; an embedding of peaks can be compared with them as a key of obsm."
             )
             raise ValueError(msg)
+        _note_trained_on(task, name, trained_on(weights, cells.X, model))
         if embed:
             latent = model.get_latent_representation(**options)
-            task.methods.append(methods.fixed(name, latent, seen="no cell"))
+            task.methods.append(methods.fixed(name, latent, seen=task.seen_by(name)))
         seconds = round(time.perf_counter() - start, 1)
         task.provenance[name] = {**model.provenance(), "seconds": seconds}
         genes = np.flatnonzero(model.gene_match.index >= 0)
@@ -263,6 +272,30 @@ def _from_weights(
             twin.release()
     task.genes.add(f"the genes of {name}", genes)
     return [methods.fixed(f"random weights of {name}", at_random, kind="baseline", seen="no cell")]
+
+
+def trained_on(weights: str, counts: sp.csr_matrix, model: Any) -> np.ndarray | None:
+    """Which cells some weights were trained on ``(cells,)``; None if they do not say."""
+    from cellprior.weights import fingerprints, read_trained_on, resolve
+
+    known = read_trained_on(resolve(weights))
+    return None if known is None else np.isin(fingerprints(counts, model.gene_match.index), known)
+
+
+def _note_trained_on(task: Task, name: str, known: np.ndarray | None) -> None:
+    if known is None:
+        task.notes.append(SEEN.format(name))
+        return
+    asked = known[task.codes >= 0]
+    task.n_trained_on[name] = int(asked.sum())
+    task.notes.append(
+        f"{name} was trained on {asked.sum() or 'none'} of these {len(asked):,} cells, as far as their counts tell."
+    )
+
+
+def seen_by_weights(n_known: int, n_cells: int) -> Seen:
+    """What an embedding has learned from, by how many of the cells its weights were trained on."""
+    return "these cells" if n_known > FEW_KNOWN * n_cells else "no cell"
 
 
 def _twin_of_record(

@@ -19,7 +19,7 @@ from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._intervals import CLASS_SCORES, compared
 from cellprior.evaluate._methods import Method, Space
 from cellprior.evaluate._splits import HELD_OUT, MIN_LEARNED, RANDOM, Split, label_codes
-from cellprior.evaluate._task import Task, copies_of, refuse_others
+from cellprior.evaluate._task import Task, copies_of, refuse_others, seen_by_weights, trained_on
 
 CENTRED = "genes, each study centred"
 JOINT = "PCA of both studies"
@@ -73,8 +73,9 @@ def transfer(
     Returns
     -------
     A tidy table: ``method``, ``kind``, ``reader``, ``metric``, ``study`` (a name, or ``"all"`` for their mean),
-    ``seen`` (what the embedding has learned from: ``"no cell"`` of these studies, the ``"training cells"`` of the
-    reference, or ``"all cells"``, the query's among them), ``value`` with its 95 % interval, ``versus`` and the paired
+    ``seen`` (what the embedding has learned from: ``"no cell"`` of these studies, as far as is known, the ``"training
+    cells"`` of the reference, ``"all cells"``, the query's among them, or ``"these cells"`` of the query, in a
+    pretraining that says so), ``value`` with its 95 % interval, ``versus`` and the paired
     ``difference`` with its interval, ``chosen``, and ``n_cells`` that were asked about. Of one study the interval is of
     cells; of all, of studies.
 
@@ -108,15 +109,11 @@ def transfer(
     with bar(len(queries), "transfer", unit=" studies", progress=progress) as steps:
         for study, cells in queries.items():
             task = _pair(reference, cells, labels_key, study, **options)
-            of_weights = {
-                name: _both(
+            task.methods[:0] = [
+                _embedding(
                     name, given, reference, cells, batch_key, layer, (embed_options or {}).get(name, {})
                 )
                 for name, given in names.items()
-            }
-            task.methods[:0] = [
-                methods.fixed(name, values, seen=_seen(names[name], reference, cells))
-                for name, values in of_weights.items()
             ]
             found.append((study, task, _answers(task)))
             steps.update()
@@ -135,7 +132,7 @@ def _seen(given: str, *studies: ad.AnnData) -> methods.Seen:
     return "no cell" if all("weights" in record for record in records) else "all cells"
 
 
-def _both(
+def _embedding(
     name: str,
     given: str,
     reference: ad.AnnData,
@@ -143,21 +140,25 @@ def _both(
     batch_key: str | None,
     layer: str | None,
     options: Mapping[str, Any],
-) -> np.ndarray:
-    """Embedding of the reference and then the query, each embedded by itself ``(cells, dimensions)``."""
+) -> Method:
+    """Embedding of the reference and then the query, each embedded by itself."""
     from cellprior.model import model_class
 
     if given in reference.obsm and given in query.obsm:
-        return np.concatenate([np.asarray(reference.obsm[given]), np.asarray(query.obsm[given])])
+        values = np.concatenate([np.asarray(reference.obsm[given]), np.asarray(query.obsm[given])])
+        return methods.fixed(name, values, seen=_seen(given, reference, query))
     if given in reference.obsm or given in query.obsm:
         msg = f"obsm[{given!r}] is in one of the studies only: embed both."
         raise KeyError(msg)
     cls: Any = model_class(given)
-    found = []
+    found, known = [], None
     for cells in (reference, query):
         with cls.opened(given, cells, layer=layer, batch_key=batch_key) as model:
             found.append(model.get_latent_representation(**options))
-    return np.concatenate(found)
+            if cells is query:
+                known = trained_on(given, raw_counts(cells, layer), model)
+    n_known = 0 if known is None else int(known.sum())
+    return methods.fixed(name, np.concatenate(found), seen=seen_by_weights(n_known, query.n_obs))
 
 
 def _pair(

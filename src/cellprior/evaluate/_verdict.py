@@ -36,6 +36,11 @@ BY_CHANCE = (
     0.02  # of the neighbours within types, beyond chance, that an embedding keeps at least if it knows more
 )
 CEILING = 0.995  # of both scores: nothing is left to gain
+DOUBTS = {
+    "all cells": ", unless it was made with these labels",
+    "these cells": ", on cells that it was trained on",
+}
+USE, OTHERS = "use it", "ask about cells that it was not trained on"
 WIDTH = 100
 
 
@@ -104,15 +109,20 @@ def judge(
         if same
         else f"{neighbours.outcome} as an embedding, {naming.outcome} to name cells"
     )
-    is_array = any(method.name == embedding and method.seen == "all cells" for method in task.methods)
-    made = is_array and "helps" in short
+    seen = next(method.seen for method in task.methods if method.name == embedding)
+    doubt = DOUBTS.get(seen, "") if "helps" in short else ""
     lines = [
-        f"{embedding}: {short}{', unless it was made with these labels' if made else ''}.",
+        f"{embedding}: {short}{doubt}.",
         f"- As an embedding: {neighbours.words}.",
         f"- To name cells: {naming.words}.",
         f"- {_where(answers)}; intervals of 95 %.",
     ]
-    if made:
+    if seen == "these cells":
+        n_known, n_cells = task.n_trained_on[embedding], int((task.codes >= 0).sum())
+        proves = ", so this proves nothing" if doubt else ""
+        some = "all" if n_known == n_cells else f"at least {n_known:,}"
+        lines.append(f"- It was trained on {some} of these {n_cells:,} cells{proves}.")
+    elif doubt:
         lines.append("- It is an array: if it was made with these labels, this proves nothing.")
     own, of_pca = ((within_types or {}).get(name, np.nan) for name in (embedding, "PCA"))
     if own < BY_CHANCE and of_pca > 2 * BY_CHANCE:
@@ -120,9 +130,11 @@ def judge(
             f"- Within types its neighbours are those of chance ({own:.2f}; of PCA {of_pca:.2f}): it knows the types "
             "and nothing else of these cells, as labels and noise would."
         )
-    to_do = neighbours.advice
-    if naming.advice != to_do:
-        to_do = f"as an embedding, {to_do}; to name cells, {naming.advice}"
+    to_do, to_name = (
+        OTHERS if seen == "these cells" and of.advice == USE else of.advice for of in (neighbours, naming)
+    )
+    if to_name != to_do:
+        to_do = f"as an embedding, {to_do}; to name cells, {to_name}"
     return Verdict(embedding, neighbours.outcome, naming.outcome, "\n".join([*lines, f"Next: {to_do}."]))
 
 
@@ -154,7 +166,7 @@ def compare(answers: Answers, scores: Mapping[Asked, Draws], embedding: str, rea
         advice = f"{more}, or use {ahead}"
     elif low > 0:
         outcome = "helps on these donors" if few else "helps"
-        said, advice = "better than the baseline", f"{more}, at least four" if few else "use it"
+        said, advice = "better than the baseline", f"{more}, at least four" if few else USE
     elif high < 0:
         outcome = "worse on these donors" if few else "worse"
         said, advice = "worse than the baseline", f"use {_name(baseline)}"

@@ -9,6 +9,7 @@ from cellprior.weights._fetch import fetch, resolve
 from cellprior.weights._inert import InertCheckpoint
 from cellprior.weights._reading import read_bundle
 from cellprior.weights._registry import WeightsError, available
+from cellprior.weights._trained_on import fingerprints, read_trained_on, write_trained_on
 
 __all__ = [
     "Bundle",
@@ -18,11 +19,14 @@ __all__ = [
     "available",
     "card",
     "fetch",
+    "fingerprints",
     "read_bundle",
     "read_checkpoint",
+    "read_trained_on",
     "resolve",
     "sha256",
     "write_bundle",
+    "write_trained_on",
 ]
 
 

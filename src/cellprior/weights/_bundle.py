@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellprior.weights._download import is_web_page
 from cellprior.weights._registry import WeightsError
+from cellprior.weights._trained_on import TRAINED_ON
 
 if TYPE_CHECKING:
     import os
@@ -148,7 +149,7 @@ def write_bundle(
         (stage / "config.json").write_text(text, encoding="utf-8")
         # safetensors writes a file for its owner alone
         shutil.copymode(stage / "config.json", stage / "model.safetensors")
-        for name in ("config.json", PEAKS):
+        for name in ("config.json", PEAKS, TRAINED_ON):
             (folder / name).unlink(missing_ok=True)
         for name in FILES if peaks is None else (PEAKS, *FILES):
             (stage / name).replace(folder / name)
