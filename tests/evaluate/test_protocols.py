@@ -486,6 +486,19 @@ def test_copies_of_cells_are_noticed(cells):
     assert not any("same counts" in note for note in make(adata, told(adata)).notes)
 
 
+def test_of_many_types_that_are_left_out_the_first_are_named_and_all_are_counted(cells):
+    adata = cells()
+    types, embedding = adata.obs["type"], told(adata)
+    for rare, n, end in (
+        (lambda i: f"rare {i:02}", 14, "cells: rare 00, rare 01, rare 02"),
+        (lambda i: "rare", 3, "cells: rare."),
+    ):
+        adata.obs["type"] = [rare(i) if i < n else kind for i, kind in enumerate(types)]
+        note = make(adata, embedding).notes[0]
+        assert note.startswith(f"{n} cells are not asked about") and end in note
+        assert note.endswith("rare 09, ... (14 types).") == (n == 14)
+
+
 def make(adata: AnnData, embedding: np.ndarray, **options: object) -> _task.Task:
     arguments = {
         "labels_key": "type",

@@ -162,7 +162,7 @@ def _left_out(codes: np.ndarray, labels: Sequence[str], given: pd.Series) -> lis
     if not (n_cells := int((codes < 0).sum())):
         return []
     small = sorted(set(pd.Series(given).dropna().astype(str)) - set(labels))
-    named = f", or of types with fewer than {MIN_ASKED} cells: {', '.join(small)}" if small else ""
+    named = f", or of types with fewer than {MIN_ASKED} cells: {_some(small)}" if small else ""
     return [f"{n_cells} cells are not asked about: without a label{named}."]
 
 
@@ -172,10 +172,15 @@ def _not_learned(splits: Sequence[Split], codes: np.ndarray, labels: Sequence[st
     missing = np.setdiff1d(np.unique(codes[codes >= 0]), np.unique(codes[asked]))
     if not len(missing):
         return []
-    named = ", ".join(labels[code] for code in missing)
+    named = _some([labels[code] for code in missing])
     return [
         f"Never asked about in held-out batches, as fewer than {MIN_LEARNED} other cells have it: {named}."
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first ten types, and how many there are if there are more."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)} types)" if len(names) > 10 else "")
 
 
 def refuse_others(adata: Any) -> None:
