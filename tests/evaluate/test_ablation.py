@@ -10,6 +10,7 @@ import scanpy as sc
 import scvi
 import torch
 
+from cellprior import weights
 from cellprior.evaluate._ablation import pretraining_ablation
 from cellprior.evaluate._arms import (
     ARMS,
@@ -284,6 +285,24 @@ def test_weights_of_the_registry_that_can_name_cells_are_compared_until_they_hav
     model.fine_tune(max_epochs=1, calibration_size=0.0, trainable="head", **QUIET)
     with pytest.raises(ValueError, match="has learned labels already"):
         pretraining_ablation(model, seeds=1, arms=[GENES, LARGEST], progress=False)
+
+
+def test_an_ablation_on_cells_that_the_weights_were_trained_on_warns(tmp_path):
+    adata = blood_cells()
+    adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B"])].copy()
+    CellPLM.setup_anndata(adata, labels_key="bulk_labels")
+    CellPLM(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4).save_pretrained(
+        tmp_path / "mine", card="# Mine"
+    )
+    model = CellPLM.from_pretrained(tmp_path / "mine", adata)
+    options = {"seeds": 1, "arms": [GENES, LARGEST], "progress": False}
+    pretraining_ablation(model, **options)  # nobody knows
+    known = weights.fingerprints(adata.X, model.gene_match.index)
+    weights.write_trained_on(tmp_path / "mine", known)
+    with pytest.warns(UserWarning, match=rf"at least {(known > 0).sum()} of these {adata.n_obs} cells"):
+        pretraining_ablation(model, **options)
+    (tmp_path / "mine").rename(tmp_path / "gone")
+    pretraining_ablation(model, **options)
 
 
 @pytest.mark.parametrize(

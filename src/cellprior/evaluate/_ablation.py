@@ -15,10 +15,13 @@ import pandas as pd
 from cellprior._obs import text_of
 from cellprior._talk import bar
 from cellprior.evaluate._arms import ARMS, COMPARISONS, CONTROL, FROZEN, LARGEST, NETWORKS, Cells, Fit
+from cellprior.evaluate._expression import raw_counts
 from cellprior.evaluate._intervals import CLASS_SCORES, Resampling, compared
 from cellprior.evaluate._splits import Split, batch_splits, label_codes, random_splits
+from cellprior.evaluate._task import FEW_KNOWN, trained_on
 from cellprior.evaluate._twin import has_random_weights
 from cellprior.model._base import PretrainedModel
+from cellprior.weights import WeightsError
 from cellprior.weights._registry import entries
 
 LRS = (3e-4, 1e-3, 3e-3)
@@ -107,9 +110,9 @@ def pretraining_ablation(
     ------
     ValueError
         If the model has no data or random weights; if it has learned labels, unless its weights are those of the
-        registry, whose card tells of which cells; if an arm is not one of those above, or a network
-        frozen at random would stand for "no pretraining"; if there are fewer than three learning rates, or labels or
-        batches cannot be split.
+        registry, whose card tells of which cells; if an arm is not one of those above, or a network frozen at random
+        would stand for "no pretraining"; if there are fewer than three learning rates, or labels or batches cannot be
+        split.
     KeyError
         If a column is not in ``obs``.
 
@@ -117,11 +120,13 @@ def pretraining_ablation(
     -----
     UserWarning
         If an arm did not learn: in some fit it names hardly more of its training cells than the largest class would.
-        Its note says so, and nothing is compared with it. Also if an arm was still improving in the last epochs.
+        Its note says so, and nothing is compared with it. Also if an arm was still improving in the last epochs, and if
+        the weights say that they were trained on these cells.
     """
     chosen = _arms(arms)
     _refuse(model, fine_tune, lrs)
     codes, names, key = _labels(model, labels_key)
+    _warn_of_known_cells(model, codes)
     splits = _splits(model, codes, batch_key, seeds=seeds, test_size=test_size)
     if model.device.type == "cpu":
         fine_tune = {"accelerator": "cpu", **fine_tune}
@@ -185,6 +190,23 @@ def _refuse(model: PretrainedModel, fine_tune: Mapping[str, Any], lrs: Sequence[
             "random ones learn nothing."
         )
         raise ValueError(msg)
+
+
+def _warn_of_known_cells(model: PretrainedModel, codes: np.ndarray) -> None:
+    weights = (model.pretrained_ or {}).get("weights")
+    if weights is None:
+        return
+    try:
+        known = trained_on(weights, raw_counts(model.adata, model.registry["setup_args"]["layer"]), model)
+    except WeightsError:  # they are no longer where they were
+        return
+    n_known, n_cells = 0 if known is None else int(known[codes >= 0].sum()), int((codes >= 0).sum())
+    if n_known > FEW_KNOWN * n_cells:
+        warnings.warn(
+            f"{weights} was trained on at least {n_known:,} of these {n_cells:,} cells, maybe with their labels. What "
+            "it gains here, it need not gain on others.",
+            stacklevel=3,
+        )
 
 
 def _labels(model: PretrainedModel, labels_key: str | None) -> tuple[np.ndarray, list[str], str]:
