@@ -24,6 +24,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent.parent / "notebooks"
 DATA = "CELLPRIOR_TUTORIAL_DATA"
 CELL = re.compile(r"/\S*ipykernel_\d+/\d+\.py:\d+: ")  # a file of this run alone, in front of a warning
+NO_WIDGETS = re.compile(r".*TqdmWarning: IProgress not found.*\n.*\n")  # here, and not in a user's notebook
 OVERWRITTEN = re.compile(
     r"[^\n\r]*\r(?!\n)"
 )  # an earlier state of a bar, as a screen does not show it any more
@@ -62,7 +63,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         kept = []
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                output.text = CELL.sub("", OVERWRITTEN.sub("", output.text))
+                output.text = CELL.sub("", OVERWRITTEN.sub("", NO_WIDGETS.sub("", output.text)))
                 if not output.text.strip():
                     continue
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
