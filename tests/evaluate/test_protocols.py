@@ -425,13 +425,14 @@ def test_an_embedding_of_tl_embed_brings_the_same_baselines_and_stays_as_it_is()
 def test_cells_that_weights_were_trained_on_are_found_if_the_weights_say_so(tmp_path):
     adata = blood()
     model = cp.model.CellPLM.from_pretrained("cellplm-starter")
+    model.trained_on_ = None
     model.save_pretrained(tmp_path / "mine", card="# Mine")
     say = {"labels_key": "label", "seeds": 2}
     silent = _task.make_task(adata, str(tmp_path / "mine"), **say)
     assert "is not known here" in silent.notes[-1] and silent.methods[0].seen == "no cell"
     known = cp.weights.fingerprints(adata.X, cp.genes.match(adata.var, model.genes).index)
     known = known[(silent.codes >= 0) & (known > 0)]
-    for n, seen, words in ((100, "these cells", "100 of these"), (0, "no cell", "none of these")):
+    for n, seen, words in ((100, "these cells", "100 of the"), (0, "no cell", "none of the")):
         cp.weights.write_trained_on(tmp_path / "mine", known[:n])
         task = _task.make_task(adata, str(tmp_path / "mine"), **say)
         assert task.methods[0].seen == seen and words in task.notes[-1]

@@ -147,6 +147,11 @@ def test_a_gain_on_cells_that_the_weights_were_trained_on_proves_nothing(cells):
         assert lines[0] == headline and lines[-1] == after
         proves = ", so this proves nothing" if mine == 0.8 else ""
         assert f"- It was trained on at least 200 of these 240 cells{proves}." in lines
+    task.n_trained_on["mine"] = 60
+    answers = answered(KNN, mine=0.8, chosen=0.6)
+    answers.take(answered(LINEAR, mine=0.8, chosen=0.6))
+    text = judge(task, answers, answers.scores(np.tile([0, 1], 200)), "mine").text
+    assert "at least 60 of these 240 cells, so this proves little." in text
     task.n_trained_on["mine"] = 2
     assert task.seen_by("mine") == "no cell"  # by chance, or a control
 

@@ -387,3 +387,21 @@ def test_the_training_plot_shows_each_loss_beside_its_floor(adata):
     labels = [line.get_label() for line in cp.pl.training(model, ax=Figure().subplots()).lines]
     assert labels == ["training cells", "training cells, floor: gene means",
                       "held-out cells", "held-out cells, floor: gene means"]  # fmt: skip
+
+
+def test_what_weights_were_trained_on_goes_along_until_they_are_trained_on_more(adata, tmp_path):
+    scratch(adata).save_pretrained(tmp_path / "first")
+    cells = np.arange(1, 20, dtype=np.uint32)
+    cp.weights.write_trained_on(tmp_path / "first", cells)
+    model = cp.model.CellPLM.from_pretrained(tmp_path / "first", adata)
+    model.save_pretrained(tmp_path / "same")
+    model.save(tmp_path / "own")
+    for again in (
+        cp.model.CellPLM.from_pretrained(tmp_path / "same"),
+        cp.model.CellPLM.load(tmp_path / "own", adata),
+    ):
+        np.testing.assert_array_equal(again.trained_on_, cells)
+    model.train(max_epochs=1, **QUIET)
+    model.save_pretrained(tmp_path / "more")
+    assert cp.weights.read_trained_on(tmp_path / "more") is None
+    assert cp.model.CellPLM.from_pretrained(tmp_path / "more").trained_on_ is None

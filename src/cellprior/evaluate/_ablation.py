@@ -21,7 +21,6 @@ from cellprior.evaluate._splits import Split, batch_splits, label_codes, random_
 from cellprior.evaluate._task import FEW_KNOWN, trained_on
 from cellprior.evaluate._twin import has_random_weights
 from cellprior.model._base import PretrainedModel
-from cellprior.weights import WeightsError
 from cellprior.weights._registry import entries
 
 LRS = (3e-4, 1e-3, 3e-3)
@@ -193,18 +192,13 @@ def _refuse(model: PretrainedModel, fine_tune: Mapping[str, Any], lrs: Sequence[
 
 
 def _warn_of_known_cells(model: PretrainedModel, codes: np.ndarray) -> None:
-    weights = (model.pretrained_ or {}).get("weights")
-    if weights is None:
-        return
-    try:
-        known = trained_on(weights, raw_counts(model.adata, model.registry["setup_args"]["layer"]), model)
-    except WeightsError:  # they are no longer where they were
-        return
-    n_known, n_cells = 0 if known is None else int(known[codes >= 0].sum()), int((codes >= 0).sum())
-    if n_known > FEW_KNOWN * n_cells:
+    asked = np.flatnonzero(codes >= 0)
+    counts = raw_counts(model.adata, model.registry["setup_args"]["layer"])
+    n_known = trained_on(model, counts[asked]) or 0
+    if n_known > FEW_KNOWN * len(asked):
         warnings.warn(
-            f"{weights} was trained on at least {n_known:,} of these {n_cells:,} cells, maybe with their labels. What "
-            "it gains here, it need not gain on others.",
+            f"The model was trained on at least {n_known:,} of these {len(asked):,} cells, maybe with their labels. "
+            "What it gains here, it need not gain on others.",
             stacklevel=3,
         )
 

@@ -66,9 +66,14 @@ class Task:
         """Cells, those without a label among them."""
         return len(self.codes)
 
+    @property
+    def n_asked(self) -> int:
+        """Cells with a label."""
+        return int((self.codes >= 0).sum())
+
     def seen_by(self, name: str) -> Seen:
         """What an embedding by some weights has learned from."""
-        return seen_by_weights(self.n_trained_on.get(name, 0), int((self.codes >= 0).sum()))
+        return seen_by_weights(self.n_trained_on.get(name, 0), self.n_asked)
 
     @property
     def log(self) -> sp.csr_matrix:
@@ -263,7 +268,7 @@ def _from_weights(
                 "cells with genes; an embedding of peaks can be compared with them as a key of obsm."
             )
             raise ValueError(msg)
-        _note_trained_on(task, name, trained_on(weights, cells.X, model))
+        _note_trained_on(task, name, trained_on(model, cells.X[task.codes >= 0]))
         if embed:
             latent = model.get_latent_representation(**options)
             task.methods.append(methods.fixed(name, latent, seen=task.seen_by(name)))
@@ -279,22 +284,23 @@ def _from_weights(
     return [methods.fixed(f"random weights of {name}", at_random, kind="baseline", seen="no cell")]
 
 
-def trained_on(weights: str, counts: sp.csr_matrix, model: Any) -> np.ndarray | None:
-    """Which cells some weights were trained on ``(cells,)``; None if they do not say."""
-    from cellprior.weights import fingerprints, read_trained_on, resolve
+def trained_on(model: Any, counts: sp.csr_matrix) -> int | None:
+    """How many cells the weights of a model were trained on; None if they do not say."""
+    from cellprior.weights import fingerprints
 
-    known = read_trained_on(resolve(weights))
-    return None if known is None else np.isin(fingerprints(counts, model.gene_match.index), known)
+    if model.trained_on_ is None:
+        return None
+    return int(np.isin(fingerprints(counts, model.gene_match.index), model.trained_on_).sum())
 
 
-def _note_trained_on(task: Task, name: str, known: np.ndarray | None) -> None:
-    if known is None:
+def _note_trained_on(task: Task, name: str, n_known: int | None) -> None:
+    if n_known is None:
         task.notes.append(SEEN.format(name))
         return
-    asked = known[task.codes >= 0]
-    task.n_trained_on[name] = int(asked.sum())
+    task.n_trained_on[name] = n_known
+    some = f"{n_known:,}" if n_known else "none"
     task.notes.append(
-        f"{name} was trained on {asked.sum() or 'none'} of these {len(asked):,} cells, as far as their counts tell."
+        f"{name} was trained on {some} of the {task.n_asked:,} cells, as far as their counts tell."
     )
 
 

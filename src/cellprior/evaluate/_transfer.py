@@ -151,14 +151,13 @@ def _embedding(
         msg = f"obsm[{given!r}] is in one of the studies only: embed both."
         raise KeyError(msg)
     cls: Any = model_class(given)
-    found, known = [], None
+    found, n_known = [], None
     for cells in (reference, query):
         with cls.opened(given, cells, layer=layer, batch_key=batch_key) as model:
             found.append(model.get_latent_representation(**options))
             if cells is query:
-                known = trained_on(given, raw_counts(cells, layer), model)
-    n_known = 0 if known is None else int(known.sum())
-    return methods.fixed(name, np.concatenate(found), seen=seen_by_weights(n_known, query.n_obs))
+                n_known = trained_on(model, raw_counts(cells, layer))
+    return methods.fixed(name, np.concatenate(found), seen=seen_by_weights(n_known or 0, query.n_obs))
 
 
 def _pair(

@@ -118,10 +118,10 @@ def judge(
         f"- {_where(answers)}; intervals of 95 %.",
     ]
     if seen == "these cells":
-        n_known, n_cells = task.n_trained_on[embedding], int((task.codes >= 0).sum())
-        proves = ", so this proves nothing" if doubt else ""
-        some = "all" if n_known == n_cells else f"at least {n_known:,}"
-        lines.append(f"- It was trained on {some} of these {n_cells:,} cells{proves}.")
+        n_known = task.n_trained_on[embedding]
+        proves = f", so this proves {'nothing' if n_known > task.n_asked / 2 else 'little'}" if doubt else ""
+        some = "all" if n_known == task.n_asked else f"at least {n_known:,}"
+        lines.append(f"- It was trained on {some} of these {task.n_asked:,} cells{proves}.")
     elif doubt:
         lines.append("- It is an array: if it was made with these labels, this proves nothing.")
     own, of_pca = ((within_types or {}).get(name, np.nan) for name in (embedding, "PCA"))

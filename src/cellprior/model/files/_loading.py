@@ -23,9 +23,11 @@ from cellprior.weights import (
     Bundle,
     WeightsError,
     read_bundle,
+    read_trained_on,
     resolve,
     sha256,
     write_bundle,
+    write_trained_on,
 )
 from cellprior.weights._fetch import fetch_beside
 from cellprior.weights._inert import MAX_EXPANSION
@@ -59,6 +61,7 @@ def from_pretrained(
         model.annotation_ = bundle.config.get("annotation", {})
     load_strictly(model.module, bundle.state_dict, str(weights))
     model.pretrained_ = {"weights": str(weights), "sha256": digest}
+    model.trained_on_ = read_trained_on(path)
     try:
         model.training_state_ = bundle.config.get("training_state", {})
     except (ValueError, TypeError, AttributeError) as error:
@@ -209,6 +212,8 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], *, card: str | N
         card=card,
         overwrite=overwrite,
     )
+    if model.trained_on_ is not None and not model.history:  # after a training there would be more
+        write_trained_on(folder, model.trained_on_)
 
 
 def provenance(model: Any, adata: Any) -> dict[str, Any]:
