@@ -6,6 +6,7 @@ from anndata import AnnData
 
 import cellprior as cp
 from cellprior.evaluate._transfer import CENTRED, JOINT, _pair
+from tests.contract.models import blood_cells
 
 from .test_protocols import told
 
@@ -47,6 +48,19 @@ def test_the_mean_of_each_study_is_at_the_origin_and_distances_within_it_stay(st
     for rows in (slice(None, n), slice(n, None)):
         np.testing.assert_allclose(space.values[rows].mean(axis=0), 0, atol=1e-5)
         np.testing.assert_allclose(space.values[rows], log[rows] - log[rows].mean(axis=0), atol=1e-5)
+
+
+def test_weights_that_were_trained_on_the_query_are_said_to_be(tmp_path):
+    adata = blood_cells()
+    adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B"])].copy()
+    reference, query = adata[::2].copy(), adata[1::2].copy()
+    model = cp.model.CellPLM(genes=list(adata.var_names), n_hidden=16, n_layers=1, n_heads=2, n_latent=4)
+    model.save_pretrained(tmp_path / "mine")
+    for cells, seen in ((query, "these cells"), (reference, "no cell")):
+        known = cp.weights.fingerprints(cells.X, cp.genes.match(cells.var, model.genes).index)
+        cp.weights.write_trained_on(tmp_path / "mine", known)
+        table = cp.evaluate.transfer(reference, query, str(tmp_path / "mine"), "bulk_labels", progress=False)
+        assert set(table.loc[table["kind"] == "embedding", "seen"]) == {seen}
 
 
 def test_several_studies_are_summed_with_the_studies_as_units(studies):

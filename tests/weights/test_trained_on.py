@@ -61,16 +61,27 @@ def test_weights_say_which_cells_they_were_trained_on_or_that_they_do_not_know(t
     assert weights.read_trained_on(folder) is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "objects", "kind"])
+class Trap:
+    """Runs when it is read as a pickle."""
+
+    sprung = False
+
+    def __reduce__(self) -> tuple:
+        return setattr, (Trap, "sprung", True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "objects", "kind", "shape"])
 def test_a_damaged_list_of_cells_is_refused_by_name(tmp_path: Path, damage: str):
     folder = write(tmp_path / "tiny")
     path = weights.write_trained_on(folder, weights.fingerprints(COUNTS, GENES))
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-5])
     else:
-        np.save(path, np.array([{}]) if damage == "objects" else np.zeros((2, 2)))
+        other = {"objects": np.array([Trap()]), "kind": np.zeros(2), "shape": np.zeros((2, 2), np.uint32)}
+        np.save(path, other[damage])
     with pytest.raises(weights.WeightsError, match=r"trained_on\.npy"):
         weights.read_trained_on(folder)
+    assert not Trap.sprung
 
 
 def test_the_starters_know_the_cells_of_their_training_and_no_others(shared_data: Path):
