@@ -113,7 +113,9 @@ def test_a_category_that_no_cell_has_does_no_harm_to_presence():
     assert read_presence(obs(pd.Categorical(["True"], categories=["maybe", "True"])), "a").all()
 
 
-@pytest.mark.parametrize("label", ["Unknown", "UNKNOWN", "unknown ", "nan", "NA", "None", "<NA>", ""])
+@pytest.mark.parametrize(
+    "label", ["Unknown", "UNKNOWN", "unknown ", "nan", "NA", "None", "<NA>", "", "Unassigned"]
+)
 def test_labels_that_seem_to_stand_for_none_are_warned_of(label):
     with pytest.warns(UserWarning, match="unlabeled_category="):
         warn_of_unlabeled(["B", label], "unknown", where="obs['a']")
@@ -123,7 +125,11 @@ def test_other_labels_and_the_word_itself_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_unlabeled(["B", "NK", "unknown", "Unknown T"], "unknown", where="obs['a']")
-        warn_of_unlabeled(["B", "unknown"], "Unassigned", where="obs['a']")
+
+
+def test_a_word_for_none_is_warned_of_although_another_was_given():
+    with pytest.warns(UserWarning, match="has the label 'unknown', which is learned as a type"):
+        warn_of_unlabeled(["B", "Unassigned", "unknown"], "Unassigned", where="obs['a']")
 
 
 def test_columns_that_mix_types_can_be_written_as_text():

@@ -23,6 +23,7 @@ NO_VALUE = {
     "none",
     "null",
 }  # what missing values become where they turn into text
+NO_TYPE = {"unannotated", "unassigned", "undefined", "undetermined", "unknown", "unlabeled", "unlabelled"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -33,6 +34,11 @@ def text_of(value: object) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return str(value)
+
+
+def means_no_label(text: str) -> bool:
+    """Whether a label says that there is none."""
+    return text.strip().lower() in NO_VALUE | NO_TYPE
 
 
 def older_text(text: str) -> str:
@@ -123,10 +129,14 @@ def warn_of_unlabeled(labels: Iterable[str], unlabeled: str, *, where: str) -> N
     Warns
     -----
     UserWarning
-        If they differ from ``unlabeled`` in case only, or are what missing values become as text.
+        If they differ from ``unlabeled`` in case only, are what missing values become as text, or say so.
     """
-    words = {unlabeled.strip().lower()} | NO_VALUE
-    if alike := [label for label in labels if label != unlabeled and label.strip().lower() in words]:
+    same = unlabeled.strip().lower()
+    if alike := [
+        label
+        for label in labels
+        if label != unlabeled and (means_no_label(label) or label.strip().lower() == same)
+    ]:
         msg = (
             f"{where} has the label {', '.join(map(repr, alike))}, which is learned as a type like any other. If it "
             f"means that a cell is not labelled, say so: unlabeled_category={alike[0]!r} (now {unlabeled!r}; "

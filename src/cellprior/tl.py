@@ -412,7 +412,8 @@ def transfer_labels(
     reference
         Labelled cells, embedded alike.
     labels_key
-        Column of ``reference.obs``; cells without a label, or of ``unlabeled_category``, are left out.
+        Column of ``reference.obs``; cells without a label, of ``unlabeled_category``, or called something such as
+        "unassigned" or "NA", are left out.
     use_rep
         Key of ``obsm`` in both.
     how

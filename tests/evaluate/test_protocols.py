@@ -491,6 +491,18 @@ def test_copies_of_cells_are_noticed(cells):
     assert not any("same counts" in note for note in make(adata, told(adata)).notes)
 
 
+@pytest.mark.parametrize("word", ["unlabelled", "Unknown", "NA", " unassigned "])
+def test_cells_whose_label_says_that_there_is_none_are_not_asked_about_and_the_note_names_it(cells, word):
+    adata = cells()
+    embedding = told(adata)
+    adata.obs["type"] = adata.obs["type"].where(np.arange(240) >= 100, word)
+    task = make(adata, embedding)
+    assert task.labels == ["type 0", "type 1", "type 2"] and (task.codes[:100] == -1).all()
+    assert task.notes[0] == f"100 cells are not asked about: without a label (also {word})."
+    adata.obs["type"] = adata.obs["type"].replace(word, "Unknown T")
+    assert "Unknown T" in make(adata, embedding).labels
+
+
 def test_of_many_types_that_are_left_out_the_first_are_named_and_all_are_counted(cells):
     adata = cells()
     types, embedding = adata.obs["type"], told(adata)

@@ -42,7 +42,8 @@ embeddings
     What is evaluated: keys of ``obsm``, names of weights, folders or official checkpoints, or arrays
     ``(cells, dimensions)`` by name.
 labels_key
-    Column of ``obs`` with cell types. Cells without one, and types of fewer than 10 cells, are not asked about.
+    Column of ``obs`` with cell types. Cells without one, or called something such as "unassigned" or "NA", and types
+    of fewer than 10 cells are not asked about.
 batch_key
     Column of ``obs`` with the batch or donor. Given, each is held out in turn, and that is the headline; random
     splits come second. For CellPLM's weights it also says which cells see each other.

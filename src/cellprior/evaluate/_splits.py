@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from cellprior._obs import numbered
+from cellprior._obs import means_no_label, numbered
 
 RANDOM, HELD_OUT = "random cells", "held-out batches"
 MAX_FOLDS = 10  # more batches than these are held out several at a time
@@ -39,11 +39,12 @@ def label_codes(
 ) -> tuple[np.ndarray, list[str]]:
     """Number of the label of each cell, -1 for those left out, and the names.
 
-    Left out are cells without a label and labels of fewer than ``minimum`` cells.
+    Left out are cells without a label, or with one that says so, and labels of fewer than ``minimum`` cells.
 
     Raises ValueError if fewer than two labels are left.
     """
     names = _text(labels)
+    names = names.mask(names.isin([name for name in names.dropna().unique() if means_no_label(name)]))
     n_cells = names.value_counts()
     kept = sorted(n_cells.index[n_cells >= minimum])
     if len(kept) < 2:

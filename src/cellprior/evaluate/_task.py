@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cellprior._matrix import matrix_of
-from cellprior._obs import read_names
+from cellprior._obs import means_no_label, read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._expression import log_normalised, of_genes
 from cellprior.evaluate._methods import Genes, Method, Seen
@@ -166,9 +166,12 @@ def _left_out(codes: np.ndarray, labels: Sequence[str], given: pd.Series) -> lis
     """Which cells and types are not asked about, in words."""
     if not (n_cells := int((codes < 0).sum())):
         return []
-    small = sorted(set(pd.Series(given).dropna().astype(str)) - set(labels))
+    others = set(pd.Series(given).dropna().astype(str)) - set(labels)
+    called = ", ".join(sorted(name for name in others if means_no_label(name)))
+    small = sorted(name for name in others if not means_no_label(name))
+    without = f"without a label (also {called})" if called else "without a label"
     named = f", or of types with fewer than {MIN_ASKED} cells: {_some(small)}" if small else ""
-    return [f"{n_cells} cells are not asked about: without a label{named}."]
+    return [f"{n_cells:,} cells are not asked about: {without}{named}."]
 
 
 def _not_learned(splits: Sequence[Split], codes: np.ndarray, labels: Sequence[str]) -> list[str]:
