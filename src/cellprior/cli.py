@@ -235,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--seeds", type=int, help="random splits (default: 15 of up to 2,000 cells, otherwise 5)"
     )
-    command.add_argument("--scvi-epochs", type=int, help="also train scVI on each split, which takes long")
+    command.add_argument(
+        "--scvi-epochs", type=int, help="also train scVI, once on all cells, which takes long"
+    )
     command.add_argument(
         "--max-cells", type=int, default=20_000, help="of more, some are drawn (default: 20000)"
     )

@@ -441,7 +441,8 @@ def transfer_labels(
     KeyError
         If ``use_rep`` or ``labels_key`` is missing.
     ValueError
-        If the embeddings do not fit each other, there are fewer than two labels, or ``reject`` cannot be promised.
+        If the embeddings do not fit each other, or are noted as of different weights; if there are fewer than two
+        labels, or ``reject`` cannot be promised.
 
     Examples
     --------
@@ -450,7 +451,7 @@ def transfer_labels(
     """
     import pandas as pd
 
-    from cellprior.evaluate._naming import transfer_names
+    from cellprior.evaluate._naming import refuse_other_weights, transfer_names
 
     for name, data in (("adata", adata), ("the reference", reference)):
         if use_rep not in data.obsm:
@@ -459,6 +460,9 @@ def transfer_labels(
     if labels_key not in reference.obs:
         msg = f"{labels_key!r} not found in obs of the reference; its columns are {list(reference.obs.columns)}."
         raise KeyError(msg)
+    refuse_other_weights(
+        use_rep, *(data.uns.get("cellprior", {}).get(use_rep, {}) for data in (reference, adata))
+    )
     key = key_added or f"{use_rep.removeprefix('X_')}_label"
     found = transfer_names(
         reference.obsm[use_rep],

@@ -1,4 +1,5 @@
 import inspect
+import re
 from collections.abc import Callable
 
 import anndata as ad
@@ -429,13 +430,13 @@ def test_cells_that_weights_were_trained_on_are_found_if_the_weights_say_so(tmp_
     model.save_pretrained(tmp_path / "mine", card="# Mine")
     say = {"labels_key": "label", "seeds": 2}
     silent = _task.make_task(adata, str(tmp_path / "mine"), **say)
-    assert "is not known here" in silent.notes[-1] and silent.methods[0].seen == "no cell"
+    assert "is not known here" in silent.notes[-1] and silent.methods[0].seen == "not known"
     known = cp.weights.fingerprints(adata.X, cp.genes.match(adata.var, model.genes).index)
     asked = known[silent.codes >= 0]
     assert 0 < (asked > 0).sum() < (known > 0).sum()
     for cells, seen, words in (
         (known, "these cells", f"{(asked > 0).sum()} of the {len(asked)}"),
-        (known[:0], "no cell", "none of the"),
+        (known[:0], "not known", "is not known here"),  # most genes of the weights are missing
     ):
         cp.weights.write_trained_on(tmp_path / "mine", cells)
         task = _task.make_task(adata, str(tmp_path / "mine"), **say)
@@ -443,6 +444,21 @@ def test_cells_that_weights_were_trained_on_are_found_if_the_weights_say_so(tmp_
         cp.tl.embed(adata, str(tmp_path / "mine"), key_added="X_mine")
         of_key = _task.make_task(adata, "X_mine", **say)
         assert {m.name: m.seen for m in of_key.methods}["X_mine"] == seen
+
+
+def test_no_cell_is_said_to_be_unknown_of_data_in_which_a_known_one_would_not_be_found(shared_data):
+    adata = ad.read_h5ad(shared_data / "rna" / "pbmc3k_seurat.h5ad")[:200].copy()
+    ribosomal = adata.var_names.str.contains("^RP[LS]")
+    thin = adata.copy()
+    thin.X.data = np.random.default_rng(0).binomial(thin.X.data.astype(int), 0.02).astype(np.float32)
+    for cells, n in (
+        (adata, 0),
+        (adata[:, ~ribosomal].copy(), None),
+        (adata[:, :3000].copy(), None),
+        (thin, None),
+    ):
+        with cp.model.CellPLM.opened("cellplm-starter", cells) as model:
+            assert _task.trained_on(model, cells.X) == n
 
 
 def blood() -> AnnData:
@@ -501,6 +517,74 @@ def test_cells_whose_label_says_that_there_is_none_are_not_asked_about_and_the_n
     assert task.notes[0] == f"100 cells are not asked about: without a label (also {word})."
     adata.obs["type"] = adata.obs["type"].replace(word, "Unknown T")
     assert "Unknown T" in make(adata, embedding).labels
+
+
+def test_types_of_whole_numbers_in_a_column_of_fractions_are_asked_about(cells):
+    adata = cells()
+    embedding = told(adata)
+    adata.obs["type"] = adata.obs["type"].str[-1].astype(float).where(np.arange(240) >= 7)
+    assert make(adata, embedding).notes[0] == "7 cells are not asked about: without a label."
+
+
+def test_a_batch_of_few_cells_is_not_held_out_and_named(cells):
+    adata = cells()
+    adata.obs["donor"] = adata.obs["donor"].where(np.arange(240) >= 6, "tiny")
+    task = make(adata, told(adata), batch_key="donor")
+    assert [split.held_out for split in task.splits[HELD_OUT]] == ["donor 0", "donor 1", "donor 2"]
+    assert all(np.isin(np.arange(6), split.train).all() for split in task.splits[HELD_OUT])
+    assert task.notes[0].startswith("Never held out") and task.notes[0].endswith("cells have: tiny.")
+
+
+def test_a_type_that_is_one_cell_many_times_is_named_as_not_asked_about(cells):
+    adata = cells()
+    clone = ad.concat([adata[:1]] * 12, index_unique="-")
+    clone.obs["type"] = "clone"
+    both = ad.concat([adata[1:], clone])
+    notes = make(both, both.X.toarray()).notes
+    assert "Never asked about, as all of it are copies: clone." in notes
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x + 1e8, lambda x: x * 1e30, lambda x: x * 1e-30, lambda x: x * 1e60]
+)
+def test_an_embedding_far_from_zero_or_of_any_unit_is_read_as_it_is(cells, change):
+    adata = cells()
+    embedding = told(adata).astype(np.float64)
+    tables = [
+        cp.evaluate.zero_shot(adata, {"given": values}, **QUIET).query("split == 'random cells'")
+        for values in (embedding, change(embedding))
+    ]
+    assert value(tables[1], "given") == pytest.approx(value(tables[0], "given"), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.ones((240, 3)), "the same for all cells"),
+        (np.ones((240, 3), dtype=complex), "holds complex128; real numbers"),
+        (np.full((240, 3), "a"), "'given' holds <U1"),
+    ],
+)
+def test_what_is_no_embedding_is_refused_by_name(cells, values, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make(cells(), values)
+
+
+def test_arguments_that_mean_nothing_are_refused_by_name(cells):
+    adata = cells()
+    for options, said in (
+        ({"seeds": 2.5}, "seeds=2.5; a whole number"),
+        ({"max_cells": 0}, "max_cells=0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            make(adata, told(adata), **options)
+    with pytest.raises(ValueError, match=r"n_per_class=\[0\]"):
+        cp.evaluate.report(adata, {"told": told(adata)}, "type", n_per_class=(0,))
+    with pytest.raises(ValueError, match="are names of baselines"):
+        cp.evaluate.report(adata, {"random weights of mine": told(adata)}, "type")
+    adata.obs = pd.concat([adata.obs, adata.obs[["type"]]], axis=1)
+    with pytest.raises(ValueError, match="several columns that are called 'type'"):
+        make(adata, np.zeros((240, 2)))
 
 
 def test_of_many_types_that_are_left_out_the_first_are_named_and_all_are_counted(cells):

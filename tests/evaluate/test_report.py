@@ -15,9 +15,9 @@ from cellprior.evaluate import _methods
 from cellprior.evaluate._ask import KNN, LINEAR, Answers, Asked
 from cellprior.evaluate._expression import log_normalised
 from cellprior.evaluate._neighbors import Chosen
-from cellprior.evaluate._splits import random_folds
+from cellprior.evaluate._splits import batch_splits, random_folds
 from cellprior.evaluate._task import CHOSEN, make_task
-from cellprior.evaluate._verdict import _where, compare, judge
+from cellprior.evaluate._verdict import _short, _where, compare, judge
 
 from .test_protocols import told
 
@@ -55,6 +55,7 @@ def test_an_embedding_of_nothing_loses(cells):
     report = cp.evaluate.report(adata, {"nothing": spread(adata)}, "type", **QUICK)
     assert report.verdicts[0].neighbours == report.verdicts[0].naming == "worse"
     assert "made with these labels" not in report.verdict
+    assert "as labels and noise would" not in report.verdict
     assert re.search("Next: use (PCA|HVG)", report.verdict)
 
 
@@ -158,9 +159,20 @@ def test_a_gain_on_cells_that_the_weights_were_trained_on_proves_nothing(cells):
 
 def test_a_verdict_says_how_often_the_cells_were_divided():
     codes = np.tile([0, 1], 100)
-    words = [_where(Answers(random_folds(codes, seeds=n), np.arange(200))) for n in (5, 15)]
-    assert words[0] == "5 parts held out in turn, 200 test cells"
-    assert words[1] == "5 parts held out in turn, the cells divided 3 times, 200 test cells"
+    for n, words in (
+        (5, "5 parts held out in turn, 200 test cells"),
+        (15, "5 parts held out in turn, the cells divided 3 times, 200 test cells"),
+        (12, "12 parts held out in turn, of cells divided into 5, 3 times, 200 test cells"),
+        (3, "3 parts held out in turn, of cells divided into 5, 120 test cells"),
+    ):
+        assert _where(Answers(random_folds(codes, seeds=n), np.arange(200))) == words
+    many = batch_splits(codes, [f"donor {i % 18:02}" for i in range(200)])
+    assert _where(Answers(many, np.arange(200))) == "10 groups of batches held out in turn, 200 test cells"
+    short = [_short(split.held_out) for split in many]
+    assert all(re.fullmatch(r"donor \d\d( and 1 more)?", unit) for unit in short) and len(set(short)) == 10
+    assert sum(unit.endswith("more") for unit in short) == 8
+    two = batch_splits(codes, ["a"] * 150 + ["b"] * 50, least_asked=60)
+    assert _where(Answers(two, np.arange(200))) == "1 batch held out, 150 test cells"
 
 
 def test_every_cell_twice_is_no_gain(cells):
@@ -227,7 +239,8 @@ def test_a_report_shows_itself(report):
 def test_three_donors_speak_for_themselves_only(report):
     nothing = report.verdicts[1]
     assert nothing.neighbours == nothing.naming == "worse on these donors"
-    assert len(re.findall(r"of each held-out batch -[\d.]+, -[\d.]+, -[\d.]+\.", nothing.text)) == 2
+    each = "; " + ", ".join(rf"donor {i} -[\d.]+" for i in range(3))
+    assert len(re.findall(each, nothing.text)) == 2
 
 
 def test_each_label_has_its_f1_the_largest_first(report):

@@ -50,17 +50,57 @@ def test_the_mean_of_each_study_is_at_the_origin_and_distances_within_it_stay(st
         np.testing.assert_allclose(space.values[rows], log[rows] - log[rows].mean(axis=0), atol=1e-5)
 
 
-def test_weights_that_were_trained_on_the_query_are_said_to_be(tmp_path):
+def test_weights_that_were_trained_on_a_study_are_said_to_be_and_of_several_the_worst_counts(tmp_path):
     adata = blood_cells()
     adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B"])].copy()
     reference, query = adata[::2].copy(), adata[1::2].copy()
     model = cp.model.CellPLM(genes=list(adata.var_names), n_hidden=16, n_layers=1, n_heads=2, n_latent=4)
     model.save_pretrained(tmp_path / "mine")
-    for cells, seen in ((query, "these cells"), (reference, "no cell")):
+    mine = str(tmp_path / "mine")
+
+    def seen(queries: object, embedding: str = mine) -> dict[str, str]:
+        table = cp.evaluate.transfer(reference, queries, embedding, "bulk_labels", progress=False)
+        return table[table["kind"] == "embedding"].set_index("study")["seen"].to_dict()
+
+    assert seen(query) == {"query": "not known"}
+    for cells, found in ((query, "these cells"), (reference, "these cells"), (query[:0], "no cell")):
         known = cp.weights.fingerprints(cells.X, cp.genes.match(cells.var, model.genes).index)
         cp.weights.write_trained_on(tmp_path / "mine", known)
-        table = cp.evaluate.transfer(reference, query, str(tmp_path / "mine"), "bulk_labels", progress=False)
-        assert set(table.loc[table["kind"] == "embedding", "seen"]) == {seen}
+        assert seen(query) == {"query": found}
+    cp.weights.write_trained_on(
+        tmp_path / "mine", cp.weights.fingerprints(query.X[:20], model_index(model, query))
+    )
+    of_parts = seen({"new": query[20:].copy(), "old": query[:20].copy()})
+    assert of_parts == {"all": "these cells", "new": "no cell", "old": "these cells"}
+    for cells in (reference, query):
+        cp.tl.embed(cells, mine, key_added="X_mine")
+    assert seen(query, "X_mine") == {"query": "not known"}
+
+
+def model_index(model: cp.model.CellPLM, cells: AnnData) -> np.ndarray:
+    return cp.genes.match(cells.var, model.genes).index
+
+
+def test_embeddings_by_different_weights_are_not_transferred(studies):
+    reference, _, query = (study.copy() for study in studies)
+    for cells, digest in ((reference, "aaaa1111"), (query, "bbbb2222")):
+        cells.uns["cellprior"] = {"X_told": {"weights": "mine", "sha256": digest}}
+    with pytest.raises(
+        ValueError, match=r"by different weights in the two, mine \(aaaa1111\) and mine \(bbbb2222\)"
+    ):
+        cp.tl.transfer_labels(query, reference, "type", use_rep="X_told")
+    with pytest.raises(ValueError, match="embed both with the same"):
+        cp.evaluate.transfer(reference, query, "X_told", "type", progress=False)
+    query.uns["cellprior"]["X_told"]["sha256"] = "aaaa1111"
+    cp.tl.transfer_labels(query, reference, "type", use_rep="X_told")
+
+
+def test_whole_numbers_are_the_same_labels_as_fractions_and_missing_ones(studies):
+    reference, _, query = (study.copy() for study in studies)
+    reference.obs["type"] = reference.obs["type"].str[-1].astype(int)
+    query.obs["type"] = query.obs["type"].str[-1].astype(float).where(np.arange(query.n_obs) > 4)
+    table = cp.evaluate.transfer(reference, query, "X_told", "type", progress=False)
+    assert table["n_cells"].iloc[0] == (query.obs["type"] < 3).sum()
 
 
 def test_several_studies_are_summed_with_the_studies_as_units(studies):

@@ -69,9 +69,10 @@ class Resampling:
         self.splits = list(splits)
         self._copies = np.arange(n_obs) if copies is None else copies
         self._n_draws, self._seed = n_draws, seed
-        self._unit, names = pd.factorize(np.array([split.held_out for split in splits], dtype=object))
-        self.n_units = len(names) if len(names) > 1 else 0
-        """Batches that were held out; 0 if the interval is of cells."""
+        self._unit, units = pd.factorize(np.array([split.held_out for split in splits], dtype=object))
+        self.units = [str(unit) for unit in units] if len(units) > 1 else []
+        """Batches that were held out; none if the interval is of cells."""
+        self.n_units = len(self.units)
 
     def mean(self, values: Sequence[np.ndarray]) -> Draws:
         """Mean of one number per cell, for each split ``(cells,)`` in the order of its ``test``."""

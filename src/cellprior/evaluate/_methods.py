@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import anndata as ad
 import numpy as np
@@ -18,7 +18,8 @@ from cellprior._talk import without_trainer_talk
 from cellprior.evaluate._expression import log_normalised
 
 Kind = Literal["embedding", "baseline", "control"]
-Seen = Literal["no cell", "these cells", "training cells", "all cells"]
+Seen = Literal["no cell", "training cells", "not known", "these cells", "all cells"]
+SEEN: tuple[Seen, ...] = get_args(Seen)  # the later, the less a gain says
 
 ALL = "all genes"
 SIZES = (100, 50, 30, 20, 10)  # components among which one is chosen
@@ -53,8 +54,8 @@ class Method:
     fit: Callable[[], list[Space]]
     """Embeddings of all cells, made when they are first asked for."""
     seen: Seen
-    """What they have learned from, labels aside: weights have not learned from these cells, unless they say so, and an
-    array may have learned from all."""
+    """What they have learned from, labels aside: weights say, or nobody knows, and an array may have
+    learned from all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fit", cache(self.fit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -91,6 +92,15 @@ def transfer_names(
     far, uncertain = limits.unknown(found.novelty, found.certainty)
     record["unknown"] = {"too_far": int(far.sum()), "too_uncertain": int(uncertain.sum())}
     return Transferred(np.where(far | uncertain, unknown, best), best, found.certainty, record)
+
+
+def refuse_other_weights(key: str, *records: Mapping[str, Any]) -> None:
+    """Refuse, with a ValueError, embeddings of one name whose records say that they are by different weights."""
+    by = {str(record["sha256"]): str(record.get("weights")) for record in records if "sha256" in record}
+    if len(by) > 1:
+        named = " and ".join(f"{weights} ({digest[:8]})" for digest, weights in by.items())
+        msg = f"obsm[{key!r}] is by different weights in the two, {named}: embed both with the same."
+        raise ValueError(msg)
 
 
 def name_cells(

@@ -69,9 +69,9 @@ embed_options
 ``metric``; ``split``, ``"held-out batches"`` or ``"random cells"``, and ``n_splits``; ``value`` and its 95 %
 interval, ``low`` to ``high``; ``versus``, the baseline that was chosen within the training cells, and the paired
 ``difference`` to it with its interval, ``difference_low`` to ``difference_high``; ``seen``, what the embedding has
-learned from, labels aside: ``"no cell"`` of yours, as far as is known, or ``"training cells"`` (inductive),
-``"all cells"`` (transductive), or ``"these cells"`` in its pretraining, if the weights say so; and ``seconds`` that
-all splits took.""",
+learned from, labels aside: ``"no cell"`` of yours, as far as weights say, or ``"training cells"`` (inductive),
+``"all cells"`` (transductive), ``"these cells"`` in its pretraining, or ``"not known"``; and ``seconds`` that all
+splits took.""",
     "RAISES": """\
 Raises
 ------
@@ -211,14 +211,19 @@ def few_shot(
 
     <RAISES>
     """
-    if not len(n_per_class) or min(n_per_class) < 1:
-        msg = f"n_per_class={list(n_per_class)}; numbers of cells from 1 up are needed."
-        raise ValueError(msg)
+    refuse_none(n_per_class, least=1)
     task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     if HELD_OUT in task.splits:
         once = task.splits[HELD_OUT]
         task.splits[HELD_OUT] = [replace(split, seed=seed) for seed in range(seeds) for split in once]
     return _classified(task, PROBES, n_per_class=n_per_class, progress=progress)
+
+
+def refuse_none(n_per_class: Sequence[int], *, least: int = 0) -> None:
+    """Refuse, with a ValueError, numbers of cells of which nothing can be learned."""
+    if len(n_per_class) < least or any(n < 1 for n in n_per_class):
+        msg = f"n_per_class={list(n_per_class)}; numbers of cells from 1 up are needed."
+        raise ValueError(msg)
 
 
 def _classified(

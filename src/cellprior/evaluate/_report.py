@@ -16,7 +16,7 @@ from anndata import AnnData
 from cellprior.evaluate._ask import KNN, LINEAR, PROBES, ZERO_SHOT, Answers, ask, tabulate
 from cellprior.evaluate._metrics import f1, tally
 from cellprior.evaluate._null import N_PERMUTATIONS
-from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol
+from cellprior.evaluate._protocols import N_PER_CLASS, Options, protocol, refuse_none
 from cellprior.evaluate._structure import ALL_CELLS, structure
 from cellprior.evaluate._task import CHOSEN, MAJORITY, Embeddings, Task, make_task
 from cellprior.evaluate._verdict import METRIC, WITHIN_TYPES, Verdict, judge
@@ -119,6 +119,7 @@ def report(
     >>> print(report.verdict)
     >>> cp.pl.report(report)
     """
+    refuse_none(n_per_class)
     start = time.perf_counter()
     task = make_task(adata, embeddings, labels_key=labels_key, batch_key=batch_key, seeds=seeds, **options)
     headline = next(iter(task.splits))

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedShuffleSplit
 
+from cellprior._arguments import count
 from cellprior._obs import means_no_label, numbered
 
 RANDOM, HELD_OUT = "random cells", "held-out batches"
 MAX_FOLDS = 10  # more batches than these are held out several at a time
 MIN_PER_LABEL = 5  # of a label in the whole data, for it to be asked about
+MIN_HELD_OUT = 10  # cells that can be asked about in a batch, for it to be held out
 MIN_LEARNED = 8  # of a label in the training cells: as many make a majority of 15 neighbours
 N_DIVISIONS, FEW_CELLS = 3, 2000  # as often are as many cells divided into folds, and more cells once
 N_INNER = 5  # folds of the training cells, in which what can be chosen is chosen
@@ -32,6 +34,8 @@ class Split:
 
     train: np.ndarray
     test: np.ndarray
+    batches: tuple[str, ...] = ()
+    """The same, one by one."""
 
 
 def label_codes(
@@ -97,6 +101,8 @@ def random_folds(
     if (seeds is not None and seeds < 1) or not 0 < test_size < 1:
         msg = f"seeds={seeds} and test_size={test_size}: at least one seed, and a share between 0 and 1 are needed."
         raise ValueError(msg)
+    if seeds is not None:
+        count(seeds=seeds)
     n_folds = max(2, round(1 / test_size))
     rows = np.flatnonzero(codes >= 0)
     if seeds is None:
@@ -149,13 +155,15 @@ def batch_splits(
     *,
     copies: np.ndarray | None = None,
     least: int = 1,
+    least_asked: int = 1,
 ) -> list[Split]:
     """Each batch held out in turn; of more than `MAX_FOLDS` batches several at a time, of about as many cells.
 
-    A cell whose label the other batches do not have is not asked about: nothing could be learned of it. A cell that
-    is in a held-out batch, too, is not learned from. Cells with the code -1 are left out; a label needs ``least``
-    training cells for its cells to be asked about; ``copies`` are as of :func:`random_folds`. Raises ValueError if a
-    cell has no batch, there is one batch only, or no two share two labels.
+    A batch of which fewer than ``least_asked`` cells can be asked about is not held out. A cell whose label the other
+    batches do not have is not asked about: nothing could be learned of it. A cell that is in a held-out batch, too, is
+    not learned from. Cells with the code -1 are left out; a label needs ``least`` training cells for its cells to be
+    asked about; ``copies`` are as of :func:`random_folds`. Raises ValueError if a cell has no batch, there is one batch
+    only, or none can be held out.
     """
     names = _text(batches)
     if names.isna().any():
@@ -175,10 +183,11 @@ def batch_splits(
         train = np.flatnonzero(learned)
         enough = np.flatnonzero(np.bincount(codes[train], minlength=codes.max() + 1) >= least)
         test = np.flatnonzero(held_out & np.isin(codes, enough))
-        if len(test) and len(enough) > 1:
-            name = ", ".join(sorted(names[held_out & (codes >= 0)].unique()))
-            found.append(Split(HELD_OUT, 0, name, train, test))
+        if len(test) >= least_asked and len(enough) > 1:
+            alike = tuple(sorted(names[held_out & (codes >= 0)].unique()))
+            found.append(Split(HELD_OUT, 0, ", ".join(alike), train, test, alike))
     if not found:
-        msg = "No batch can be held out: none shares its labels with the others. Leave out batch_key."
+        few = f", of at least {least_asked} cells" if least_asked > 1 else ""
+        msg = f"No batch can be held out: none shares its labels{few} with the others. Leave out batch_key."
         raise ValueError(msg)
-    return found
+    return sorted(found, key=lambda split: split.held_out)

@@ -15,12 +15,13 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cellprior._matrix import matrix_of
-from cellprior._obs import means_no_label, read_names
+from cellprior._obs import means_no_label, numbered, read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._expression import log_normalised, of_genes
 from cellprior.evaluate._methods import Genes, Method, Seen
 from cellprior.evaluate._splits import (
     HELD_OUT,
+    MIN_HELD_OUT,
     MIN_LEARNED,
     RANDOM,
     Split,
@@ -33,11 +34,10 @@ Embeddings: TypeAlias = str | Sequence[str] | Mapping[str, str | np.ndarray]
 
 MIN_ASKED = 10  # cells of a label: of five folds, four have the 8 that make a majority of 15 neighbours
 ON_GENES, RIDGE, MAJORITY = "logistic regression on genes", "ridge on all genes", "largest label"
-CHOSEN = "chosen baseline"
+CHOSEN, AT_RANDOM = "chosen baseline", "random weights of "
+FAR = 1e4  # times its spread an embedding may be from 0, and its spread from 1
 FEW_KNOWN = 0.01  # of the cells: two files may have a cell by chance, or a control
-SEEN = (
-    "Whether {} was pretrained on these very cells is not known here; then a gain says little. See its card."
-)
+SEEN = "Whether {} was trained on these very cells is not known here; then a gain says little. See its card."
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Task:
 
     def seen_by(self, name: str) -> Seen:
         """What an embedding by some weights has learned from."""
-        return seen_by_weights(self.n_trained_on.get(name, 0), self.n_asked)
+        return seen_by_weights(self.n_trained_on.get(name), self.n_asked)
 
     @property
     def log(self) -> sp.csr_matrix:
@@ -112,6 +112,9 @@ def make_task(
         raise ValueError(msg)
     notes = []
     rows = np.arange(adata.n_obs)
+    if max_cells < 2:
+        msg = f"max_cells={max_cells}; at least two are needed."
+        raise ValueError(msg)
     if adata.n_obs > max_cells:
         rows = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:max_cells])
         codes, labels = label_codes(adata.obs[labels_key].iloc[rows], MIN_ASKED)
@@ -120,11 +123,11 @@ def make_task(
     counts = read_rows(matrix.x, rows, where=matrix.where)
     check_counts(counts, rows, adata, layer)
     cells = ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=matrix.var.copy())
-    notes += _left_out(codes, labels, adata.obs[labels_key].iloc[rows])
+    notes += _left_out(codes, labels, numbered(adata.obs[labels_key].iloc[rows]))
     copies = copies_of(counts)
     if n_copies := len(copies) - len(np.unique(copies)):
         notes.append(
-            f"{n_copies} cells have the same counts as another; copies are on one side of every split, and count once."
+            f"{n_copies} cells have the same counts as another; copies are on one side of every split."
         )
     batches = None
     divisions = None if batch_key is None else 1  # they come second
@@ -132,10 +135,13 @@ def make_task(
         RANDOM: random_folds(codes, seeds=seeds, test_size=test_size, divisions=divisions, copies=copies)
     }
     if batch_key is not None:
-        held_out = batch_splits(codes, cells.obs[batch_key], copies=copies, least=MIN_LEARNED)
-        notes += _not_learned(held_out, codes, labels)
-        splits = {HELD_OUT: held_out, **splits}
+        held_out = batch_splits(
+            codes, cells.obs[batch_key], copies=copies, least=MIN_LEARNED, least_asked=MIN_HELD_OUT
+        )
         batches = pd.Series(read_names(cells.obs, batch_key))
+        notes += _not_held_out(held_out, batches[codes >= 0])
+        splits = {HELD_OUT: held_out, **splits}
+    notes += _not_learned(next(iter(splits.values())), codes, labels)
     expression = of_genes(counts, matrix.var)
     if others := counts.shape[1] - expression.shape[1]:
         notes.append(f"{others:,} columns are no genes (antibodies, guides, ...): left out of the baselines.")
@@ -162,11 +168,12 @@ def make_task(
     return task
 
 
-def _left_out(codes: np.ndarray, labels: Sequence[str], given: pd.Series) -> list[str]:
+def _left_out(codes: np.ndarray, labels: Sequence[str], given: tuple[np.ndarray, list[str]]) -> list[str]:
     """Which cells and types are not asked about, in words."""
     if not (n_cells := int((codes < 0).sum())):
         return []
-    others = set(pd.Series(given).dropna().astype(str)) - set(labels)
+    of_cell, names = given
+    others = {names[code] for code in np.unique(of_cell[of_cell >= 0])} - set(labels)
     called = ", ".join(sorted(name for name in others if means_no_label(name)))
     small = sorted(name for name in others if not means_no_label(name))
     without = f"without a label (also {called})" if called else "without a label"
@@ -181,14 +188,29 @@ def _not_learned(splits: Sequence[Split], codes: np.ndarray, labels: Sequence[st
     if not len(missing):
         return []
     named = _some([labels[code] for code in missing])
+    why = (
+        f"fewer than {MIN_LEARNED} other cells have it"
+        if splits[0].kind == HELD_OUT
+        else "all of it are copies"
+    )
+    return [f"Never asked about, as {why}: {named}."]
+
+
+def _not_held_out(splits: Sequence[Split], batches: pd.Series) -> list[str]:
+    """Batches that are never held out, in words."""
+    held_out = {name for split in splits for name in split.batches}
+    lost = sorted(set(batches) - held_out)
+    if not lost:
+        return []
     return [
-        f"Never asked about in held-out batches, as fewer than {MIN_LEARNED} other cells have it: {named}."
+        f"Never held out, as fewer than {MIN_HELD_OUT} of its cells are of types that {MIN_LEARNED} other cells have: "
+        f"{_some(lost, 'batches')}."
     ]
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first ten types, and how many there are if there are more."""
-    return ", ".join(names[:10]) + (f", ... ({len(names)} types)" if len(names) > 10 else "")
+def _some(names: Sequence[str], what: str = "types") -> str:
+    """The first ten names, and how many there are if there are more."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)} {what})" if len(names) > 10 else "")
 
 
 def refuse_others(adata: Any) -> None:
@@ -210,6 +232,9 @@ def _refuse_missing(adata: ad.AnnData, keys: Sequence[str | None], layer: str | 
         if key is not None and key not in adata.obs:
             msg = f"{key!r} not found in adata.obs; its columns are {list(adata.obs.columns)}."
             raise KeyError(msg)
+        if key is not None and adata.obs[key].ndim != 1:
+            msg = f"adata.obs has several columns that are called {key!r}: rename or drop all but one."
+            raise ValueError(msg)
     if layer is not None:
         try:
             matrix_of(adata, layer)
@@ -226,7 +251,8 @@ def _named(embeddings: Embeddings, adata: ad.AnnData) -> dict[str, str | np.ndar
     if not named:
         msg = f"No embedding to evaluate: name keys of obsm ({list(adata.obsm)}), weights, or give arrays by name."
         raise ValueError(msg)
-    taken = {"PCA", "HVG", "scVI", ON_GENES, RIDGE, MAJORITY, CHOSEN} & named.keys()
+    baselines = {"PCA", "HVG", "scVI", ON_GENES, RIDGE, MAJORITY, CHOSEN}
+    taken = {name for name in named if name in baselines or name.startswith(AT_RANDOM)}
     if taken:
         msg = f"{sorted(taken)} are names of baselines; call the embeddings otherwise."
         raise ValueError(msg)
@@ -241,10 +267,21 @@ def _checked(name: str, values: Any, n_obs: int) -> np.ndarray:
             f"The embedding {name!r} has shape {values.shape}; needed: one row for each of the {n_obs} cells."
         )
         raise ValueError(msg)
-    if not np.isfinite(values.astype(np.float64)).all():
-        row = int(np.argmin(np.isfinite(values.astype(np.float64)).all(axis=1)))
+    if values.dtype.kind not in "fiub":
+        msg = f"The embedding {name!r} holds {values.dtype}; real numbers are needed."
+        raise ValueError(msg)
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values).all(axis=1)))
         msg = f"The embedding {name!r} is not finite, first in row {row}. Leave such cells out of the data."
         raise ValueError(msg)
+    middle = values.mean(axis=0)
+    spread = np.abs(values - middle).max(initial=0)
+    if spread == 0:
+        msg = f"The embedding {name!r} is the same for all cells."
+        raise ValueError(msg)
+    if np.abs(values).max() > FAR * spread or not 1 / FAR < spread < FAR:  # more than few bits can hold
+        values = (values - middle) / spread
     return np.asarray(values.astype(np.float32))
 
 
@@ -284,16 +321,25 @@ def _from_weights(
         finally:
             twin.release()
     task.genes.add(f"the genes of {name}", genes)
-    return [methods.fixed(f"random weights of {name}", at_random, kind="baseline", seen="no cell")]
+    return [methods.fixed(f"{AT_RANDOM}{name}", at_random, kind="baseline", seen="no cell")]
 
 
 def trained_on(model: Any, counts: sp.csr_matrix) -> int | None:
-    """How many cells the weights of a model were trained on; None if they do not say."""
+    """How many cells the weights of a model were trained on; None if that cannot be known.
+
+    No cell can be told from another of which most genes are missing, and those that are most of the counts.
+    """
     from cellprior.weights import fingerprints
 
     if model.trained_on_ is None:
         return None
-    return int(np.isin(fingerprints(counts, model.gene_match.index), model.trained_on_).sum())
+    cells = fingerprints(counts, model.gene_match.index)
+    if n_known := int(np.isin(cells, model.trained_on_).sum()):
+        return n_known
+    there = np.isin(np.arange(len(model.genes)), model.gene_match.index)
+    ribosomal = model.genes["symbol"].str.contains(r"^RP[LS]\d", case=False).to_numpy()
+    whole = there.mean() > 0.5 and (not ribosomal.any() or there[ribosomal].mean() > 0.5)
+    return 0 if whole and np.mean(cells > 0) > 0.5 else None
 
 
 def _note_trained_on(task: Task, name: str, n_known: int | None) -> None:
@@ -307,8 +353,10 @@ def _note_trained_on(task: Task, name: str, n_known: int | None) -> None:
     )
 
 
-def seen_by_weights(n_known: int, n_cells: int) -> Seen:
+def seen_by_weights(n_known: int | None, n_cells: int) -> Seen:
     """What an embedding has learned from, by how many of the cells its weights were trained on."""
+    if n_known is None:
+        return "not known"
     return "these cells" if n_known > FEW_KNOWN * n_cells else "no cell"
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from cellprior._obs import numbered
 from cellprior._talk import bar
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._ask import CENTROID, KNN, LINEAR, Answers, Asked, Fold
 from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
 from cellprior.evaluate._intervals import CLASS_SCORES, compared
-from cellprior.evaluate._methods import Method, Space
+from cellprior.evaluate._methods import SEEN, Method, Space
+from cellprior.evaluate._naming import refuse_other_weights
 from cellprior.evaluate._splits import HELD_OUT, MIN_LEARNED, RANDOM, Split, label_codes
 from cellprior.evaluate._task import Task, copies_of, refuse_others, seen_by_weights, trained_on
 
@@ -73,9 +75,9 @@ def transfer(
     Returns
     -------
     A tidy table: ``method``, ``kind``, ``reader``, ``metric``, ``study`` (a name, or ``"all"`` for their mean),
-    ``seen`` (what the embedding has learned from: ``"no cell"`` of these studies, as far as is known, the ``"training
-    cells"`` of the reference, ``"all cells"``, the query's among them, or ``"these cells"`` of the query, in a
-    pretraining that says so), ``value`` with its 95 % interval, ``versus`` and the paired
+    ``seen`` (what the embedding has learned from: ``"no cell"`` of these studies, as far as weights say, or ``"not
+    known"``; the ``"training cells"`` of the reference; ``"these cells"``, of either study, in its pretraining; or
+    ``"all cells"``, the query's among them), ``value`` with its 95 % interval, ``versus`` and the paired
     ``difference`` with its interval, ``chosen``, and ``n_cells`` that were asked about. Of one study the interval is of
     cells; of all, of studies.
 
@@ -86,7 +88,7 @@ def transfer(
     KeyError
         If a column, a layer or an embedding is missing.
     ValueError
-        If the studies share too few genes or labels.
+        If the studies share too few genes or labels, or a key of ``obsm`` is noted as of different weights in them.
     NotCountsError
         If the data are not raw counts.
     WeightsError
@@ -127,9 +129,13 @@ def _names(embeddings: str | Sequence[str] | Mapping[str, str]) -> dict[str, str
 
 
 def _seen(given: str, *studies: ad.AnnData) -> methods.Seen:
-    """What an embedding has learned from: weights from none of these cells, and a key of obsm perhaps from all."""
-    records = [cells.uns.get("cellprior", {}).get(given, {}) for cells in studies if given in cells.obsm]
-    return "no cell" if all("weights" in record for record in records) else "all cells"
+    """What a key of obsm has learned from: weights may have learned from these cells, and others perhaps from all.
+
+    Raises ValueError if the studies were embedded by different weights.
+    """
+    records = [cells.uns.get("cellprior", {}).get(given, {}) for cells in studies]
+    refuse_other_weights(given, *records)
+    return "not known" if all("weights" in record for record in records) else "all cells"
 
 
 def _embedding(
@@ -151,13 +157,13 @@ def _embedding(
         msg = f"obsm[{given!r}] is in one of the studies only: embed both."
         raise KeyError(msg)
     cls: Any = model_class(given)
-    found, n_known = [], None
+    found, n_known = [], []
     for cells in (reference, query):
         with cls.opened(given, cells, layer=layer, batch_key=batch_key) as model:
             found.append(model.get_latent_representation(**options))
-            if cells is query:
-                n_known = trained_on(model, raw_counts(cells, layer))
-    return methods.fixed(name, np.concatenate(found), seen=seen_by_weights(n_known or 0, query.n_obs))
+            n_known.append(trained_on(model, raw_counts(cells, layer)))
+    seen = [seen_by_weights(n, cells.n_obs) for n, cells in zip(n_known, (reference, query), strict=True)]
+    return methods.fixed(name, np.concatenate(found), seen=max(seen, key=SEEN.index))
 
 
 def _pair(
@@ -175,7 +181,8 @@ def _pair(
     counts = sp.vstack([raw_counts(cells[:, shared], layer) for cells in (reference, query)], format="csr")
     counts = of_genes(counts, reference.var.loc[shared])
     known, labels = label_codes(reference.obs[labels_key], MIN_LEARNED)
-    asked = pd.Index(labels).get_indexer(query.obs[labels_key].astype(str).to_numpy())
+    of_query, names = numbered(query.obs[labels_key])
+    asked = np.append(pd.Index(labels).get_indexer(names), -1)[of_query]
     codes = np.concatenate([known, asked])
     n = reference.n_obs
     copies = copies_of(counts)
@@ -299,7 +306,11 @@ def _summed(
             draws = {a.method: np.array([np.mean(v := of_studies[a, metric]), *v]) for a in shown}
             table = compared(draws, versus=CENTRED, of=again.interval, within=(0.0, 1.0))
             n_cells = sum(len(answers.splits[0].test) for _, _, answers in found)
-            table["seen"] = table["method"].map({method.name: method.seen for method in found[0][1].methods})
+            seen = {
+                method.name: max((task.methods[i].seen for _, task, _ in found), key=SEEN.index)
+                for i, method in enumerate(found[0][1].methods)
+            }
+            table["seen"] = table["method"].map(seen)
             tables.append(_noted(table.assign(chosen=""), shown, metric, "all").assign(n_cells=n_cells))
     return pd.concat(tables, ignore_index=True)
 

@@ -38,8 +38,10 @@ BY_CHANCE = (
 CEILING = 0.995  # of both scores: nothing is left to gain
 DOUBTS = {
     "all cells": ", unless it was made with these labels",
+    "not known": ", unless it was trained on these cells",
     "these cells": ", on cells that it was trained on",
 }
+UNKNOWN = "not known which cells its weights were trained on: if on these"
 USE, OTHERS = "use it", "ask about cells that it was not trained on"
 WIDTH = 100
 
@@ -123,9 +125,10 @@ def judge(
         some = "all" if n_known == task.n_asked else f"at least {n_known:,}"
         lines.append(f"- It was trained on {some} of these {task.n_asked:,} cells{proves}.")
     elif doubt:
-        lines.append("- It is an array: if it was made with these labels, this proves nothing.")
+        what = "an array: if it was made with these labels" if seen == "all cells" else UNKNOWN
+        lines.append(f"- It is {what}, this proves nothing.")
     own, of_pca = ((within_types or {}).get(name, np.nan) for name in (embedding, "PCA"))
-    if own < BY_CHANCE and of_pca > 2 * BY_CHANCE:
+    if own < BY_CHANCE and of_pca > 2 * BY_CHANCE and "worse" not in neighbours.outcome:
         lines.append(
             f"- Within types its neighbours are those of chance ({own:.2f}; of PCA {of_pca:.2f}): it knows the types "
             "and nothing else of these cells, as labels and noise would."
@@ -156,8 +159,8 @@ def compare(answers: Answers, scores: Mapping[Asked, Draws], embedding: str, rea
     )
     few = answers.splits[0].kind == HELD_OUT and again.n_units < FEW_DONORS
     if again.n_units:
-        each = ", ".join(f"{gain:+.2f}" for gain in own[1:] - best[1:])
-        numbers += f"; of each held-out batch {each}"
+        each = zip(again.units, own[1:] - best[1:], strict=True)
+        numbers += f"; {', '.join(f'{_short(unit)} {gain:+.2f}' for unit, gain in each)}"
     shown = again.sure() * again.error(own - best)
     more = "label cells of more donors" if again.n_units or few else "label more cells"
     outcome: Outcome
@@ -189,16 +192,30 @@ def _name(baseline: str) -> str:
 
 def _plus_minus(answers: Answers, draws: Draws) -> str:
     value, low, high = answers.resampling.interval(draws)
-    return f"{value:.2f} ± {(min(high, 1.0) - max(low, 0.0)) / 2:.2f}"
+    return f"{value:.2f} ± {(high - low) / 2:.2f}"
+
+
+def _short(unit: str) -> str:
+    """The name of a batch, or of the first of several that were held out together."""
+    first, _, others = unit.partition(", ")
+    first = textwrap.shorten(first, 24, placeholder="...")
+    return f"{first} and {others.count(', ') + 1} more" if others else first
 
 
 def _where(answers: Answers) -> str:
-    n_test = len(np.unique(np.concatenate([split.test for split in answers.splits])))
-    held_out = answers.splits[0].held_out
-    n_times = round(sum(len(split.test) for split in answers.splits) / n_test)
-    splits = f"{len(answers.splits) // n_times} {'batches' if held_out else 'parts'} held out in turn"
+    splits = answers.splits
+    n_test = f"{len(np.unique(np.concatenate([split.test for split in splits]))):,} test cells"
+    if splits[0].held_out:
+        together = "groups of batches" if any(len(split.batches) > 1 for split in splits) else "batches"
+        held_out = "1 batch held out" if len(splits) == 1 else f"{len(splits)} {together} held out in turn"
+        return f"{held_out}, {n_test}"
+    n_parts = round((len(splits[0].train) + len(splits[0].test)) / len(splits[0].test))
+    n_times = -(-len(splits) // n_parts)
+    if len(splits) % n_parts:
+        again = f", {n_times} times" if n_times > 1 else ""
+        return f"{len(splits)} parts held out in turn, of cells divided into {n_parts}{again}, {n_test}"
     again = f", the cells divided {n_times} times" if n_times > 1 else ""
-    return f"{splits}{again}, {n_test:,} test cells"
+    return f"{n_parts} parts held out in turn{again}, {n_test}"
 
 
 def _wrapped(text: str) -> str:

@@ -94,4 +94,4 @@ def read_trained_on(folder: str | os.PathLike[str]) -> np.ndarray | None:
     if cells.ndim != 1 or cells.dtype != np.uint32:
         msg = f"{path} holds {cells.dtype} of shape {cells.shape}; needed: uint32, one for each cell."
         raise WeightsError(msg)
-    return np.asarray(cells)
+    return np.asarray(cells[cells > 0])
