@@ -69,6 +69,37 @@ def test_where_only_logarithms_are_left_the_way_back_is_named():
     assert check.call == 'adata.layers["counts"] = cp.pp.recover_counts(adata)'
 
 
+def test_logarithms_in_raw_are_turned_into_data_that_can_be_checked_again():
+    adata = own_data()
+    counts = adata.raw.X
+    adata.raw = ad.AnnData(adata.X, obs=adata.obs, var=adata.var)
+    adata.X = adata.X.toarray() - 1.0
+    check = cp.tl.check(adata)
+    there = {"cp": cp, "adata": adata, "anndata": ad}
+    exec(check.call, there)
+    assert cp.tl.check(there["adata"]).has_counts
+    np.testing.assert_array_equal(there["adata"].X.toarray(), counts.toarray())
+
+
+def test_a_column_of_types_is_named_with_the_cells_that_lack_one_and_a_batch_that_is_missing_is_not_proposed():
+    adata = own_data()
+    adata.obs["cell_type"] = np.where(np.arange(60) < 7, None, adata.obs["sample"])
+    adata.obs["sample"] = adata.obs["sample"].where(np.arange(60) > 0)
+    check = cp.tl.check(adata)
+    assert lines_of(check)["labels"] == "obs['cell_type'] (2; missing in 7 cells)"
+    assert "batch_key" not in check.call
+
+
+def test_weights_that_read_few_of_the_counts_are_not_proposed():
+    vocabulary = cp.weights.read_bundle(cp.weights.fetch("multiomeclip-starter")).genes["symbol"]
+    names = [*vocabulary[:600], *(f"Gm{i}x" for i in range(600))]
+    counts = np.concatenate([np.full((20, 600), 1.0), np.full((20, 600), 9.0)], axis=1)
+    check = cp.tl.check(ad.AnnData(counts, var=pd.DataFrame(index=names)))
+    row = check.weights.loc["multiomeclip-starter"]
+    assert row["counts"] == pytest.approx(0.1) and row["problem"] == "reads less than 50% of the counts"
+    assert "multiomeclip" not in check.call
+
+
 def test_weights_that_would_refuse_the_genes_are_shown_with_the_reason():
     adata = own_data().raw.to_adata()
     adata.var["symbol"] = [name.capitalize() for name in adata.var["symbol"]]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from cellprior._matrix import RAW, matrix_of, places
-from cellprior._obs import read_names
+from cellprior._obs import numbered
 from cellprior.genes._kinds import GENE, counted, kinds_of
 from cellprior.settings import settings
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 N_CELLS = 1000  # that are looked at, spread over the data
 FEW_COUNTS = 500  # of a cell, below which an embedding says little
 MIN_COVERAGE = 0.25  # of tl.embed
+MIN_COUNTS = 0.5  # that weights read, for them to be proposed
 COUNTS = "raw counts"
 BATCH = re.compile(
     r"(?i)(.*[_. ])?(batch|sample|donor|patient|individual|subject|library|lane|channel|run|replicate|"
@@ -99,7 +100,10 @@ def check(adata: AnnData | MuData | str | os.PathLike[str]) -> Check:
     genome = _genome_in_front(var) if best is None else None
     if genome is not None:
         lines.append(("genome", f"the names in {genome[0]} begin with {genome[1]!r}, a genome: take it off"))
-    batches, labels = _columns(data.obs, BATCH), _columns(data.obs, LABELS)
+    batches = [
+        found for found in _columns(data.obs, BATCH) if not found[2]
+    ]  # no model takes a batch that is missing
+    labels = _columns(data.obs, LABELS)
     lines.append(("batches", _named(batches) or "no column of obs looks like one"))
     if labels:
         lines.append(("labels", _named(labels)))
@@ -210,6 +214,8 @@ def _weights(var: pd.DataFrame, totals: Any) -> tuple[pd.DataFrame, str | None, 
             row |= {"genes": result.coverage, "problem": "", "counts": result.counts_share}
             if result.coverage < MIN_COVERAGE:
                 row["problem"] = f"fewer than {MIN_COVERAGE:.0%} of the genes match"
+            elif result.counts_share is not None and result.counts_share < MIN_COUNTS:
+                row["problem"] = f"reads less than {MIN_COUNTS:.0%} of the counts"
             found = found or result
         rows[entry.name] = row
         if best is None and not row["problem"] and entry.status == "packaged":
@@ -279,23 +285,27 @@ def _depth(counts: Any, kinds: np.ndarray) -> list[tuple[str, str]]:
     return [("depth", text)]
 
 
-def _columns(obs: pd.DataFrame, pattern: re.Pattern[str]) -> list[tuple[str, int]]:
-    """Columns of obs with such a name that split the cells into groups, and how many groups."""
+def _columns(obs: pd.DataFrame, pattern: re.Pattern[str]) -> list[tuple[str, int, int]]:
+    """Columns of obs with such a name that split the cells into groups, how many groups, and how many cells in none."""
     found = []
     for column in obs.columns:
-        if not pattern.fullmatch(str(column)):
+        if not pattern.fullmatch(str(column)) or obs[column].ndim != 1:
             continue
         try:
-            n = len(np.unique(read_names(obs, column)))
-        except (ValueError, TypeError, KeyError):  # with missing values: not one that a model takes
+            codes, _ = numbered(obs[column])
+        except (ValueError, TypeError):
             continue
+        n = len(np.unique(codes[codes >= 0]))
         if 1 < n <= max(2, len(obs) // 10):
-            found.append((str(column), n))
+            found.append((str(column), n, int((codes < 0).sum())))
     return found
 
 
-def _named(columns: list[tuple[str, int]]) -> str:
-    return ", ".join(f"obs[{column!r}] ({n:,})" for column, n in columns)
+def _named(columns: list[tuple[str, int, int]]) -> str:
+    return ", ".join(
+        f"obs[{column!r}] ({n:,}{f'; missing in {missing:,} cells' if missing else ''})"
+        for column, n, missing in columns
+    )
 
 
 def _next(
@@ -305,7 +315,7 @@ def _next(
     has_counts: bool,
     matrices: dict[str | None, str],
     weights: str | None,
-    batch: list[tuple[str, int]],
+    batch: list[tuple[str, int, int]],
     genome: tuple[str, str] | None,
 ) -> tuple[str, str]:
     """The line of Python and the line of the shell that come next."""
@@ -313,9 +323,13 @@ def _next(
     if not has_counts:
         logs = [place for place, what in matrices.items() if what == "log-normalised values"]
         if logs:
-            source = "" if logs[0] is None else f", layer={logs[0]!r}"
-            target = f'{data}.layers["counts"] = ' if logs[0] != RAW else "counts = "
-            return f"{target}cp.pp.recover_counts({data}{source})", "# then look again: cellprior check FILE"
+            source = "" if logs[0] is None else f', layer="{logs[0]}"'
+            call = f"cp.pp.recover_counts({data}{source})"
+            if logs[0] == RAW:  # of other genes, maybe
+                call = f"adata = anndata.AnnData({call}, {data}.obs, {data}.raw.var)"
+            else:
+                call = f'{data}.layers["counts"] = {call}'
+            return call, "# write it, adata.write_h5ad(FILE), and look again: cellprior check FILE"
         return "# raw counts are needed: go back to the file that has them", "# cellprior check FILE"
     if genome is not None:
         place = f"{data}.{genome[0]}"

@@ -153,6 +153,13 @@ def test_a_gain_on_cells_that_the_weights_were_trained_on_proves_nothing(cells):
     answers.take(answered(LINEAR, mine=0.8, chosen=0.6))
     text = judge(task, answers, answers.scores(np.tile([0, 1], 200)), "mine").text
     assert "at least 60 of these 240 cells, so this proves little." in text
+    del task.n_trained_on["mine"]
+    task.methods[0] = _methods.fixed("mine", told(adata), seen=task.seen_by("mine"))
+    text = judge(task, answers, answers.scores(np.tile([0, 1], 200)), "mine").text
+    assert text.startswith("mine: helps, unless it was trained on these cells.")
+    assert (
+        "- It is not known which cells its weights were trained on: if on these, this proves nothing." in text
+    )
     task.n_trained_on["mine"] = 2
     assert task.seen_by("mine") == "no cell"  # by chance, or a control
 

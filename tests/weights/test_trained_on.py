@@ -57,6 +57,8 @@ def test_weights_say_which_cells_they_were_trained_on_or_that_they_do_not_know(t
     weights.write_trained_on(folder, np.append(cells, cells[:5]))
     np.testing.assert_array_equal(weights.read_trained_on(folder), np.sort(cells))
     assert weights.sha256(folder) == before
+    np.save(folder / "trained_on.npy", np.append(np.zeros(2, dtype=np.uint32), cells))  # by other means
+    assert 0 not in weights.read_trained_on(folder)
     write(folder, overwrite=True)  # other weights
     assert weights.read_trained_on(folder) is None
 
