@@ -230,7 +230,7 @@ def report(report: Report, *, figsize: tuple[float, float] = (15.0, 10.0)) -> Fi
     handles = {label: line for pair in found for line, label in zip(*pair, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     width = int(11 * figsize[0])
-    lines = [line for verdict in report.verdicts for line in str(verdict).replace("\n  ", " ").split("\n")]
+    lines = [line for verdict in report.verdicts for line in verdict.text.split("\n")]
     text = "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines)
     figure.suptitle(text, fontsize=11, x=0.01, ha="left")
     return figure
