@@ -54,7 +54,7 @@ seeds
     are divided again. By default up to 2,000 cells are divided three times, which narrows the intervals. More cells,
     or those of batches that are held out, are divided once.
 test_size
-    Share of the cells in a part: 0.2 makes five.
+    Share of the cells in a part: 0.2 makes five, 0.4 or more two, as there are whole parts only.
 scvi_epochs
     Train scVI once on all cells, for as many epochs, as one more baseline; ``None`` does not,
     as it takes far longer than all the others.
