@@ -72,12 +72,17 @@ class Trap:
         return setattr, (Trap, "sprung", True)
 
 
-@pytest.mark.parametrize("damage", ["cut", "objects", "kind", "shape"])
+@pytest.mark.parametrize("damage", ["cut", "objects", "kind", "shape", "huge"])
 def test_a_damaged_list_of_cells_is_refused_by_name(tmp_path: Path, damage: str):
     folder = write(tmp_path / "tiny")
     path = weights.write_trained_on(folder, weights.fingerprints(COUNTS, GENES))
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "huge":
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<u4", "fortran_order": False, "shape": (10**15,)}
+            )
     else:
         other = {"objects": np.array([Trap()]), "kind": np.zeros(2), "shape": np.zeros((2, 2), np.uint32)}
         np.save(path, other[damage])

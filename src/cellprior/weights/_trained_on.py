@@ -87,11 +87,13 @@ def read_trained_on(folder: str | os.PathLike[str]) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        cells = np.load(path, allow_pickle=False)
+        cells = np.load(
+            path, allow_pickle=False, mmap_mode="r"
+        )  # no memory is taken for what the file has not
     except (OSError, ValueError, EOFError) as error:
         msg = f"{path} is damaged ({error}). Get the bundle again."
         raise WeightsError(msg) from error
     if cells.ndim != 1 or cells.dtype != np.uint32:
         msg = f"{path} holds {cells.dtype} of shape {cells.shape}; needed: uint32, one for each cell."
         raise WeightsError(msg)
-    return np.asarray(cells[cells > 0])
+    return np.array(cells[cells > 0])
