@@ -100,9 +100,8 @@ def check(adata: AnnData | MuData | str | os.PathLike[str]) -> Check:
     genome = _genome_in_front(var) if best is None else None
     if genome is not None:
         lines.append(("genome", f"the names in {genome[0]} begin with {genome[1]!r}, a genome: take it off"))
-    batches = [
-        found for found in _columns(data.obs, BATCH) if not found[2]
-    ]  # no model takes a batch that is missing
+    # no model takes a batch that is missing
+    batches = [found for found in _columns(data.obs, BATCH) if not found[2]]
     labels = _columns(data.obs, LABELS)
     lines.append(("batches", _named(batches) or "no column of obs looks like one"))
     if labels:

@@ -460,9 +460,7 @@ def transfer_labels(
     if labels_key not in reference.obs:
         msg = f"{labels_key!r} not found in obs of the reference; its columns are {list(reference.obs.columns)}."
         raise KeyError(msg)
-    refuse_other_weights(
-        use_rep, *(data.uns.get("cellprior", {}).get(use_rep, {}) for data in (reference, adata))
-    )
+    refuse_other_weights(use_rep, reference, adata)
     key = key_added or f"{use_rep.removeprefix('X_')}_label"
     found = transfer_names(
         reference.obsm[use_rep],

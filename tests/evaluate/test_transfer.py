@@ -64,7 +64,7 @@ def test_weights_that_were_trained_on_a_study_are_said_to_be_and_of_several_the_
 
     assert seen(query) == {"query": "not known"}
     for cells, found in ((query, "these cells"), (reference, "these cells"), (query[:0], "no cell")):
-        known = cp.weights.fingerprints(cells.X, cp.genes.match(cells.var, model.genes).index)
+        known = cp.weights.fingerprints(cells.X, model_index(model, cells))
         cp.weights.write_trained_on(tmp_path / "mine", known)
         assert seen(query) == {"query": found}
     cp.weights.write_trained_on(

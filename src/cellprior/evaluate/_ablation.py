@@ -18,7 +18,7 @@ from cellprior.evaluate._arms import ARMS, COMPARISONS, CONTROL, FROZEN, LARGEST
 from cellprior.evaluate._expression import raw_counts
 from cellprior.evaluate._intervals import CLASS_SCORES, Resampling, compared
 from cellprior.evaluate._splits import Split, batch_splits, label_codes, random_splits
-from cellprior.evaluate._task import FEW_KNOWN, trained_on
+from cellprior.evaluate._task import seen_by_weights, trained_on
 from cellprior.evaluate._twin import has_random_weights
 from cellprior.model._base import PretrainedModel
 from cellprior.weights._registry import entries
@@ -192,10 +192,12 @@ def _refuse(model: PretrainedModel, fine_tune: Mapping[str, Any], lrs: Sequence[
 
 
 def _warn_of_known_cells(model: PretrainedModel, codes: np.ndarray) -> None:
+    if model.trained_on_ is None:
+        return
     asked = np.flatnonzero(codes >= 0)
     counts = raw_counts(model.adata, model.registry["setup_args"]["layer"])
-    n_known = trained_on(model, counts[asked]) or 0
-    if n_known > FEW_KNOWN * len(asked):
+    n_known = trained_on(model, counts[asked])
+    if seen_by_weights(n_known, len(asked)) == "these cells":
         warnings.warn(
             f"The model was trained on at least {n_known:,} of these {len(asked):,} cells, maybe with their labels. "
             "What it gains here, it need not gain on others.",

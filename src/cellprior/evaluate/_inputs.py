@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cellprior._obs import text_of
+
+
+def record_of(adata: Any, key: str) -> Mapping[str, Any]:
+    """What :func:`cellprior.tl.embed` has noted of a key of ``obsm``, or nothing."""
+    found: Mapping[str, Any] | None = adata.uns.get("cellprior", {}).get(key)
+    return found or {}
 
 
 def as_embedding(embedding: Any, *, name: str = "embedding", origin: np.ndarray | None = None) -> np.ndarray:

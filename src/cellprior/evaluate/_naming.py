@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
 from cellprior.evaluate import _probes as probes
-from cellprior.evaluate._inputs import as_embedding
+from cellprior.evaluate._inputs import as_embedding, record_of
 from cellprior.evaluate._methods import Space
 from cellprior.evaluate._neighbors import asked_within, choose, nearest, pools
 from cellprior.evaluate._splits import RANDOM, Split, inner_folds, label_codes, stratified
@@ -94,8 +93,9 @@ def transfer_names(
     return Transferred(np.where(far | uncertain, unknown, best), best, found.certainty, record)
 
 
-def refuse_other_weights(key: str, *records: Mapping[str, Any]) -> None:
-    """Refuse, with a ValueError, embeddings of one name whose records say that they are by different weights."""
+def refuse_other_weights(key: str, *studies: Any) -> None:
+    """Refuse, with a ValueError, embeddings of one key of ``obsm`` that are noted as of different weights."""
+    records = [record_of(study, key) for study in studies]
     by = {str(record["sha256"]): str(record.get("weights")) for record in records if "sha256" in record}
     if len(by) > 1:
         named = " and ".join(f"{weights} ({digest[:8]})" for digest, weights in by.items())

@@ -18,6 +18,7 @@ from cellprior._matrix import matrix_of
 from cellprior._obs import means_no_label, numbered, read_names
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._expression import log_normalised, of_genes
+from cellprior.evaluate._inputs import record_of
 from cellprior.evaluate._methods import Genes, Method, Seen
 from cellprior.evaluate._splits import (
     HELD_OUT,
@@ -37,7 +38,9 @@ ON_GENES, RIDGE, MAJORITY = "logistic regression on genes", "ridge on all genes"
 CHOSEN, AT_RANDOM = "chosen baseline", "random weights of "
 FAR = 1e4  # times its spread an embedding may be from 0, and its spread from 1
 FEW_KNOWN = 0.01  # of the cells: two files may have a cell by chance, or a control
-SEEN = "Whether {} was trained on these very cells is not known here; then a gain says little. See its card."
+NOT_KNOWN = (
+    "Whether {} was trained on these very cells is not known here; then a gain says little. See its card."
+)
 
 
 @dataclass
@@ -153,9 +156,9 @@ def make_task(
             twins += _from_weights(task, cells, name, given, options.get(name, {}), batch_key=batch_key)
         else:
             values = _checked(name, adata.obsm[given] if isinstance(given, str) else given, adata.n_obs)
-            record = adata.uns.get("cellprior", {}).get(given) if isinstance(given, str) else None
+            record = record_of(adata, given) if isinstance(given, str) else {}
             twins += _twin_of_record(task, cells, name, record)
-            known = record is not None and "weights" in record
+            known = "weights" in record
             task.methods.append(
                 methods.fixed(name, values[rows], seen=task.seen_by(name) if known else "all cells")
             )
@@ -344,7 +347,7 @@ def trained_on(model: Any, counts: sp.csr_matrix) -> int | None:
 
 def _note_trained_on(task: Task, name: str, n_known: int | None) -> None:
     if n_known is None:
-        task.notes.append(SEEN.format(name))
+        task.notes.append(NOT_KNOWN.format(name))
         return
     task.n_trained_on[name] = n_known
     some = f"{n_known:,}" if n_known else "none"
@@ -360,11 +363,9 @@ def seen_by_weights(n_known: int | None, n_cells: int) -> Seen:
     return "these cells" if n_known > FEW_KNOWN * n_cells else "no cell"
 
 
-def _twin_of_record(
-    task: Task, cells: ad.AnnData, name: str, record: Mapping[str, Any] | None
-) -> list[Method]:
+def _twin_of_record(task: Task, cells: ad.AnnData, name: str, record: Mapping[str, Any]) -> list[Method]:
     """Baselines of an embedding that :func:`cellprior.tl.embed` has written, from what it says of its weights."""
-    if record is None or "weights" not in record:
+    if "weights" not in record:
         task.notes.append(
             f"{name} is an array: its genes and its network with random weights are not compared with. If it was made "
             "with these labels, its scores prove nothing."

@@ -17,6 +17,7 @@ from cellprior._talk import bar
 from cellprior.evaluate import _methods as methods
 from cellprior.evaluate._ask import CENTROID, KNN, LINEAR, Answers, Asked, Fold
 from cellprior.evaluate._expression import log_normalised, of_genes, raw_counts
+from cellprior.evaluate._inputs import record_of
 from cellprior.evaluate._intervals import CLASS_SCORES, compared
 from cellprior.evaluate._methods import SEEN, Method, Space
 from cellprior.evaluate._naming import refuse_other_weights
@@ -133,9 +134,8 @@ def _seen(given: str, *studies: ad.AnnData) -> methods.Seen:
 
     Raises ValueError if the studies were embedded by different weights.
     """
-    records = [cells.uns.get("cellprior", {}).get(given, {}) for cells in studies]
-    refuse_other_weights(given, *records)
-    return "not known" if all("weights" in record for record in records) else "all cells"
+    refuse_other_weights(given, *studies)
+    return "not known" if all("weights" in record_of(cells, given) for cells in studies) else "all cells"
 
 
 def _embedding(
@@ -161,7 +161,8 @@ def _embedding(
     for cells in (reference, query):
         with cls.opened(given, cells, layer=layer, batch_key=batch_key) as model:
             found.append(model.get_latent_representation(**options))
-            n_known.append(trained_on(model, raw_counts(cells, layer)))
+            asks = model.trained_on_ is not None  # otherwise no count is read
+            n_known.append(trained_on(model, raw_counts(cells, layer)) if asks else None)
     seen = [seen_by_weights(n, cells.n_obs) for n, cells in zip(n_known, (reference, query), strict=True)]
     return methods.fixed(name, np.concatenate(found), seen=max(seen, key=SEEN.index))
 

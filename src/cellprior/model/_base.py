@@ -73,9 +73,8 @@ class PretrainedModel(Hooks, BaseModelClass, metaclass=_Hinting):
     _annotation: dict[str, Any] = {}
     # what :meth:`from_pretrained` was given, and the sha256 of all that was read: tensors, configuration, vocabulary
     pretrained_: dict[str, str] | None = None
-    trained_on_: np.ndarray | None = (
-        None  # numbers of the cells before any further training, if the weights say
-    )
+    # numbers of the cells before any further training, if the weights say
+    trained_on_: np.ndarray | None = None
     split_: dict[str, Any] = {}  # by way of training, which cells were held out
     is_trained_: bool
     history_: dict[str, Any] | None

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     import os
 
 TRAINED_ON = "trained_on.npy"
-LEAST_COUNT = (
-    2  # of a gene to be read: the genes that are left out of data as too rare have less in nearly all cells
-)
+# of a gene to be read: the genes that are left out of data as too rare have less in nearly all cells
+LEAST_COUNT = 2
 LEAST_GENES = 10  # of a cell to be known again: with fewer, cells of different people would be the same
 
 
@@ -47,9 +46,8 @@ def fingerprints(counts: sp.csr_matrix, genes: np.ndarray) -> np.ndarray:
     n = np.rint(x.data).astype(np.uint64)
     read = n >= LEAST_COUNT
     each = _mixed((vocabulary.astype(np.uint64)[x.indices] << np.uint64(32)) + n) * read
-    ends = np.concatenate(
-        [np.zeros(1, dtype=np.uint64), np.cumsum(each)]
-    )  # of what is added, whole numbers wrap
+    # of what is added, whole numbers wrap
+    ends = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(each)])
     found = _mixed(ends[x.indptr[1:]] - ends[x.indptr[:-1]]) >> np.uint64(32)
     n_genes = np.diff(np.concatenate([[0], np.cumsum(read)])[x.indptr])
     return np.where(n_genes >= LEAST_GENES, np.maximum(found, 1), 0).astype(np.uint32)
@@ -87,9 +85,8 @@ def read_trained_on(folder: str | os.PathLike[str]) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        cells = np.load(
-            path, allow_pickle=False, mmap_mode="r"
-        )  # no memory is taken for what the file has not
+        # as a map: no memory is taken for what the file has not
+        cells = np.load(path, allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         msg = f"{path} is damaged ({error}). Get the bundle again."
         raise WeightsError(msg) from error
